@@ -1,0 +1,18 @@
+"""sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
+
+from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
+from sostenuto.engine import Handle, disable, enable
+from sostenuto.errors import (
+    AlreadyEnabledError,
+    AnatomyError,
+    ClockError,
+    EngineError,
+    MethodError,
+    SostenutoError,
+    TableError,
+    VerificationError,
+)
+from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.table import CacheTable, StepState
+
+__version__ = "0.1.0"

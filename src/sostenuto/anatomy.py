@@ -1,0 +1,144 @@
+"""Where: the sites of a denoiser, found from one table row per network class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import nn
+
+from sostenuto.errors import AnatomyError
+
+
+class SiteKind(Enum):
+    """What a tapped branch does; methods choose sites by it."""
+
+    SELF_ATTENTION = "self-attention"
+    CROSS_ATTENTION = "cross-attention"
+    MLP = "mlp"
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether methods that cache "attention" mean this branch."""
+        return self is not SiteKind.MLP
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch of a block.
+
+    Attributes:
+        kind: what it does.
+        module: path of the submodule whose output is cached, relative to the block.
+        norm: path of the norm in front of it, if nothing else reads that norm's hidden states. When the branch is
+            skipped the norm sees one token only: what it returns besides (gates, shifts) stays exact, and the
+            normalisation and modulation of all the other tokens is not computed.
+    """
+
+    kind: SiteKind
+    module: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """How to find the sites of one class of networks.
+
+    Attributes:
+        blocks: path of the ``ModuleList`` of blocks.
+        branches: the branches of each block, in the order in which they run.
+        timestep: name of ``forward``'s timestep argument.
+    """
+
+    blocks: str
+    branches: tuple[Branch, ...]
+    timestep: str = "timestep"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tap point.
+
+    Attributes:
+        id: stable name: the tapped submodule's path, such as ``transformer_blocks.3.attn1``.
+        kind: what the branch does.
+        block: index of its block.
+        norm: path of the norm that feeds only this branch, or ``None``.
+        parameters: number of parameters of the tapped submodule.
+    """
+
+    id: str
+    kind: SiteKind
+    block: int
+    norm: str | None
+    parameters: int
+
+
+_ANATOMIES: dict[str, Anatomy] = {
+    "DiTTransformer2DModel": Anatomy(
+        blocks="transformer_blocks",
+        branches=(
+            Branch(SiteKind.SELF_ATTENTION, "attn1", norm="norm1"),
+            Branch(SiteKind.MLP, "ff", norm="norm3"),
+        ),
+    ),
+}
+
+
+def register_anatomy(model_class: type[nn.Module], anatomy: Anatomy) -> None:
+    """Teach the library the sites of a network class; replaces what was known of a class of that name.
+
+    Raises:
+        AnatomyError: the arguments are not a module class and an :class:`Anatomy`.
+    """
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+        raise AnatomyError(f"register_anatomy takes a class of torch.nn.Module, not {model_class!r}")
+    if not isinstance(anatomy, Anatomy):
+        raise AnatomyError(f"register_anatomy takes an Anatomy, not {anatomy!r}")
+    _ANATOMIES[model_class.__name__] = anatomy
+
+
+def anatomy_of(denoiser: nn.Module) -> Anatomy:
+    """The anatomy of a denoiser, by its class or the nearest base class that is known.
+
+    Raises:
+        AnatomyError: no class of it is known.
+    """
+    for base in type(denoiser).__mro__:
+        if base.__name__ in _ANATOMIES:
+            return _ANATOMIES[base.__name__]
+    raise AnatomyError(
+        f"the sites of a {type(denoiser).__name__} are not known (known: {', '.join(sorted(_ANATOMIES))}): "
+        "describe them with sostenuto.register_anatomy"
+    )
+
+
+def inspect(denoiser: nn.Module) -> list[Site]:
+    """The sites of a denoiser, in the order in which they run.
+
+    Raises:
+        AnatomyError: the class isn't known, or a path of its anatomy leads nowhere.
+    """
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what torch.compile wraps
+    if not isinstance(denoiser, nn.Module):
+        raise AnatomyError(f"a denoiser is a torch.nn.Module, not a {type(denoiser).__name__}")
+    anatomy = anatomy_of(denoiser)
+
+    def find(path: str) -> nn.Module:
+        try:
+            return denoiser.get_submodule(path)
+        except AttributeError:
+            raise AnatomyError(f"{type(denoiser).__name__} has no submodule {path!r}: its anatomy names it") from None
+
+    sites = []
+    for index, _ in enumerate(find(anatomy.blocks).children()):
+        for branch in anatomy.branches:
+            path = f"{anatomy.blocks}.{index}.{branch.module}"
+            norm = f"{anatomy.blocks}.{index}.{branch.norm}" if branch.norm else None
+            if norm:
+                find(norm)
+            parameters = sum(p.numel() for p in find(path).parameters())
+            sites.append(Site(path, branch.kind, index, norm, parameters))
+    if not sites:
+        raise AnatomyError(f"{type(denoiser).__name__}.{anatomy.blocks} is empty: there is nothing to cache")
+    return sites

@@ -1,0 +1,43 @@
+"""What is corrected after: scaling of the predicted noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sostenuto.errors import MethodError
+
+
+def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = None) -> tuple[float, ...]:
+    """One factor per step from a number or a sequence.
+
+    Raises:
+        MethodError: a factor is not finite or not above 0, or there are not ``num_steps`` of them.
+    """
+    values = (float(scale),) * (num_steps or 1) if isinstance(scale, (int, float)) else tuple(float(s) for s in scale)
+    for step, value in enumerate(values):
+        if not math.isfinite(value) or value <= 0:
+            raise MethodError(f"eps_scale must be finite and above 0, but is {value} at step {step}; 1 means no scaling")
+    if num_steps is not None and len(values) != num_steps:
+        raise MethodError(f"eps_scale has {len(values)} entries for {num_steps} steps: give one per step or one number")
+    return values
+
+
+def scale_noise(prediction: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
+    """Multiply the predicted noise by ``scale``; channels past the first ``channels`` (learned variance) are left alone.
+
+    EB-Cache (arXiv 2503.07120) writes ``b·ε`` with b < 1, Epsilon Scaling (arXiv 2308.15321) ``ε/λ`` with λ > 1. Guidance is
+    linear in the predictions, so scaling each of them equals scaling the guided one.
+
+    Args:
+        prediction: ε, ``[batch, channels or more, …]``.
+        scale: the factor.
+        channels: number of noise channels.
+    """
+    if scale == 1.0:
+        return prediction  # bit-identical to no corrector at all
+    if prediction.shape[1] == channels:
+        return prediction * scale
+    return torch.cat([prediction[:, :channels] * scale, prediction[:, channels:]], dim=1)

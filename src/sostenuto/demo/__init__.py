@@ -1,0 +1,1 @@
+"""The embedded model: its network, pipeline, data and training commands."""

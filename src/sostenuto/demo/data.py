@@ -1,0 +1,61 @@
+"""Fashion-MNIST (MIT licence) from a folder that holds its four IDX files, gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ENVIRONMENT_VARIABLE = "FASHION_MNIST"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+_PREFIX = {"train": "train", "test": "t10k"}
+
+
+def find_folder(folder: str | Path | None = None) -> Path:
+    """The folder of the IDX files: the argument, ``$FASHION_MNIST``, or where Debian's package puts it.
+
+    Raises:
+        FileNotFoundError: none of them is a folder.
+    """
+    for candidate in (folder, os.environ.get(ENVIRONMENT_VARIABLE), DEBIAN_FOLDER):
+        if candidate and Path(candidate).is_dir():
+            return Path(candidate)
+    raise FileNotFoundError(
+        f"no Fashion-MNIST at {folder or DEBIAN_FOLDER}: install Debian's package dataset-fashion-mnist, or pass a folder "
+        f"with its four IDX files (or set ${ENVIRONMENT_VARIABLE})"
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """One IDX file of unsigned bytes as an array of its own shape."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        content = file.read()
+    if content[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">u4", count=dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and labels of ``"train"`` (60 000) or ``"test"`` (10 000).
+
+    Returns:
+        images ``[n, 1, 28, 28]`` float32 in ``[-1, 1]`` and labels ``[n]`` int64 in ``0 … 9``.
+    """
+    root = find_folder(folder)
+
+    def read(kind: str, dimensions: int) -> np.ndarray:
+        stem = f"{_PREFIX[split]}-{kind}-idx{dimensions}-ubyte"
+        for path in (root / f"{stem}.gz", root / stem):
+            if path.exists():
+                return read_idx(path)
+        raise FileNotFoundError(f"{root} has neither {stem} nor {stem}.gz")
+
+    images = torch.from_numpy(read("images", 3).copy()).unsqueeze(1).float() / 127.5 - 1
+    labels = torch.from_numpy(read("labels", 1).astype(np.int64))
+    return images, labels

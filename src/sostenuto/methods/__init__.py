@@ -1,0 +1,31 @@
+"""The methods, one file per paper. ``available_methods`` lists them by the names that users type."""
+
+from __future__ import annotations
+
+from sostenuto.errors import MethodError
+from sostenuto.methods.base import Combination, Method
+from sostenuto.methods.eb import EBCache
+from sostenuto.methods.epsilon_scaling import EpsilonScaling
+from sostenuto.methods.fora import FORA
+from sostenuto.methods.none import NoCache
+
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+
+__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+
+
+def available_methods() -> dict[str, type[Method]]:
+    """The method classes by name."""
+    return {method.name: method for method in _METHODS}
+
+
+def by_name(name: str) -> Method:
+    """The method of that name with its default parameters.
+
+    Raises:
+        MethodError: there is none of that name.
+    """
+    methods = available_methods()
+    if name not in methods:
+        raise MethodError(f"there is no method {name!r}; there are {', '.join(sorted(methods))}")
+    return methods[name]()

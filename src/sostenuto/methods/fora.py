@@ -1,0 +1,47 @@
+"""FORA: compute every N steps, reuse all branches in between (arXiv 2407.01425)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sostenuto.errors import MethodError
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.plan import Plan
+
+
+@dataclass(frozen=True)
+class FORA(Method):
+    """Fast-Forward Caching (arXiv 2407.01425): all branches are computed every ``interval`` steps.
+
+    The official code counts from the clean end: a step is computed when its descending index ``S − 1 − p`` is a multiple of
+    the interval, so that the last step always is (``anchor="end"``); ``anchor="start"`` counts from the first step.
+
+    Attributes:
+        interval: the paper's N, 1 (no caching) or more.
+        anchor: which end the interval is counted from.
+        forecast_order: how the gap is filled: 0, as in the paper, with the last value; 1 by linear extrapolation; …
+    """
+
+    interval: int = 2
+    anchor: Literal["end", "start"] = "end"
+    forecast_order: int = 0
+
+    name: ClassVar[str] = "fora"
+    paper: ClassVar[str] = "arXiv 2407.01425"
+    summary: ClassVar[str] = "computes all branches every N steps, reuses them in between"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise MethodError(f"FORA's interval must be a whole number of 1 or more, not {self.interval!r}")
+        if self.anchor not in ("end", "start"):
+            raise MethodError(f"FORA's anchor must be 'end' or 'start', not {self.anchor!r}")
+        if self.forecast_order not in range(5):
+            raise MethodError(f"forecast_order must be 0 to 4, not {self.forecast_order!r}")
+
+    def plan(self, facts: Facts) -> Plan:
+        """Compute at the first step and at every multiple of the interval."""
+        last = facts.num_steps - 1
+        index = range(facts.num_steps) if self.anchor == "start" else range(last, -1, -1)
+        skip = [p > 0 and i % self.interval != 0 for p, i in enumerate(index)]
+        return whole_steps(facts, skip, self.forecast_order)

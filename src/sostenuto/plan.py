@@ -1,0 +1,131 @@
+"""When: the actions of every step and site, and their lowering to what each site does with its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+
+class Action(Enum):
+    """What happens at one site in one step."""
+
+    COMPUTE = "compute"
+    REUSE = "reuse"
+    FORECAST = "forecast"
+    PARTIAL = "partial"
+
+
+class Op(IntEnum):
+    """How a site carries out its action. Plain integers, so that ``torch.compile`` traces one graph per combination."""
+
+    OUTSIDE = -1  # no denoiser call is under way
+    COMPUTE = 0  # run the branch; nobody will read its output again
+    STORE = 1  # run the branch and keep its output
+    REUSE = 2  # return the newest kept output
+    FORECAST = 3  # return a weighted sum of the kept outputs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The actions ``[step][site]`` of one generation, steps in sampling order (0 is the noisiest).
+
+    Attributes:
+        actions: one tuple per step, in it one :class:`Action` per site.
+        forecast_order: degree of the polynomial through the last computed outputs that a ``FORECAST`` follows
+            (1: linear extrapolation from two); the engine falls back to what history there is.
+    """
+
+    actions: tuple[tuple[Action, ...], ...]
+    forecast_order: int = 1
+
+    def __post_init__(self) -> None:
+        if len({len(step) for step in self.actions}) > 1:
+            raise ValueError("every step of a plan must name the same sites")
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps that the plan covers."""
+        return len(self.actions)
+
+    @property
+    def num_slots(self) -> int:
+        """Outputs that a site keeps at most."""
+        forecasts = any(action is Action.FORECAST for step in self.actions for action in step)
+        return self.forecast_order + 1 if forecasts else 1
+
+
+@dataclass(frozen=True)
+class Program:
+    """A plan lowered for a generation that begins at step ``start``.
+
+    Attributes:
+        ops: ``[step][site]``; steps before ``start`` are empty.
+        history: ``[step][site]``, the steps whose outputs a ``FORECAST`` combines, newest first, otherwise ``()``.
+        last_reader: for each site the last step that reads its kept outputs (−1: none), after which they are freed.
+    """
+
+    ops: tuple[tuple[Op, ...], ...]
+    history: tuple[tuple[tuple[int, ...], ...], ...]
+    last_reader: tuple[int, ...]
+
+
+def lower(plan: Plan, start: int = 0) -> Program:
+    """Turn actions into ops by liveness: what has no later reader is not stored, what was never computed is not reused."""
+    num_sites = len(plan.actions[0]) if plan.actions else 0
+    ops = [[Op.COMPUTE] * num_sites for _ in range(plan.num_steps)]
+    history: list[list[tuple[int, ...]]] = [[()] * num_sites for _ in range(plan.num_steps)]
+    last_reader = [-1] * num_sites
+    for site in range(num_sites):
+        computed: list[int] = []  # newest first
+        for step in range(start, plan.num_steps):
+            action = plan.actions[step][site]
+            if action is Action.COMPUTE or not computed:
+                computed.insert(0, step)
+                continue
+            depth = plan.forecast_order + 1 if action is Action.FORECAST else 1
+            read = tuple(computed[:depth])
+            ops[step][site] = Op.REUSE if len(read) == 1 else Op.FORECAST
+            history[step][site] = read
+            last_reader[site] = step
+            for source in read:
+                ops[source][site] = Op.STORE
+    return Program(
+        ops=tuple(() if step < start else tuple(row) for step, row in enumerate(ops)),
+        history=tuple(tuple(row) for row in history),
+        last_reader=tuple(last_reader),
+    )
+
+
+def peak_bytes(program: Program, num_slots: int, output_bytes: Sequence[int]) -> int:
+    """Most bytes that one pass of a program keeps at one time.
+
+    Args:
+        program: the lowered plan.
+        num_slots: outputs that a site keeps at most.
+        output_bytes: size of one output of each site.
+    """
+    slots = [0] * len(output_bytes)
+    peak = 0
+    for step, ops in enumerate(program.ops):
+        for site, op in enumerate(ops):
+            if op is Op.STORE:
+                slots[site] = min(num_slots, slots[site] + 1)
+        peak = max(peak, sum(n * size for n, size in zip(slots, output_bytes, strict=True)))
+        for site, last in enumerate(program.last_reader):
+            if last == step:
+                slots[site] = 0
+    return peak
+
+
+def fit(plan: Plan, output_bytes: Sequence[int], max_bytes: int) -> Plan:
+    """The plan with as few sites as possible computed always, so that one pass keeps at most ``max_bytes``.
+
+    The last sites are given up first: what is skipped early in the network also spares the norms in front of it.
+    """
+    kept = len(output_bytes)
+    while kept and peak_bytes(lower(plan), plan.num_slots, output_bytes) > max_bytes:
+        kept -= 1
+        rows = (row[:kept] + (Action.COMPUTE,) * (len(row) - kept) for row in plan.actions)
+        plan = Plan(tuple(rows), plan.forecast_order)
+    return plan

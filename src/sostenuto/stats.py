@@ -1,0 +1,88 @@
+"""What a generation really did: counts of actions, multiply-accumulates and bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sostenuto.cost import Cost
+from sostenuto.plan import Action, Op
+
+_ACTION_OF = {
+    Op.COMPUTE: Action.COMPUTE,
+    Op.STORE: Action.COMPUTE,
+    Op.REUSE: Action.REUSE,
+    Op.FORECAST: Action.FORECAST,
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of one generation.
+
+    Attributes:
+        num_steps: steps that were run.
+        num_passes: most denoiser calls in one step.
+        actions: for each kind of action how many times a site carried it out.
+        macs: multiply-accumulates of the denoiser, all calls and all rows of the batch.
+        macs_uncached: the same had every call been computed.
+        ideal_speedup: ``macs_uncached / macs``.
+        cache_bytes_peak: most bytes of kept features at one time.
+        plan: the actions carried out, ``[step][site]`` (of the first pass).
+    """
+
+    num_steps: int
+    num_passes: int
+    actions: dict[str, int]
+    macs: int
+    macs_uncached: int
+    ideal_speedup: float
+    cache_bytes_peak: int
+    plan: list[list[str]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The statistics as plain data, ready for JSON."""
+        return dict(vars(self))
+
+
+@dataclass
+class Record:
+    """Notes of the generation under way, cheap to take; :meth:`statistics` makes sense of them afterwards."""
+
+    calls: list[tuple[int, int, int, tuple[Op, ...]]] = field(default_factory=list)  # step, pass, signature, ops
+    bytes_peak: int = 0
+
+    def note_bytes(self, num_bytes: int) -> None:
+        """So many bytes of features are kept now."""
+        self.bytes_peak = max(self.bytes_peak, num_bytes)
+
+    @property
+    def num_passes(self) -> int:
+        """Most denoiser calls in one step."""
+        return 1 + max((pass_index for _, pass_index, *_ in self.calls), default=-1)
+
+    def statistics(self, cost_of: Callable[[int], Cost]) -> Statistics:
+        """Count everything, with the cost of a call by its signature."""
+        macs = uncached = 0
+        actions: Counter[str] = Counter()
+        for _, _, signature, ops in self.calls:
+            cost = cost_of(signature)
+            uncached += cost.macs
+            macs += cost.macs - sum(m for m, op in zip(cost.site_macs, ops, strict=True) if op >= Op.REUSE)
+            actions.update(_ACTION_OF[op].value for op in ops)
+        return Statistics(
+            num_steps=len({step for step, *_ in self.calls}),
+            num_passes=self.num_passes,
+            actions={action.value: actions[action.value] for action in Action},
+            macs=macs,
+            macs_uncached=uncached,
+            ideal_speedup=uncached / macs if macs else 1.0,
+            cache_bytes_peak=self.bytes_peak,
+            plan=[_names(ops) for _, pass_index, _, ops in self.calls if pass_index == 0],
+        )
+
+
+def _names(ops: Sequence[Op]) -> list[str]:
+    return [_ACTION_OF[op].value for op in ops]

@@ -1,0 +1,310 @@
+"""The cache table: a static plan on disk, validated on load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sostenuto import compat
+from sostenuto.anatomy import Site
+from sostenuto.correct import check_noise_scale
+from sostenuto.errors import MethodError, TableError
+from sostenuto.plan import Action, Plan
+
+FORMAT, VERSION = "sostenuto-cache-table", 1
+_MAX_BYTES = 64 * 2**20  # a table of a thousand steps and sites is a few megabytes; more is not a table
+_MAX_STEPS = 10_000
+
+
+class StepState(Enum):
+    """What a whole step reuses. The four states of FEB-Cache; EB-Cache (arXiv 2503.07120) has the first, second and fourth."""
+
+    COMPUTE = "compute"
+    REUSE_ATTENTION = "reuse-attn"
+    REUSE_MLP = "reuse-mlp"
+    REUSE_BOTH = "reuse-both"
+
+    def skips(self, site: Site) -> bool:
+        """Whether the branch at ``site`` is skipped in this state."""
+        if self is StepState.REUSE_BOTH:
+            return True
+        return self is (StepState.REUSE_ATTENTION if site.kind.is_attention else StepState.REUSE_MLP)
+
+
+# The authors' files hold 0, 1, 2; FEB-Cache's text adds 3.
+_NPY_STATES = (StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH, StepState.REUSE_MLP)
+
+StepActions = StepState | Mapping[str, Action]
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """sha256 of a denoiser's configuration: tables made for one network are refused by another."""
+    text = json.dumps(compat.config_of(denoiser), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CacheTable:
+    """Actions and noise scale of every step, in sampling order (step 0 is the noisiest).
+
+    Attributes:
+        actions: for each step a :class:`StepState`, or a map from site id to :class:`~sostenuto.plan.Action`.
+        method: name of the method that made it.
+        eps_scale: factor of the predicted noise, one per step.
+        forecast_order: how reused branches are filled: 0 last value, 1 linear extrapolation, …
+        model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was made for; empty: any.
+        scheduler: ``class``, ``prediction_type`` and ``timesteps`` of the scheduler it was made for; empty: any.
+        calibration: how it was made.
+        macs_fraction: multiply-accumulates of a generation with it, of one without.
+    """
+
+    actions: tuple[StepActions, ...]
+    method: str = "eb"
+    eps_scale: tuple[float, ...] = ()
+    forecast_order: int = 0
+    model: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    macs_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.actions:
+            raise TableError("a cache table needs at least one step")
+        if not 0 <= self.forecast_order <= 4:
+            raise TableError(f"forecast_order must be 0 to 4, not {self.forecast_order}")
+        first = self.actions[0]
+        computes = first is StepState.COMPUTE or (
+            not isinstance(first, StepState) and all(action is Action.COMPUTE for action in first.values())
+        )
+        if not computes:
+            raise TableError("step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)")
+        try:
+            scale = check_noise_scale(self.eps_scale or 1.0, self.num_inference_steps)
+        except MethodError as error:
+            raise TableError(f"cache table: {error}") from None
+        object.__setattr__(self, "eps_scale", scale)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Number of steps."""
+        return len(self.actions)
+
+    def plan(self, sites: Sequence[Site]) -> Plan:
+        """The plan for a network with these sites.
+
+        Raises:
+            TableError: a step names a site that the network lacks, or leaves one out.
+        """
+        gap = Action.FORECAST if self.forecast_order else Action.REUSE
+        ids = {site.id for site in sites}
+        rows = []
+        for step, state in enumerate(self.actions):
+            if isinstance(state, StepState):
+                rows.append(tuple(gap if state.skips(site) else Action.COMPUTE for site in sites))
+                continue
+            if set(state) != ids:
+                odd = sorted(set(state) ^ ids)[0]
+                raise TableError(f"step {step} of the cache table and the network disagree about site {odd!r}")
+            rows.append(tuple(state[site.id] for site in sites))
+        return Plan(tuple(rows), forecast_order=max(1, self.forecast_order))
+
+    def check(self, denoiser: nn.Module, scheduler: Any) -> None:
+        """Refuse a network or scheduler that the table was not made for.
+
+        Raises:
+            TableError: with both names and the remedy.
+        """
+        own = fingerprint(denoiser)
+        known = self.model.get("fingerprint")
+        if known and known != own:
+            raise TableError(
+                f"the cache table was made for {self.model.get('class', 'another network')} ({known[:12]}…), this is a "
+                f"{type(denoiser).__name__} ({own[:12]}…): calibrate one for it with sostenuto.calibrate"
+            )
+        made_for = self.scheduler.get("class")
+        if made_for and type(scheduler).__name__ != made_for:
+            raise TableError(
+                f"the cache table was made with {made_for}, this is {type(scheduler).__name__}: "
+                "calibrate one for it with sostenuto.calibrate, or use that scheduler"
+            )
+        wanted = self.scheduler.get("prediction_type")
+        given = getattr(getattr(scheduler, "config", None), "prediction_type", wanted)
+        if wanted and given != wanted:
+            raise TableError(f"the cache table was made for {wanted}-prediction, this scheduler expects {given}")
+
+    def check_steps(self, timesteps: Sequence[float]) -> None:
+        """Refuse a generation of another length or with other timesteps.
+
+        Raises:
+            TableError: with both numbers and the remedy.
+        """
+        if len(timesteps) != self.num_inference_steps:
+            raise TableError(
+                f"the cache table has {self.num_inference_steps} steps, the sampler runs {len(timesteps)}: pass "
+                f"num_inference_steps={self.num_inference_steps}, calibrate again, or use table.resample({len(timesteps)})"
+            )
+        own = self.scheduler.get("timesteps")
+        if own and any(abs(a - b) > 1e-3 * max(1.0, abs(a)) for a, b in zip(own, timesteps, strict=True)):
+            step = next(p for p, (a, b) in enumerate(zip(own, timesteps, strict=True)) if abs(a - b) > 1e-3 * max(1, abs(a)))
+            raise TableError(
+                f"the cache table was made for timestep {own[step]:g} at step {step}, the sampler uses {timesteps[step]:g}: "
+                "set the scheduler as it was (timestep_spacing), or calibrate again"
+            )
+
+    def resample(self, num_inference_steps: int) -> CacheTable:
+        """The table stretched or squeezed to another number of steps, by position in the trajectory; step 0 computes."""
+        if not 1 <= num_inference_steps <= _MAX_STEPS:
+            raise TableError(f"num_inference_steps must be 1 to {_MAX_STEPS}, not {num_inference_steps}")
+        scale = self.num_inference_steps / num_inference_steps
+        source = [min(self.num_inference_steps - 1, int((p + 0.5) * scale)) for p in range(num_inference_steps)]
+        source[0] = 0
+        scheduler = {key: value for key, value in self.scheduler.items() if key != "timesteps"}
+        return replace(
+            self,
+            actions=tuple(self.actions[p] for p in source),
+            eps_scale=tuple(self.eps_scale[p] for p in source),
+            scheduler=scheduler,
+            macs_fraction=None,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        actions = [
+            state.value if isinstance(state, StepState) else {site: action.value for site, action in state.items()}
+            for state in self.actions
+        ]
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": self.method,
+            "order": "sampling",
+            "num_inference_steps": self.num_inference_steps,
+            "eps_scale": list(self.eps_scale),
+            "forecast_order": self.forecast_order,
+            "actions": actions,
+            "model": dict(self.model),
+            "scheduler": dict(self.scheduler),
+            "calibration": dict(self.calibration),
+            "macs_fraction": self.macs_fraction,
+        }
+        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, order: str | None = None) -> CacheTable:
+        """Read a table: our JSON, or the EB-Cache authors' bare ``.npy`` of 0, 1, 2.
+
+        Args:
+            path: the file.
+            order: ``"sampling"`` or ``"timestep_index"`` (entry 0 is the last, cleanest step). For JSON by default what the
+                file says; for ``.npy`` the default is ``"timestep_index"``, the order in which the authors' loop reads it.
+
+        Raises:
+            TableError: the file can't be read or its content is wrong; the message names the field and value.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise TableError(f"{path} has {path.stat().st_size} bytes: that is no cache table")
+            if path.suffix == ".npy":
+                return _from_npy(path, order or "timestep_index")
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise TableError(f"{path} can't be read as a cache table: {error}") from None
+        try:
+            return _from_json(content, order)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from None
+
+
+def _from_npy(path: Path, order: str) -> CacheTable:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, MemoryError, SyntaxError, TypeError) as error:
+        raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or not 1 <= array.size <= _MAX_STEPS or array.dtype.kind not in "iu":
+        shape = getattr(array, "shape", "?")
+        raise TableError(f"{path} must hold one whole number per step, but has shape {shape}")
+    values = array.tolist()
+    for index, value in enumerate(values):
+        if not 0 <= value < len(_NPY_STATES):
+            raise TableError(f"{path}: unknown action {value} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)")
+    return CacheTable(tuple(_NPY_STATES[value] for value in _in_sampling_order(values, order)))
+
+
+def _in_sampling_order(values: list[Any], order: Any) -> list[Any]:
+    if order == "sampling":
+        return values
+    if order == "timestep_index":
+        return values[::-1]
+    raise TableError(f"order must be 'sampling' or 'timestep_index', not {order!r}")
+
+
+def _from_json(content: Any, order: str | None) -> CacheTable:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise TableError(f"the field 'format' must be {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise TableError(f"version {content.get('version')!r} is not known, only {VERSION}: update sostenuto")
+    actions, steps = content.get("actions"), content.get("num_inference_steps")
+    if not isinstance(actions, list) or not 1 <= len(actions) <= _MAX_STEPS:
+        raise TableError("the field 'actions' must list the action of every step")
+    if steps != len(actions):
+        raise TableError(f"num_inference_steps is {steps!r}, but there are {len(actions)} actions")
+    states = [_state(entry, step) for step, entry in enumerate(actions)]
+    scale = content.get("eps_scale", 1.0)
+    if not _is_number(scale) and not (isinstance(scale, list) and scale and all(map(_is_number, scale))):
+        raise TableError("eps_scale must be a number or one number per step")
+    if isinstance(scale, list) and len(scale) != len(states):
+        raise TableError(f"eps_scale has {len(scale)} entries for {len(states)} steps")
+    scales = scale if isinstance(scale, list) else [scale] * len(states)
+    order = order or content.get("order")
+    forecast_order, method, fraction = content.get("forecast_order", 0), content.get("method", "eb"), content.get("macs_fraction")
+    if not isinstance(forecast_order, int) or isinstance(forecast_order, bool):
+        raise TableError(f"forecast_order must be a whole number, not {forecast_order!r}")
+    if not isinstance(method, str):
+        raise TableError(f"method must be a name, not {method!r}")
+    if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
+        raise TableError(f"macs_fraction must be above 0 and at most 1, not {fraction!r}")
+    maps = {name: content.get(name, {}) for name in ("model", "scheduler", "calibration")}
+    for name, value in maps.items():
+        if not isinstance(value, dict):
+            raise TableError(f"the field {name!r} must be an object")
+    timesteps = maps["scheduler"].get("timesteps")
+    if timesteps is not None:
+        if not isinstance(timesteps, list) or len(timesteps) != len(states) or not all(map(_is_number, timesteps)):
+            raise TableError("scheduler.timesteps must be one number per step")
+        maps["scheduler"] = {**maps["scheduler"], "timesteps": _in_sampling_order(timesteps, order)}
+    known = maps["model"].get("fingerprint")
+    if known is not None and not isinstance(known, str):
+        raise TableError(f"model.fingerprint must be a text, not {known!r}")
+    return CacheTable(
+        actions=tuple(_in_sampling_order(states, order)),
+        method=method,
+        eps_scale=tuple(float(s) for s in _in_sampling_order(scales, order)),
+        forecast_order=forecast_order,
+        macs_fraction=fraction,
+        **maps,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _state(entry: Any, step: int) -> StepActions:
+    try:
+        if isinstance(entry, str):
+            return StepState(entry)
+        if isinstance(entry, dict):
+            return {site: Action(action) for site, action in entry.items()}
+    except ValueError:
+        pass
+    known = ", ".join(state.value for state in StepState)
+    raise TableError(f"unknown action {entry!r} at step {step}; known are {known}, or a map from site to action")
