@@ -1,0 +1,351 @@
+"""Table generation: EB-Cache's Algorithm 1 with its open choices as options, and the search for the noise scale."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from sostenuto import compat
+from sostenuto.clock import Tick
+from sostenuto.correct import scale_noise
+from sostenuto.engine import Handle, Prober, enable
+from sostenuto.errors import MethodError
+from sostenuto.methods import EBCache, NoCache
+from sostenuto.methods.base import Method
+from sostenuto.plan import Op
+from sostenuto.progress import progress
+from sostenuto.table import CacheTable, StepState, fingerprint
+
+Sample = Callable[..., Any]
+Score = Callable[[Any], float]
+
+CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
+
+
+@dataclass(frozen=True)
+class EBCalibration:
+    """The choices that EB-Cache (arXiv 2503.07120, Algorithm 1) leaves open. The defaults are those that worked.
+
+    Attributes:
+        delta: intercept and slope of the threshold δ(τ) = intercept + slope · τ, with τ = 1 at the noisiest step.
+        target_fraction: scale δ by a factor κ, found by bisection, such that a generation costs this share of the uncached
+            multiply-accumulates; ``None`` takes δ as it is.
+        norm: ``"rms"`` (of the noise channels of each sample), ``"mean_abs"``, or ``"raw"``, the Euclidean norm.
+        criterion: ``"vector_gap"``, the norm of the difference between the cached and the uncached prediction, or
+            ``"norm_gap"``, the paper's difference of norms with the cached prediction scaled by b. The second does not see a
+            stale direction: taken alone it lets attention grow stale until images collapse.
+        max_consecutive_reuse: most steps in a row for which a branch may be reused; ``None``: no bound.
+        aggregation: ``"batch_mean"`` thresholds the mean over the samples, ``"vote"`` takes the majority of the samples'
+            own decisions, ties to less reuse.
+        advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
+        forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
+        last_computed: how many of the last steps are always computed; the paper: 1.
+        eps_scale: b during calibration, and the result where nothing is searched.
+        eps_scale_grid: the values of b that are tried when a ``score`` is given.
+    """
+
+    delta: tuple[float, float] = (0.05, 0.15)
+    target_fraction: float | None = 0.6
+    norm: Literal["rms", "mean_abs", "raw"] = "rms"
+    criterion: Literal["vector_gap", "norm_gap"] = "vector_gap"
+    max_consecutive_reuse: int | None = 3
+    aggregation: Literal["batch_mean", "vote"] = "batch_mean"
+    advance: Literal["selected", "no_cache"] = "selected"
+    forecast_order: int = 1
+    last_computed: int = 1
+    eps_scale: float = 1.0
+    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+
+    def __post_init__(self) -> None:
+        if self.target_fraction is not None and not 0 < self.target_fraction <= 1:
+            raise MethodError(f"target_fraction must be above 0 and at most 1, not {self.target_fraction}")
+        if self.max_consecutive_reuse is not None and self.max_consecutive_reuse < 1:
+            raise MethodError(f"max_consecutive_reuse must be 1 or more, not {self.max_consecutive_reuse}")
+        if self.last_computed < 1:
+            raise MethodError(f"last_computed must be 1 or more, not {self.last_computed}")
+        for name, known in (
+            ("norm", ("rms", "mean_abs", "raw")),
+            ("criterion", ("vector_gap", "norm_gap")),
+            ("aggregation", ("batch_mean", "vote")),
+            ("advance", ("selected", "no_cache")),
+        ):
+            if getattr(self, name) not in known:
+                raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+
+@dataclass
+class _Trace:
+    """What one pass of Algorithm 1 found."""
+
+    states: list[StepState]
+    norms: list[dict[str, float]]
+    macs: int
+    macs_uncached: int
+
+
+class _Algorithm1:
+    """One run over the steps: evaluate the candidates at every denoiser call, choose, advance with the choice."""
+
+    def __init__(self, handle: Handle, options: EBCalibration, kappa: float) -> None:
+        self.handle, self.options, self.kappa = handle, options, kappa
+        self.history: dict[tuple[int, int], list[int]] = {}  # (pass, site) → computed steps, newest first
+        self.idle: dict[str, int] = {}  # branch group → steps in a row for which it was reused
+        self.trace = _Trace([], [], 0, 0)
+
+    def __call__(self, tick: Tick, prober: Prober) -> Any:
+        if tick.pass_index == 0:
+            state, output = self._choose(tick, prober)
+            self.trace.states.append(state)
+        else:  # the passes of a step share its state
+            state = self.trace.states[-1]
+            output = self._run(tick, prober, state)
+        return compat.map_output(output, lambda eps: self._scaled(eps, prober))
+
+    def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
+        options, last = self.options, tick.num_steps - options_last(self.options)
+        if tick.step == 0 or tick.step >= last:
+            self.trace.norms.append({})
+            return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
+        fresh = compat.first_tensor(self._run(tick, prober, StepState.COMPUTE, keep=False))
+        tau = 1 - tick.step / max(1, tick.num_steps - 1)
+        threshold = self.kappa * (options.delta[0] + options.delta[1] * tau)
+        measured: dict[str, float] = {}
+        chosen = StepState.COMPUTE
+        for candidate in CANDIDATES:
+            if not self._may(candidate):
+                continue
+            cached = compat.first_tensor(self._run(tick, prober, candidate, keep=False))
+            gaps = self._gap(fresh, cached, prober)
+            measured[candidate.value] = gaps.mean().item()
+            if options.aggregation == "batch_mean":
+                accepted = measured[candidate.value] < threshold
+            else:
+                accepted = (gaps < threshold).float().mean().item() > 0.5
+            if accepted:
+                chosen = candidate
+                break
+        self.trace.norms.append(measured)
+        output = self._run(tick, prober, chosen)
+        if options.advance == "no_cache":
+            output = compat.map_output(output, lambda _: fresh)
+        return chosen, output
+
+    def _may(self, state: StepState) -> bool:
+        bound = self.options.max_consecutive_reuse
+        if bound is None:
+            return True
+        attention_full = self.idle.get("attention", 0) >= bound
+        mlp_full = self.idle.get("mlp", 0) >= bound
+        return not (attention_full or (mlp_full and state is StepState.REUSE_BOTH))
+
+    def _run(self, tick: Tick, prober: Prober, state: StepState, keep: bool = True) -> Any:
+        """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
+        sites = self.handle.sites
+        depth = self.options.forecast_order + 1
+        ops, histories = [], []
+        for index, site in enumerate(sites):
+            computed = self.history.get((tick.pass_index, index), [])
+            if state.skips(site):
+                histories.append(tuple(computed[:depth]))
+                ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
+            else:
+                histories.append(())
+                ops.append(Op.STORE if keep else Op.COMPUTE)
+        output = prober.run(ops, histories)
+        if keep:
+            self._account(tick, prober, ops)
+        return output
+
+    def _account(self, tick: Tick, prober: Prober, ops: Sequence[Op]) -> None:
+        cost = prober.cost()
+        self.trace.macs_uncached += cost.macs
+        self.trace.macs += cost.macs - sum(m for m, op in zip(cost.site_macs, ops, strict=True) if op >= Op.REUSE)
+        for index, op in enumerate(ops):
+            if op is Op.STORE:
+                self.history.setdefault((tick.pass_index, index), []).insert(0, tick.step)
+        if tick.pass_index == 0:
+            for group in ("attention", "mlp"):
+                reused = all(
+                    op >= Op.REUSE
+                    for op, site in zip(ops, self.handle.sites, strict=True)
+                    if site.kind.is_attention == (group == "attention")
+                )
+                self.idle[group] = self.idle.get(group, 0) + 1 if reused else 0
+
+    def _noise(self, prediction: torch.Tensor, prober: Prober) -> torch.Tensor:
+        latents = next(v for v in (*prober.call.args, *prober.call.kwargs.values()) if isinstance(v, torch.Tensor))
+        return prediction[:, : compat.noise_channels(prober.handle._denoiser, latents)].flatten(1).float()
+
+    def _gap(self, fresh: torch.Tensor, cached: torch.Tensor, prober: Prober) -> torch.Tensor:
+        """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""
+        fresh, cached = self._noise(fresh, prober), self._noise(cached, prober)
+        if self.options.criterion == "vector_gap":
+            return _norm(fresh - cached, self.options.norm)
+        return (_norm(fresh, self.options.norm) - _norm(self.options.eps_scale * cached, self.options.norm)).abs()
+
+    def _scaled(self, prediction: torch.Tensor, prober: Prober) -> torch.Tensor:
+        latents = next(v for v in (*prober.call.args, *prober.call.kwargs.values()) if isinstance(v, torch.Tensor))
+        channels = compat.noise_channels(prober.handle._denoiser, latents)
+        return scale_noise(prediction, self.options.eps_scale, channels)
+
+
+def options_last(options: EBCalibration) -> int:
+    """How many of the last steps are always computed."""
+    return options.last_computed
+
+
+def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
+    if norm == "raw":
+        return values.norm(dim=1)
+    return values.square().mean(1).sqrt() if norm == "rms" else values.abs().mean(1)
+
+
+def calibrate(
+    target: Any,
+    method: str | type[Method] | EBCalibration,
+    sample: Sample,
+    *,
+    num_inference_steps: int = 50,
+    num_samples: int = 8,
+    generator: torch.Generator | None = None,
+    score: Score | None = None,
+    score_generator: torch.Generator | None = None,
+    scheduler: Any = None,
+    show_progress: bool = False,
+) -> CacheTable:
+    """Make a cache table for a model and sampler, by EB-Cache's Algorithm 1 (arXiv 2503.07120).
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
+        method: ``"eb"``, or :class:`EBCalibration` with options of one's own.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…,
+            num_samples=…)``; it may make all ``num_samples`` in one batch or fewer. What it returns goes to ``score``.
+        num_inference_steps: steps of the sampler that the table is for.
+        num_samples: samples to calibrate on; 8 suffice (FEB-Cache, arXiv 2503.07120v3).
+        generator: source of the noise; drawn from anew, from the same seed, for every run.
+        score: judges what ``sample`` returned, lower is better (such as a Fréchet distance); if given, b is chosen from the
+            grid by it, on both sides of 1. Norms can't choose it: reuse lowers the norm of the prediction, and yet images
+            may be best with b below 1.
+        score_generator: source of the noise for scoring; by default as ``generator``.
+        scheduler: for a bare denoiser.
+        show_progress: show a progress bar.
+
+    Returns:
+        The table, with the model, scheduler, thresholds and measured norms in it.
+
+    Raises:
+        MethodError: the method has no calibration, or an option makes no sense.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    options = method if isinstance(method, EBCalibration) else EBCalibration()
+    if not isinstance(method, EBCalibration) and method not in ("eb", EBCache):
+        raise MethodError(f"{method!r} has no calibration; 'eb' has")
+    if num_inference_steps < 2 or num_samples < 1:
+        raise MethodError(f"calibration needs 2 steps and 1 sample at least, not {num_inference_steps} and {num_samples}")
+    generator = generator or torch.Generator().manual_seed(0)
+    seed = generator.initial_seed()
+
+    def run(kappa: float) -> tuple[_Trace, dict[str, Any]]:
+        with enable(target, NoCache(), scheduler=scheduler) as handle:
+            algorithm = _Algorithm1(handle, options, kappa)
+            handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
+            sample(target, _seeded(generator, seed), num_inference_steps=num_inference_steps, num_samples=num_samples)
+            if len(algorithm.trace.states) != num_inference_steps:
+                raise MethodError(
+                    f"sample ran {len(algorithm.trace.states)} steps instead of {num_inference_steps}: it must pass "
+                    "num_inference_steps on, and run one generation"
+                )
+            return algorithm.trace, _made_for(handle)
+
+    rounds = 1 if options.target_fraction is None else 8
+    with progress(total=rounds + (len(options.eps_scale_grid) if score else 0), desc="calibrate", show=show_progress) as bar:
+        kappa, trace, made_for = _bisect(run, options.target_fraction, bar.update)
+        threshold = [kappa * d for d in options.delta]
+        table = CacheTable(
+            actions=tuple(trace.states),
+            method="eb",
+            eps_scale=(options.eps_scale,) * num_inference_steps,
+            forecast_order=options.forecast_order,
+            calibration={
+                "num_samples": num_samples,
+                "seed": seed,
+                "kappa": kappa,
+                "threshold": threshold,
+                "options": asdict(options),
+                "norm": options.norm,
+                "norms": {"per_step": trace.norms},
+            },
+            macs_fraction=trace.macs / trace.macs_uncached,
+            **made_for,
+        )
+        if score is None:
+            return table
+        scored: dict[float, float] = {}
+        for scale in options.eps_scale_grid:
+            with enable(target, EBCache(table, eps_scale=scale), scheduler=scheduler):
+                source = score_generator or generator
+                fresh = _seeded(source, source.initial_seed())
+                scored[scale] = score(sample(target, fresh, num_inference_steps=num_inference_steps, num_samples=None))
+            bar.update()
+    best = min(scored, key=scored.__getitem__)
+    return replace(
+        table,
+        eps_scale=(best,) * num_inference_steps,
+        calibration={**table.calibration, "scores": {f"{scale:g}": value for scale, value in scored.items()}},
+    )
+
+
+def _seeded(generator: torch.Generator, seed: int) -> torch.Generator:
+    return torch.Generator(generator.device).manual_seed(seed)
+
+
+def _bisect(
+    run: Callable[[float], tuple[_Trace, dict[str, Any]]], target: float | None, done: Callable[[], Any]
+) -> tuple[float, _Trace, dict[str, Any]]:
+    """κ whose table costs closest to ``target`` of the uncached multiply-accumulates; the cost falls with κ."""
+    if target is None:
+        trace, made_for = run(1.0)
+        done()
+        return 1.0, trace, made_for
+    low, high, kappa = 0.0, None, 1.0
+    best: tuple[float, float, _Trace, dict[str, Any]] | None = None
+    for _ in range(8):
+        trace, made_for = run(kappa)
+        done()
+        fraction = trace.macs / trace.macs_uncached
+        if best is None or abs(fraction - target) < best[0]:
+            best = (abs(fraction - target), kappa, trace, made_for)
+        if best[0] < 0.005:
+            break
+        if fraction > target:
+            low = kappa
+            kappa = 2 * kappa if high is None else (low + high) / 2
+        else:
+            high = kappa
+            kappa = (low + high) / 2
+    assert best is not None
+    return best[1:]
+
+
+def _made_for(handle: Handle) -> dict[str, dict[str, Any]]:
+    """The identity of model and scheduler that goes into a table."""
+    scheduler = handle._scheduler()
+    denoiser = handle._denoiser
+    config = getattr(scheduler, "config", {})
+    return {
+        "model": {
+            "class": type(denoiser).__name__,
+            "num_blocks": 1 + max(site.block for site in handle.sites),
+            "fingerprint": fingerprint(denoiser),
+        },
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "prediction_type": config.get("prediction_type") if hasattr(config, "get") else None,
+            "timesteps": [float(t) for t in scheduler.timesteps],
+        },
+    }

@@ -1,0 +1,35 @@
+"""A progress bar where tqdm is installed and wanted, silence otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """What is used of a progress bar."""
+
+    def update(self, n: int = 1) -> object:
+        """Note that ``n`` more are done."""
+        ...
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def progress(total: int, desc: str, show: bool = True) -> Iterator[Bar]:
+    """A bar over ``total`` pieces of work; nothing if it is not wanted or tqdm isn't installed."""
+    if not show:
+        yield _Silent()
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _Silent()
+        return
+    with tqdm(total=total, desc=desc) as bar:
+        yield bar
