@@ -1,6 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
+from sostenuto.calibrate import EBCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -13,6 +14,8 @@ from sostenuto.errors import (
     VerificationError,
 )
 from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
+from sostenuto.verify import verify
 
 __version__ = "0.1.0"

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any, Literal
 
 import torch
 
 from sostenuto import compat
+from sostenuto.anatomy import Site
 from sostenuto.clock import Tick
 from sostenuto.correct import scale_noise
+from sostenuto.cost import Cost
 from sostenuto.engine import Handle, Prober, enable
 from sostenuto.errors import MethodError
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.methods.base import Method
-from sostenuto.plan import Op
+from sostenuto.plan import Action, Op
 from sostenuto.progress import progress
 from sostenuto.table import CacheTable, StepState, fingerprint
 
@@ -45,6 +46,7 @@ class EBCalibration:
         advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
         last_computed: how many of the last steps are always computed; the paper: 1.
+        kappa_start: where the bisection of κ begins.
         eps_scale: b during calibration, and the result where nothing is searched.
         eps_scale_grid: the values of b that are tried when a ``score`` is given.
     """
@@ -58,6 +60,7 @@ class EBCalibration:
     advance: Literal["selected", "no_cache"] = "selected"
     forecast_order: int = 1
     last_computed: int = 1
+    kappa_start: float = 1.0
     eps_scale: float = 1.0
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
 
@@ -84,8 +87,8 @@ class _Trace:
 
     states: list[StepState]
     norms: list[dict[str, float]]
-    macs: int
-    macs_uncached: int
+    samples: int = 0
+    cost: Cost | None = None
 
 
 class _Algorithm1:
@@ -95,21 +98,23 @@ class _Algorithm1:
         self.handle, self.options, self.kappa = handle, options, kappa
         self.history: dict[tuple[int, int], list[int]] = {}  # (pass, site) → computed steps, newest first
         self.idle: dict[str, int] = {}  # branch group → steps in a row for which it was reused
-        self.trace = _Trace([], [], 0, 0)
+        self.trace = _Trace([], [])
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
+        self.trace.samples = prober.batch_size
         if tick.pass_index == 0:
             state, output = self._choose(tick, prober)
             self.trace.states.append(state)
         else:  # the passes of a step share its state
             state = self.trace.states[-1]
             output = self._run(tick, prober, state)
-        return compat.map_output(output, lambda eps: self._scaled(eps, prober))
+        return compat.map_output(output, lambda eps: scale_noise(eps, self.options.eps_scale, prober.noise_channels))
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
-        options, last = self.options, tick.num_steps - options_last(self.options)
+        options, last = self.options, tick.num_steps - self.options.last_computed
         if tick.step == 0 or tick.step >= last:
             self.trace.norms.append({})
+            self.trace.cost = self.trace.cost or prober.cost()
             return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
         fresh = compat.first_tensor(self._run(tick, prober, StepState.COMPUTE, keep=False))
         tau = 1 - tick.step / max(1, tick.num_steps - 1)
@@ -158,13 +163,10 @@ class _Algorithm1:
                 ops.append(Op.STORE if keep else Op.COMPUTE)
         output = prober.run(ops, histories)
         if keep:
-            self._account(tick, prober, ops)
+            self._account(tick, ops)
         return output
 
-    def _account(self, tick: Tick, prober: Prober, ops: Sequence[Op]) -> None:
-        cost = prober.cost()
-        self.trace.macs_uncached += cost.macs
-        self.trace.macs += cost.macs - sum(m for m, op in zip(cost.site_macs, ops, strict=True) if op >= Op.REUSE)
+    def _account(self, tick: Tick, ops: Sequence[Op]) -> None:
         for index, op in enumerate(ops):
             if op is Op.STORE:
                 self.history.setdefault((tick.pass_index, index), []).insert(0, tick.step)
@@ -177,26 +179,12 @@ class _Algorithm1:
                 )
                 self.idle[group] = self.idle.get(group, 0) + 1 if reused else 0
 
-    def _noise(self, prediction: torch.Tensor, prober: Prober) -> torch.Tensor:
-        latents = next(v for v in (*prober.call.args, *prober.call.kwargs.values()) if isinstance(v, torch.Tensor))
-        return prediction[:, : compat.noise_channels(prober.handle._denoiser, latents)].flatten(1).float()
-
     def _gap(self, fresh: torch.Tensor, cached: torch.Tensor, prober: Prober) -> torch.Tensor:
         """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""
-        fresh, cached = self._noise(fresh, prober), self._noise(cached, prober)
+        fresh, cached = (p[:, : prober.noise_channels].flatten(1).float() for p in (fresh, cached))
         if self.options.criterion == "vector_gap":
             return _norm(fresh - cached, self.options.norm)
         return (_norm(fresh, self.options.norm) - _norm(self.options.eps_scale * cached, self.options.norm)).abs()
-
-    def _scaled(self, prediction: torch.Tensor, prober: Prober) -> torch.Tensor:
-        latents = next(v for v in (*prober.call.args, *prober.call.kwargs.values()) if isinstance(v, torch.Tensor))
-        channels = compat.noise_channels(prober.handle._denoiser, latents)
-        return scale_noise(prediction, self.options.eps_scale, channels)
-
-
-def options_last(options: EBCalibration) -> int:
-    """How many of the last steps are always computed."""
-    return options.last_computed
 
 
 def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
@@ -214,7 +202,7 @@ def calibrate(
     num_samples: int = 8,
     generator: torch.Generator | None = None,
     score: Score | None = None,
-    score_generator: torch.Generator | None = None,
+    score_sample: Sample | None = None,
     scheduler: Any = None,
     show_progress: bool = False,
 ) -> CacheTable:
@@ -223,15 +211,16 @@ def calibrate(
     Args:
         target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
         method: ``"eb"``, or :class:`EBCalibration` with options of one's own.
-        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…,
-            num_samples=…)``; it may make all ``num_samples`` in one batch or fewer. What it returns goes to ``score``.
+        sample: runs one generation of the user's own kind, of any batch size: ``sample(pipe, generator,
+            num_inference_steps=…)``.
         num_inference_steps: steps of the sampler that the table is for.
-        num_samples: samples to calibrate on; 8 suffice (FEB-Cache, arXiv 2503.07120v3).
-        generator: source of the noise; drawn from anew, from the same seed, for every run.
-        score: judges what ``sample`` returned, lower is better (such as a Fréchet distance); if given, b is chosen from the
-            grid by it, on both sides of 1. Norms can't choose it: reuse lowers the norm of the prediction, and yet images
-            may be best with b below 1.
-        score_generator: source of the noise for scoring; by default as ``generator``.
+        num_samples: rows of the denoiser's batch to calibrate on, 8 suffice (FEB-Cache, arXiv 2503.07120v3). ``sample`` is
+            called until there are so many; several calls vote, ties to less reuse.
+        generator: source of the noise; every run starts from its seed.
+        score: judges what ``score_sample`` returned, lower is better (such as a Fréchet distance). If given, b is chosen
+            from the grid by it, on both sides of 1. Norms can't choose it: reuse lowers the norm of the prediction, and
+            yet images may be best with b below 1.
+        score_sample: as ``sample``, for scoring; by default ``sample``.
         scheduler: for a bare denoiser.
         show_progress: show a progress bar.
 
@@ -247,89 +236,119 @@ def calibrate(
         raise MethodError(f"{method!r} has no calibration; 'eb' has")
     if num_inference_steps < 2 or num_samples < 1:
         raise MethodError(f"calibration needs 2 steps and 1 sample at least, not {num_inference_steps} and {num_samples}")
-    generator = generator or torch.Generator().manual_seed(0)
-    seed = generator.initial_seed()
+    seed = generator.initial_seed() if generator else 0
+    device = generator.device if generator else "cpu"
+    facts: dict[str, Any] = {}
 
-    def run(kappa: float) -> tuple[_Trace, dict[str, Any]]:
+    def run(kappa: float) -> CacheTable:
+        traces: list[_Trace] = []
+        noise = torch.Generator(device).manual_seed(seed)
         with enable(target, NoCache(), scheduler=scheduler) as handle:
-            algorithm = _Algorithm1(handle, options, kappa)
-            handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
-            sample(target, _seeded(generator, seed), num_inference_steps=num_inference_steps, num_samples=num_samples)
-            if len(algorithm.trace.states) != num_inference_steps:
-                raise MethodError(
-                    f"sample ran {len(algorithm.trace.states)} steps instead of {num_inference_steps}: it must pass "
-                    "num_inference_steps on, and run one generation"
-                )
-            return algorithm.trace, _made_for(handle)
-
-    rounds = 1 if options.target_fraction is None else 8
-    with progress(total=rounds + (len(options.eps_scale_grid) if score else 0), desc="calibrate", show=show_progress) as bar:
-        kappa, trace, made_for = _bisect(run, options.target_fraction, bar.update)
-        threshold = [kappa * d for d in options.delta]
+            while sum(trace.samples for trace in traces) < num_samples:
+                algorithm = _Algorithm1(handle, options, kappa)
+                handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
+                sample(target, noise, num_inference_steps=num_inference_steps)
+                if len(algorithm.trace.states) != num_inference_steps:
+                    raise MethodError(
+                        f"sample ran {len(algorithm.trace.states)} steps instead of {num_inference_steps}: it must pass "
+                        "num_inference_steps on, and run one generation"
+                    )
+                traces.append(algorithm.trace)
+            facts.update(sites=handle.sites, cost=traces[0].cost, **_made_for(handle))
+        states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)
         table = CacheTable(
-            actions=tuple(trace.states),
-            method="eb",
+            actions=tuple(states),
             eps_scale=(options.eps_scale,) * num_inference_steps,
             forecast_order=options.forecast_order,
+            model=facts["model"],
+            scheduler=facts["scheduler"],
             calibration={
-                "num_samples": num_samples,
+                "num_samples": sum(trace.samples for trace in traces),
                 "seed": seed,
                 "kappa": kappa,
-                "threshold": threshold,
-                "options": asdict(options),
+                "threshold": [kappa * d for d in options.delta],
                 "norm": options.norm,
-                "norms": {"per_step": trace.norms},
+                "norms": traces[0].norms,
+                "options": asdict(options),
             },
-            macs_fraction=trace.macs / trace.macs_uncached,
-            **made_for,
         )
+        return replace(table, macs_fraction=_macs_fraction(table, facts["sites"], facts["cost"]))
+
+    grid = options.eps_scale_grid if score is not None else ()
+    rounds = 1 if options.target_fraction is None else _MAX_ROUNDS
+    with progress(rounds + len(grid), "calibrate", show_progress) as bar:
+        table = _bisect(run, options, bar.update)
         if score is None:
             return table
-        scored: dict[float, float] = {}
-        for scale in options.eps_scale_grid:
+        scores: dict[float, float] = {}
+        for scale in grid:
             with enable(target, EBCache(table, eps_scale=scale), scheduler=scheduler):
-                source = score_generator or generator
-                fresh = _seeded(source, source.initial_seed())
-                scored[scale] = score(sample(target, fresh, num_inference_steps=num_inference_steps, num_samples=None))
+                noise = torch.Generator(device).manual_seed(seed)
+                scores[scale] = score((score_sample or sample)(target, noise, num_inference_steps=num_inference_steps))
             bar.update()
-    best = min(scored, key=scored.__getitem__)
+    best = min(scores, key=scores.__getitem__)
     return replace(
         table,
         eps_scale=(best,) * num_inference_steps,
-        calibration={**table.calibration, "scores": {f"{scale:g}": value for scale, value in scored.items()}},
+        calibration={**table.calibration, "scores": {f"{scale:g}": value for scale, value in scores.items()}},
     )
 
 
-def _seeded(generator: torch.Generator, seed: int) -> torch.Generator:
-    return torch.Generator(generator.device).manual_seed(seed)
+_MAX_ROUNDS = 8
 
 
-def _bisect(
-    run: Callable[[float], tuple[_Trace, dict[str, Any]]], target: float | None, done: Callable[[], Any]
-) -> tuple[float, _Trace, dict[str, Any]]:
-    """κ whose table costs closest to ``target`` of the uncached multiply-accumulates; the cost falls with κ."""
-    if target is None:
-        trace, made_for = run(1.0)
+def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Callable[[], Any]) -> CacheTable:
+    """The table whose κ brings its cost closest to the target; the cost falls as κ grows."""
+    if options.target_fraction is None:
+        table = run(1.0)
         done()
-        return 1.0, trace, made_for
-    low, high, kappa = 0.0, None, 1.0
-    best: tuple[float, float, _Trace, dict[str, Any]] | None = None
-    for _ in range(8):
-        trace, made_for = run(kappa)
+        return table
+    low, high, kappa = 0.0, None, options.kappa_start
+    tables: list[CacheTable] = []
+    for _ in range(_MAX_ROUNDS):
+        tables.append(run(kappa))
         done()
-        fraction = trace.macs / trace.macs_uncached
-        if best is None or abs(fraction - target) < best[0]:
-            best = (abs(fraction - target), kappa, trace, made_for)
-        if best[0] < 0.005:
+        excess = _fraction(tables[-1]) - options.target_fraction
+        if abs(excess) < 0.01:
             break
-        if fraction > target:
-            low = kappa
-            kappa = 2 * kappa if high is None else (low + high) / 2
-        else:
-            high = kappa
-            kappa = (low + high) / 2
-    assert best is not None
-    return best[1:]
+        low, high = (kappa, high) if excess > 0 else (low, kappa)
+        kappa = 2 * kappa if high is None else (low + high) / 2
+    return min(tables, key=lambda table: abs(_fraction(table) - options.target_fraction))
+
+
+def _fraction(table: CacheTable) -> float:
+    assert table.macs_fraction is not None
+    return table.macs_fraction
+
+
+def _vote(runs: Sequence[Sequence[StepState]], bound: int | None) -> list[StepState]:
+    """The majority at every step, ties to less reuse; a step that would break the bound on staleness computes."""
+    order = (StepState.COMPUTE, *reversed(CANDIDATES))
+    states: list[StepState] = []
+    idle = {"attention": 0, "mlp": 0}
+    for votes in zip(*runs, strict=True):
+        counts = Counter(votes)
+        state = max(order, key=lambda s: counts[s])  # max keeps the first of equals: less reuse
+        reused = {
+            "attention": state in (StepState.REUSE_ATTENTION, StepState.REUSE_BOTH),
+            "mlp": state in (StepState.REUSE_MLP, StepState.REUSE_BOTH),
+        }
+        if bound is not None and any(reused[group] and idle[group] >= bound for group in idle):
+            state, reused = StepState.COMPUTE, dict.fromkeys(idle, False)
+        idle = {group: idle[group] + 1 if reused[group] else 0 for group in idle}
+        states.append(state)
+    return states
+
+
+def _macs_fraction(table: CacheTable, sites: Sequence[Site], cost: Cost) -> float:
+    """Multiply-accumulates of a generation with the table, of one without."""
+    skipped = sum(
+        macs
+        for row in table.plan(sites).actions
+        for macs, action in zip(cost.site_macs, row, strict=True)
+        if action is not Action.COMPUTE
+    )
+    return 1 - skipped / (cost.macs * table.num_inference_steps)
 
 
 def _made_for(handle: Handle) -> dict[str, dict[str, Any]]:

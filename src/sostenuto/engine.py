@@ -67,6 +67,21 @@ class Prober:
         """The denoiser's output with these ops; ``STORE`` keeps outputs for later runs and steps."""
         return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
 
+    @property
+    def latents(self) -> torch.Tensor:
+        """The denoiser's first input, ``[batch, channels, …]``."""
+        return self.call.args[0] if self.call.args else self.call.kwargs[self.handle._names[0]]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the denoiser's batch."""
+        return self.latents.shape[0]
+
+    @property
+    def noise_channels(self) -> int:
+        """Channels of the predicted noise in the denoiser's output."""
+        return compat.noise_channels(self.handle._denoiser, self.latents)
+
     def cost(self) -> Cost:
         """What the call costs when everything is computed."""
         return self.handle._cost(self.call.signature)
@@ -103,14 +118,21 @@ class Handle:
 
     def _attach(self) -> None:
         try:
-            for tap in self._taps:
-                self._detach.append(tap.detach)
-                tap.attach()
+            self._detach.append(self._detach_taps)
+            self._attach_taps()
             vars(self._denoiser)[_ATTRIBUTE] = self
             self._detach.append(compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k)))
         except BaseException:
             self.disable()
             raise
+
+    def _attach_taps(self) -> None:
+        for tap in self._taps:
+            tap.attach()
+
+    def _detach_taps(self) -> None:
+        for tap in reversed(self._taps):
+            tap.detach()
 
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""

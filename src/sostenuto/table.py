@@ -175,6 +175,11 @@ class CacheTable:
             macs_fraction=None,
         )
 
+    def strip(self) -> str:
+        """One letter per step: ``·`` compute, ``a`` reuse attention, ``m`` reuse MLP, ``B`` reuse both, ``?`` per site."""
+        letters = dict(zip(StepState, "·amB", strict=True))
+        return "".join(letters[state] if isinstance(state, StepState) else "?" for state in self.actions)
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         actions = [

@@ -59,8 +59,8 @@ def inception_score(logits: torch.Tensor) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all logits: ten numbers an image
         metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
-    metric.update(logits)
-    return float(metric.compute()[0])
+        metric.update(logits)
+        return float(metric.compute()[0])
 
 
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:

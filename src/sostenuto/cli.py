@@ -1,0 +1,323 @@
+"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Sample the shipped model with every method on the same noise; prints a table, writes a page and a picture."""
+
+    output: Path = Path("demo-output")
+    """Folder for demo.html, demo.png, the calibrated tables and the images; an interrupted run in it goes on."""
+    num_images: int = 128
+    """Images per row and seed."""
+    batch_size: int = 32
+    seeds: tuple[int, ...] = (0,)
+    search_images: int = 60
+    """Images per value when the noise scale is searched; 0 takes the shipped tables instead of calibrating."""
+    shard: tuple[int, int] = (0, 1)
+    """This process's part of the batches and the number of parts, to share a long run among processes."""
+    threads: int = 0
+    """Threads that torch uses; 0 leaves torch's default."""
+    fresh: bool = False
+    """Delete what lies in the output folder first."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+    def run(self) -> None:
+        """Compare, print, draw."""
+        import shutil
+
+        import torch
+
+        from sostenuto.demo.compare import Settings, compare
+        from sostenuto.demo.show import terminal_table, write_pictures
+
+        settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard)
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.fresh and (self.output / "batches").is_dir():
+            shutil.rmtree(self.output / "batches")
+            for table in self.output.glob("table-*.json"):
+                table.unlink()
+        results = compare(self.output, settings)
+        if not results["rows"]:
+            print(f"this part is done; {results['missing']} batches of other parts are missing")
+            return
+        (self.output / "results.json").write_text(json.dumps(results, indent=1))
+        write_json(self.json, results)
+        picture, page = write_pictures(self.output, results)
+        print(terminal_table(results))
+        print(f"\npage: {page}\npicture: {picture}")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, sampler and method."""
+
+    model: str = "demo"
+    """A diffusers folder, a hub id, or "demo"."""
+    method: str = "eb"
+    """A name from "sostenuto methods", or "none"."""
+    table: Path | None = None
+    """A cache table for the method (eb)."""
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """Class labels."""
+    seed: int = 0
+
+    def pipeline(self) -> Any:
+        """The pipeline."""
+        if self.model == "demo":
+            from sostenuto.demo.pipeline import load_demo_pipeline
+
+            return load_demo_pipeline()
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(self.model)
+
+    def method_object(self) -> Any:
+        """The method with its table."""
+        from sostenuto.errors import MethodError
+        from sostenuto.methods import EBCache, by_name
+
+        if self.table is None:
+            return by_name(self.method)
+        if self.method != "eb":
+            raise MethodError(f"--table is for the method eb, not {self.method}")
+        return EBCache(self.table)
+
+    def sample(self, output_type: str = "pt") -> Any:
+        """A ``sample`` for calibrate and verify."""
+
+        def sample(pipe: Any, generator: Any, num_inference_steps: int = self.num_inference_steps) -> Any:
+            return pipe(
+                class_labels=list(self.labels),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                generator=generator,
+                output_type=output_type,
+            ).images
+
+        return sample
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate images, cached and, to compare, uncached from the same noise."""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
+    output: Path = Path("generated.png")
+    """The picture: the first row cached, the second uncached."""
+    compare: bool = True
+    """Also generate without caching."""
+    json: Path | None = None
+    """Write the statistics to this file."""
+
+    def run(self) -> None:
+        """Generate, save, print statistics."""
+        import time
+
+        import torch
+
+        import sostenuto
+
+        pipe, sample = self.choice.pipeline(), self.choice.sample("pil")
+        pipe.set_progress_bar_config(disable=False)
+        began = time.perf_counter()
+        with sostenuto.enable(pipe, self.choice.method_object()) as handle:
+            rows = [sample(pipe, torch.Generator().manual_seed(self.choice.seed))]
+            seconds = time.perf_counter() - began
+            stats = handle.stats.as_dict()
+        content: dict[str, Any] = {"wall_s": seconds, **stats}
+        if self.compare:
+            began = time.perf_counter()
+            rows.append(sample(pipe, torch.Generator().manual_seed(self.choice.seed)))
+            content["wall_s_uncached"] = time.perf_counter() - began
+            content["speedup"] = content["wall_s_uncached"] / seconds
+        _contact_sheet(rows).save(self.output)
+        write_json(self.json, content)
+        speed = f", {content['speedup']:.2f}× measured" if self.compare else ""
+        print(f"{self.output}: {seconds:.2f} s, {stats['ideal_speedup']:.2f}× by multiply-accumulates{speed}")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Make a cache table for a model and sampler."""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
+    output: Path = Path("table.json")
+    target_fraction: float = 0.6
+    """Share of the uncached multiply-accumulates that the table may cost."""
+    forecast_order: int = 1
+    """How reused branches are filled: 0 last value, 1 linear extrapolation."""
+    num_samples: int = 8
+    search_images: int = 200
+    """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
+    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+    """Values of the noise scale to try."""
+    json: Path | None = None
+    """Also write the table's summary to this file."""
+
+    def run(self) -> None:
+        """Calibrate and save."""
+        import torch
+
+        import sostenuto
+
+        pipe, extra = self.choice.pipeline(), {}
+        if self.choice.model == "demo" and self.search_images:
+            from sostenuto.demo.compare import demo_sample
+            from sostenuto.demo.judge import Judge
+
+            extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+        table = sostenuto.calibrate(
+            pipe,
+            sostenuto.EBCalibration(
+                target_fraction=self.target_fraction,
+                forecast_order=self.forecast_order,
+                eps_scale_grid=self.eps_scale_grid,
+            ),
+            self.choice.sample(),
+            num_inference_steps=self.choice.num_inference_steps,
+            num_samples=self.num_samples,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
+            **extra,
+        )
+        table.save(self.output)
+        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": table.eps_scale[0]})
+        print(f"{self.output}: {table.macs_fraction:.2f} of the multiply-accumulates, b = {table.eps_scale[0]:g}")
+        print(table.strip())
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """List the sites of a model's denoiser."""
+
+    model: str = "demo"
+    """A diffusers folder, a hub id, or "demo"."""
+    verify: bool = False
+    """Also prove on the model that reuse is exact at every site."""
+    json: Path | None = None
+    """Write the sites to this file."""
+
+    def run(self) -> None:
+        """Print one line a site."""
+        import sostenuto
+
+        choice = ModelChoice(self.model)
+        pipe = choice.pipeline()
+        sites = sostenuto.inspect(pipe.transformer)
+        for site in sites:
+            print(f"{site.id:36} {site.kind.value:16} block {site.block:<4} {site.parameters:>12,} parameters")
+        if self.verify:
+            _verify(pipe, choice, "none")
+        write_json(self.json, [{**vars(site), "kind": site.kind.value} for site in sites])
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Prove on a model that what is reused is exact, and that a method's plan is what runs."""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
+
+    def run(self) -> None:
+        """Verify and print what was proved."""
+        _verify(self.choice.pipeline(), self.choice, self.choice.method_object())
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods."""
+
+    json: Path | None = None
+    """Write them to this file."""
+
+    def run(self) -> None:
+        """Print one line a method."""
+        from sostenuto.methods import available_methods
+
+        rows = [
+            {"name": name, "class": m.__name__, "paper": m.paper, "calibrated": m.calibrated, "summary": m.summary}
+            for name, m in available_methods().items()
+        ]
+        for row in rows:
+            needs = "calibrated" if row["calibrated"] else "ready"
+            print(f"{row['name']:18} {row['class']:16} {needs:12} {row['paper'] or '–':18} {row['summary']}")
+        write_json(self.json, rows)
+
+
+COMMANDS = {
+    "demo": Demo,
+    "generate": Generate,
+    "calibrate": Calibrate,
+    "inspect": Inspect,
+    "verify": Verify,
+    "methods": Methods,
+}
+
+
+def _verify(pipe: Any, choice: ModelChoice, method: Any) -> None:
+    import sostenuto
+
+    proved = sostenuto.verify(pipe, method, choice.sample(), num_inference_steps=choice.num_inference_steps)
+    print(
+        f"proved: {proved['sites']} sites are bit-identical when reused with identical inputs, each saves its counted "
+        f"multiply-accumulates, and {proved['steps']} steps of {proved['passes']} pass(es) ran as planned"
+    )
+
+
+def _contact_sheet(rows: list[list[Any]]) -> Any:
+    from PIL import Image
+
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            sheet.paste(image, (c * width, r * height))
+    return sheet
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write the numbers where ``--json`` says, if it does."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command; returns 0, or 1 with a one-line reason on standard error (``--debug`` for the traceback)."""
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="sostenuto", description="Faster sampling for diffusion transformers.", args=words
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print("sostenuto: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"sostenuto: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""The demo's comparison: every row on the same noise and labels, batch by batch in turn so that drift of the machine cancels.
+
+Each batch of each row is one file in the run's folder: an interrupted run goes on where it stopped, and several processes
+can share the work (``shard``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sostenuto
+from sostenuto.calibrate import EBCalibration, calibrate
+from sostenuto.demo.judge import Judge
+from sostenuto.demo.network import NUM_CLASSES
+from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
+from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
+from sostenuto.methods.base import Method
+from sostenuto.progress import progress
+from sostenuto.quality.metrics import paired_psnr
+from sostenuto.table import CacheTable
+
+NUM_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison is made of."""
+
+    num_images: int = 128
+    batch_size: int = 32
+    seeds: tuple[int, ...] = (0,)
+    search_images: int = 60
+    """Images per value when the noise scale b is searched; 0 takes the shipped tables instead of calibrating."""
+    shard: tuple[int, int] = (0, 1)
+    """This process's part of the batches and the number of parts."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2 or self.batch_size < 1 or not self.seeds or self.search_images < 0:
+            raise ValueError(
+                "a comparison needs at least 2 images, a batch of 1 and a seed, not "
+                f"{self.num_images}, {self.batch_size}, {list(self.seeds)} ({self.search_images} to search)"
+            )
+        if not 0 <= self.shard[0] < self.shard[1]:
+            raise ValueError(f"shard must be (part, parts) with 0 <= part < parts, not {self.shard}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a sampler and a method.
+
+    Attributes:
+        name: shown in table and pictures.
+        method: what is enabled.
+        num_inference_steps: steps of the sampler.
+        solver: ``"ddpm"`` or ``"dpm-solver++"``.
+        reference: name of the uncached row that runs on the same noise, for PSNR; ``None`` where none does.
+    """
+
+    name: str
+    method: Method
+    num_inference_steps: int = NUM_STEPS
+    solver: str = "ddpm"
+    reference: str | None = "uncached"
+
+
+@dataclass
+class Row:
+    """A row of the results; the public field names of ``sostenuto demo --json``."""
+
+    name: str
+    method: str
+    num_inference_steps: int
+    solver: str
+    wall_s: float
+    speedup: float
+    ideal_speedup: float
+    efficiency: float
+    frechet_distance: float
+    inception_score: float
+    class_accuracy: float
+    precision: float
+    recall: float
+    psnr: float | None
+    macs: int
+    cache_bytes_peak: int
+    frechet_distance_per_seed: list[float] = field(default_factory=list)
+    plan: list[list[str]] = field(default_factory=list)
+    eps_scale: list[float] = field(default_factory=list)
+
+
+def labels_of(num_images: int) -> torch.Tensor:
+    """Balanced labels ``[n]``: 0 … 9 over and over."""
+    return torch.arange(num_images) % NUM_CLASSES
+
+
+def demo_sample(num_images: int) -> Callable[..., torch.Tensor]:
+    """A ``sample`` for calibration: images ``[n, 1, 28, 28]`` in ``[0, 1]`` with balanced labels, no guidance."""
+
+    def sample(pipe: DemoPipeline, generator: torch.Generator, num_inference_steps: int = NUM_STEPS) -> torch.Tensor:
+        parts = labels_of(num_images).split(32)
+        made = [pipe(p.tolist(), num_inference_steps, generator=generator, output_type="pt").images for p in parts]
+        return torch.cat(made)
+
+    return sample
+
+
+def make_tables(pipe: DemoPipeline, judge: Judge, search_images: int, show: bool) -> tuple[CacheTable, CacheTable]:
+    """The tables for about 1.5x and 2.5x: calibrated here, b chosen by the distance of a small set of images."""
+    light, strong = (
+        calibrate(
+            pipe,
+            options,
+            demo_sample(8),
+            num_inference_steps=NUM_STEPS,
+            score=judge.distance,
+            score_sample=demo_sample(search_images),
+            show_progress=show,
+        )
+        for options in CALIBRATIONS
+    )
+    return light, strong
+
+
+CALIBRATIONS = (
+    EBCalibration(target_fraction=0.62, kappa_start=0.7, eps_scale_grid=(0.98, 1.0, 1.02)),
+    EBCalibration(target_fraction=0.37, kappa_start=4.0, eps_scale_grid=(0.98, 1.0, 1.02)),
+)
+
+
+def entries(light: CacheTable, strong: CacheTable) -> list[Entry]:
+    """The rows of the comparison; the first is the uncached sampler."""
+    b = fmean(light.eps_scale)
+    return [
+        Entry("uncached", NoCache()),
+        Entry("33 steps", NoCache(), 33, reference=None),
+        Entry("20 steps", NoCache(), 20, reference=None),
+        Entry("FORA N=2", FORA(2)),
+        Entry("ε-scaling alone", EpsilonScaling(1 / b)),
+        Entry("table alone", EBCache(light, eps_scale=1.0)),
+        Entry("EB-Cache 1.5×", EBCache(light)),
+        Entry("EB-Cache 2.5×", EBCache(strong)),
+        Entry("DPM-Solver++ 20", NoCache(), 20, "dpm-solver++", reference=None),
+        Entry("DPM-Solver++ 13", NoCache(), 13, "dpm-solver++", reference=None),
+        Entry("DPM-Solver++ 20, cached", CACHED_SOLVER, 20, "dpm-solver++", reference="DPM-Solver++ 20"),
+    ]
+
+
+# On an ODE solver the gap wants a forecast and no scaling.
+CACHED_SOLVER = FORA(2, forecast_order=1)
+
+
+def compare(folder: Path, settings: Settings, show: bool = True) -> dict[str, Any]:
+    """Run what is missing of the comparison and return its results.
+
+    Args:
+        folder: where batches, tables and results lie; made if need be.
+        settings: sizes and seeds.
+        show: progress bars.
+
+    Returns:
+        The content of ``--json``: ``rows``, ``n``, ``seed``, ``machine`` and more.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe, judge = load_demo_pipeline(), Judge()
+    light, strong = _tables(folder, pipe, judge, settings, show)
+    todo = entries(light, strong)
+    batches = list(_batches(settings))
+    with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
+        for number, (seed, start, labels) in enumerate(batches):
+            for entry in todo:
+                path = batch_file(folder, entry.name, seed, start)
+                if not path.exists() and number % settings.shard[1] == settings.shard[0]:
+                    _generate(pipe, entry, seed, start, labels, path)
+                bar.update()
+    missing = sum(not batch_file(folder, e.name, seed, start).exists() for seed, start, _ in batches for e in todo)
+    if missing:
+        return {"rows": [], "missing": missing}
+    return _results(folder, todo, settings, judge)
+
+
+def _tables(
+    folder: Path, pipe: DemoPipeline, judge: Judge, settings: Settings, show: bool
+) -> tuple[CacheTable, CacheTable]:
+    paths = [folder / "table-1.5x.json", folder / "table-2.5x.json"]
+    if not all(path.exists() for path in paths):
+        if settings.search_images:
+            tables = make_tables(pipe, judge, settings.search_images, show)
+        else:
+            tables = tuple(CacheTable.load(SHIPPED / path.name.replace("table", "demo-ddpm50")) for path in paths)
+        for path, table in zip(paths, tables, strict=True):
+            table.save(path)
+    return CacheTable.load(paths[0]), CacheTable.load(paths[1])
+
+
+SHIPPED = Path(sostenuto.__file__).parent / "tables"
+
+
+def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
+    labels = labels_of(settings.num_images)
+    for seed in settings.seeds:
+        for start in range(0, settings.num_images, settings.batch_size):
+            yield seed, start, labels[start : start + settings.batch_size]
+
+
+def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
+    """Where a batch of a row lies."""
+    name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon"))
+    return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
+
+
+def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: torch.Tensor, path: Path) -> None:
+    base = pipe.scheduler
+    if entry.solver == "dpm-solver++":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(base.config)
+    try:
+        with sostenuto.enable(pipe, entry.method) as handle:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            began = time.perf_counter()
+            images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
+            seconds = time.perf_counter() - began
+            stats = handle.stats.as_dict()
+    finally:
+        pipe.scheduler = base
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"images": (images * 255).round().to(torch.uint8)}, partial, {"wall_s": str(seconds), "stats": json.dumps(stats)})
+    partial.replace(path)
+
+
+@dataclass
+class _Sampled:
+    """All batches of one row: images ``[seeds, n, 1, 28, 28]``, seconds per batch, statistics of a batch."""
+
+    images: torch.Tensor
+    seconds: list[float]
+    stats: dict[str, Any]
+    macs: int
+
+
+def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
+    images, seconds, macs, stats = [], [], 0, {}
+    for seed, start, _ in _batches(settings):
+        path = batch_file(folder, entry.name, seed, start)
+        images.append(load_file(path)["images"])
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        stats = json.loads(metadata["stats"])
+        seconds.append(float(metadata["wall_s"]))
+        macs += stats["macs"]
+    stacked = torch.cat(images).float() / 255
+    return _Sampled(stacked.view(len(settings.seeds), settings.num_images, *stacked.shape[1:]), seconds, stats, macs)
+
+
+def _results(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge) -> dict[str, Any]:
+    labels = labels_of(settings.num_images)
+    sampled = {entry.name: _read(folder, entry, settings) for entry in todo}
+    base = sampled[todo[0].name]
+    rows = []
+    for entry in todo:
+        own = sampled[entry.name]
+        verdicts = [judge.judge(images, labels) for images in own.images]
+        speedup = median(a / b for a, b in zip(base.seconds, own.seconds, strict=True))
+        ideal = base.macs / own.macs
+        reference = sampled[entry.reference].images if entry.reference and entry.reference != entry.name else None
+        mean = {name: fmean(getattr(v, name) for v in verdicts) for name in asdict(verdicts[0])}
+        rows.append(
+            Row(
+                name=entry.name,
+                method=entry.method.name,
+                num_inference_steps=entry.num_inference_steps,
+                solver=entry.solver,
+                wall_s=median(own.seconds),
+                speedup=speedup,
+                ideal_speedup=ideal,
+                efficiency=speedup / ideal,
+                psnr=None if reference is None else paired_psnr(own.images.flatten(0, 1), reference.flatten(0, 1)),
+                macs=own.macs,
+                cache_bytes_peak=own.stats["cache_bytes_peak"],
+                frechet_distance_per_seed=[v.frechet_distance for v in verdicts],
+                plan=own.stats["plan"],
+                eps_scale=list(_noise_scale(entry)),
+                **mean,
+            )
+        )
+    return {
+        "rows": [asdict(row) for row in rows],
+        "n": settings.num_images,
+        "seed": settings.seeds[0],
+        "seeds": list(settings.seeds),
+        "batch_size": settings.batch_size,
+        "floor": judge.floor(settings.num_images),
+        "machine": machine(),
+    }
+
+
+def _noise_scale(entry: Entry) -> Sequence[float]:
+    if isinstance(entry.method, EpsilonScaling):
+        return [1 / float(entry.method.scale)] * entry.num_inference_steps  # type: ignore[arg-type]
+    if isinstance(entry.method, EBCache) and isinstance(entry.method.table, CacheTable):
+        fixed = entry.method.eps_scale
+        return entry.method.table.eps_scale if fixed is None else [fixed] * entry.num_inference_steps  # type: ignore[list-item]
+    return [1.0] * entry.num_inference_steps
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": "float32",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "sostenuto": sostenuto.__version__,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,65 @@
+"""What ``sostenuto demo`` shows: a table in the terminal, a PNG and a self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sostenuto.demo.compare import batch_file
+from sostenuto.demo.network import CLASS_NAMES
+from sostenuto.report.figures import png, poster
+from sostenuto.report.page import render
+
+GRID_COLUMNS = 20
+_HEADINGS = ("row", "steps", "speed-up", "ideal", "distance", "score", "accuracy", "precision", "recall", "PSNR")
+
+
+def terminal_table(results: dict[str, Any]) -> str:
+    """The rows as text."""
+    lines = [_HEADINGS]
+    for row in results["rows"]:
+        lines.append(
+            (
+                row["name"],
+                str(row["num_inference_steps"]),
+                f"{row['speedup']:.2f}×",
+                f"{row['ideal_speedup']:.2f}×",
+                f"{row['frechet_distance']:.3f}",
+                f"{row['inception_score']:.2f}",
+                f"{row['class_accuracy']:.3f}",
+                f"{row['precision']:.3f}",
+                f"{row['recall']:.3f}",
+                "–" if row["psnr"] is None else f"{row['psnr']:.1f} dB",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADINGS))]
+    text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    text.insert(1, "  ".join("─" * w for w in widths))
+    seeds = f" for each of the seeds {', '.join(map(str, results['seeds']))}" if len(results["seeds"]) > 1 else f", seed {results['seed']}"
+    machine = results["machine"]
+    text += [
+        "",
+        f"n = {results['n']} images a row{seeds}; distance: Fréchet distance to the training set, real test images at this n: {results['floor']:.3f}",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, diffusers {machine['diffusers']}",
+    ]
+    return "\n".join(text)
+
+
+def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
+    """Write ``demo.png`` and ``demo.html`` into the folder of a finished comparison."""
+    names = [row["name"] for row in results["rows"]]
+    images = torch.stack([_first_images(folder, name, results["seed"]) for name in names])
+    columns: Sequence[str] = [CLASS_NAMES[i % len(CLASS_NAMES)].split("/")[0] for i in range(images.shape[1])]
+    picture, page = folder / "demo.png", folder / "demo.html"
+    picture.write_bytes(png(poster(results, images, names, columns)))
+    page.write_text(render(results, images, names, columns), encoding="utf-8")
+    return picture, page
+
+
+def _first_images(folder: Path, name: str, seed: int) -> torch.Tensor:
+    images = load_file(batch_file(folder, name, seed, 0))["images"].float() / 255
+    return images[:GRID_COLUMNS]

@@ -1,0 +1,1 @@
+"""From results to pictures and a self-contained page."""

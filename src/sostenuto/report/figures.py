@@ -1,0 +1,132 @@
+"""The pictures of a comparison: sample grid, plan map, quality against speed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
+
+INK, MUTED, ACCENT, WARM = "#1f2430", "#8a90a0", "#2f6fdb", "#d9822b"
+_SHADES = {"compute": "#2f6fdb", "reuse": "#e8ecf5", "forecast": "#f3cf9f", "partial": "#9cc3a5"}
+
+
+def draw_grid(axes: Axes, images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> None:
+    """Rows of images from the same noise: ``[rows, columns, 1, h, w]`` in ``[0, 1]``, one row per name."""
+    rows, columns, _, height, width = images.shape
+    gap = 2
+    sheet = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for r in range(rows):
+        for c in range(columns):
+            top, left = r * (height + gap), c * (width + gap)
+            sheet[top : top + height, left : left + width] = images[r, c, 0]
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks([r * (height + gap) + height / 2 for r in range(rows)], names, fontsize=9, color=INK)
+    axes.set_xticks([c * (width + gap) + width / 2 for c in range(columns)], column_labels, fontsize=7, color=INK)
+    axes.tick_params(length=0)
+    axes.xaxis.tick_top()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], title: str) -> None:
+    """The actions carried out, one column per step, one line per site (attention and MLP of block 0 at the top)."""
+    codes = list(_SHADES)
+    matrix = [[codes.index(action) for action in step] for step in plan]
+    palette = matplotlib.colors.ListedColormap([_SHADES[code] for code in codes])
+    grid = torch.tensor(matrix).T
+    # Attention rows above, MLP rows below: the table decides by branch.
+    grid = torch.cat([grid[0::2], grid[1::2]])
+    half = grid.shape[0] / 2
+    axes.pcolormesh(grid.flip(0), cmap=palette, vmin=-0.5, vmax=len(codes) - 0.5, edgecolors="white", linewidth=0.3)
+    axes.set_yticks([half / 2, half * 1.5], ["MLP", "attention"], fontsize=8, color=INK)
+    axes.axhline(half, color="white", linewidth=2)
+    axes.set_title(title, fontsize=9, loc="left", color=INK)
+    axes.set_xlabel("step (noise → image)", fontsize=8, color=INK)
+    axes.tick_params(labelsize=8, length=0)
+    used = sorted({action for step in plan for action in step}, key=codes.index)
+    axes.legend(
+        [matplotlib.patches.Patch(color=_SHADES[code]) for code in used],
+        used,
+        fontsize=7,
+        ncol=len(used),
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        frameon=False,
+    )
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> None:
+    """Distance against measured speed-up; down and to the right is better."""
+    for row in rows:
+        cached = row["ideal_speedup"] > 1 and row["method"] not in ("none", "epsilon-scaling")
+        color = ACCENT if row["method"] == "eb" else WARM if cached else MUTED
+        axes.scatter(row["speedup"], row["frechet_distance"], s=42, color=color, zorder=3)
+        axes.annotate(
+            row["name"],
+            (row["speedup"], row["frechet_distance"]),
+            textcoords="offset points",
+            xytext=(5, 5),
+            fontsize=7.5,
+            color=INK,
+        )
+    axes.axhline(rows[0]["frechet_distance"], color=MUTED, linewidth=0.8, linestyle="--")
+    axes.set_xlabel("measured speed-up over uncached", fontsize=8, color=INK)
+    axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8, color=INK)
+    axes.set_title(f"quality against speed   (real images: {floor:.2f})", fontsize=9, loc="left", color=INK)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.2)
+    axes.margins(x=0.12, y=0.12)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def grid_figure(images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
+    """The sample grid alone."""
+    figure = Figure(figsize=(11, 0.62 * len(names) + 0.6), layout="constrained")
+    draw_grid(figure.subplots(), images, names, column_labels)
+    return figure
+
+
+def plans_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The plans of the rows that skip something, one strip each."""
+    cached = [row for row in rows if any(action != "compute" for step in row["plan"] for action in step)]
+    figure = Figure(figsize=(11, 1.35 * len(cached)), layout="constrained")
+    for axes, row in zip(figure.subplots(len(cached), 1, squeeze=False)[:, 0], cached, strict=True):
+        draw_plan(axes, row["plan"], f"{row['name']} — {row['ideal_speedup']:.2f}× by multiply-accumulates")
+    return figure
+
+
+def frontier_figure(rows: Sequence[dict[str, Any]], floor: float) -> Figure:
+    """Quality against speed alone."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    draw_frontier(figure.subplots(), rows, floor)
+    return figure
+
+
+def poster(results: dict[str, Any], images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
+    """All in one picture: the grid above, below it the plan of the strongest table and quality against speed."""
+    figure = Figure(figsize=(12, 0.62 * len(names) + 5.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[0.62 * len(names) + 0.6, 5.0])
+    draw_grid(top.subplots(), images, names, column_labels)
+    left, right = bottom.subfigures(1, 2, width_ratios=[1, 1.1])
+    strips = [row for row in results["rows"] if row["method"] == "eb" and row["name"].startswith("EB")]
+    for axes, row in zip(left.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
+        draw_plan(axes, row["plan"], row["name"])
+    draw_frontier(right.subplots(), results["rows"], results["floor"])
+    return figure
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    return buffer.getvalue()
