@@ -1,0 +1,62 @@
+"""Tiny networks with random weights, and a plain sampling loop of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def build_tiny(num_layers: int = 3, out_channels: int = 2, seed: int = 0) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=2,
+        out_channels=out_channels,
+        num_layers=num_layers,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    for parameter in model.parameters():  # large enough that every branch shows in the output
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny() -> DiTTransformer2DModel:
+    return build_tiny()
+
+
+@pytest.fixture
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+
+
+@torch.no_grad()
+def sample_loop(model, scheduler, num_steps=6, seed=0, batch=2, dtype=torch.float32, separate_guidance=False, stop_at=None):
+    """The user's own loop around a denoiser; returns the final latents and every model output."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 2, 8, 8, generator=generator).to(dtype)
+    labels = (torch.arange(batch) + seed) % 10
+    null = torch.full_like(labels, 10)
+    scheduler.set_timesteps(num_steps)
+    outputs = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        if stop_at is not None and step == stop_at:
+            raise KeyboardInterrupt
+        noise = model(latents, timestep.expand(batch), labels).sample
+        outputs.append(noise)
+        if separate_guidance:
+            unconditional = model(latents, timestep.expand(batch), null).sample
+            outputs.append(unconditional)
+            noise = unconditional + 3.0 * (noise - unconditional)
+        latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample.to(dtype)
+    return latents, outputs

@@ -1,0 +1,436 @@
+"""The promises of the engine, each against the stock model or the independent oracle."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from conftest import build_tiny, sample_loop
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from oracle import naive_forward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sostenuto
+from sostenuto import (
+    FORA,
+    AlreadyEnabledError,
+    AnatomyError,
+    CacheTable,
+    EBCache,
+    EngineError,
+    EpsilonScaling,
+    MethodError,
+    NoCache,
+    StepState,
+    TableError,
+)
+
+C, A, M, B = StepState
+STATES = (C, B, A, C, M, B, C)
+
+
+def leftovers(model):
+    return [
+        (name, key)
+        for name, module in model.named_modules()
+        for key in vars(module)
+        if "sostenuto" in key or key in ("forward", "_compiled_call_impl")
+    ]
+
+
+def run_oracle(model, scheduler, skip, num_steps, order, separate=False, **kwargs):
+    """The sampling loop on the naive forward: same loop, other network code."""
+    features = {}
+
+    class Naive:
+        def __call__(self, latents, timestep, labels):
+            step = [float(t) for t in scheduler.timesteps].index(float(timestep[0]))
+            which = features.setdefault("uncond" if separate and int(labels[0]) == 10 else "cond", {})
+            return type("Out", (), {"sample": naive_forward(model, latents, timestep, labels, skip, which, step, order)})
+
+    return sample_loop(Naive(), scheduler, num_steps, separate_guidance=separate, **kwargs)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_computing_everything_is_bit_identical_to_the_stock_model(tiny, scheduler, separate):
+    stock, _ = sample_loop(tiny, scheduler, separate_guidance=separate)
+    with sostenuto.enable(tiny, "none", scheduler=scheduler) as handle:
+        cached, _ = sample_loop(tiny, scheduler, separate_guidance=separate)
+        assert handle.stats.ideal_speedup == 1.0
+    assert torch.equal(stock, cached)
+
+
+def test_disabling_restores_output_and_leaves_no_attribute(tiny, scheduler):
+    stock, _ = sample_loop(tiny, scheduler)
+    handle = sostenuto.enable(tiny, FORA(2), scheduler=scheduler)
+    changed, _ = sample_loop(tiny, scheduler)
+    handle.disable()
+    again, _ = sample_loop(tiny, scheduler)
+    assert not torch.equal(stock, changed)
+    assert torch.equal(stock, again)
+    assert leftovers(tiny) == []
+    handle.disable()
+    sostenuto.disable(tiny)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_table_gives_what_the_naive_oracle_gives(tiny, scheduler, order, separate):
+    table = CacheTable(STATES, forecast_order=order)
+
+    def skip(site, step):
+        return STATES[step] is B or STATES[step] is (A if "attn" in site else M)
+
+    expected, _ = run_oracle(tiny, scheduler, skip, len(STATES), order, separate)
+    with sostenuto.enable(tiny, EBCache(table), scheduler=scheduler) as handle:
+        got, _ = sample_loop(tiny, scheduler, len(STATES), separate_guidance=separate)
+        carried = handle.stats.plan
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for step, state in enumerate(STATES):
+        assert [action != "compute" for action in carried[step]] == [state.skips(site) for site in handle.sites]
+
+
+def test_counted_macs_are_those_of_a_real_run(tiny, scheduler):
+    with sostenuto.enable(tiny, EBCache(CacheTable(STATES)), scheduler=scheduler) as handle:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            sample_loop(tiny, scheduler, len(STATES))
+        assert handle.stats.macs == counter.get_total_flops() // 2
+        assert handle.stats.macs_uncached > handle.stats.macs
+
+
+def test_the_norm_before_a_skipped_branch_sees_one_token(tiny, scheduler):
+    seen = []
+    tiny.transformer_blocks[1].norm3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    original = tiny.transformer_blocks[1].norm3.forward
+    tiny.transformer_blocks[1].norm3.forward = lambda x: (seen.append(x.shape[1]), original(x))[1]
+    with sostenuto.enable(tiny, FORA(2, anchor="start"), scheduler=scheduler):
+        sample_loop(tiny, scheduler, 2)
+    assert seen == [16, 16, 16, 1]  # hook and forward of the computed step, then of the reused one
+    assert "forward" in vars(tiny.transformer_blocks[1].norm3)  # a forward of the user's own is given back
+
+
+def test_interrupted_generation_leaves_no_stale_features(tiny, scheduler):
+    expected = None
+    with sostenuto.enable(tiny, FORA(3), scheduler=scheduler):
+        expected, _ = sample_loop(tiny, scheduler, 7, seed=5)
+    for stop in (1, 2, 4):
+        with sostenuto.enable(tiny, FORA(3), scheduler=scheduler):
+            with pytest.raises(KeyboardInterrupt):
+                sample_loop(tiny, scheduler, 7, seed=1, stop_at=stop)
+            got, _ = sample_loop(tiny, scheduler, 7, seed=5)
+        assert torch.equal(expected, got)
+
+
+def test_an_exception_inside_a_block_drops_the_state(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(3), scheduler=scheduler):
+        expected, _ = sample_loop(tiny, scheduler, 7, seed=5)
+    calls = []
+    original = tiny.transformer_blocks[2].ff.net[2].forward
+
+    def failing(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return original(x)
+
+    with sostenuto.enable(tiny, FORA(3), scheduler=scheduler) as handle:
+        tiny.transformer_blocks[2].ff.net[2].forward = failing
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sample_loop(tiny, scheduler, 7, seed=1)
+        assert all(tap.slots == [] for tap in handle._taps)
+        got, _ = sample_loop(tiny, scheduler, 7, seed=5)
+    assert torch.equal(expected, got)
+
+
+def test_a_loop_that_restarts_without_setting_timesteps_again_is_a_new_generation(tiny, scheduler):
+    scheduler.set_timesteps(4)
+    labels = torch.tensor([1])
+    latents = torch.randn(1, 2, 8, 8)
+
+    def outputs(x, upto):
+        return [tiny(x, t[None], labels).sample for t in scheduler.timesteps[:upto]]
+
+    with torch.no_grad(), sostenuto.enable(tiny, FORA(4, anchor="start"), scheduler=scheduler):
+        first = outputs(latents, 1)  # stopped after the first step: the next call has the very same timestep
+        second = outputs(latents + 1, 2)
+        assert not torch.equal(first[0], second[0])
+        fresh = sostenuto.engine.handle_of(tiny)
+        fresh._drop_state()
+        assert torch.equal(second[1], outputs(latents + 1, 2)[1])
+
+
+@pytest.mark.parametrize("change", [dict(batch=3), dict(dtype=torch.bfloat16), dict(seed=9), dict(num_steps=5)])
+def test_a_changed_next_call_never_reads_features_of_the_last(scheduler, change):
+    model = build_tiny()
+    if "dtype" in change:
+        model = model.to(torch.bfloat16)
+    with sostenuto.enable(model, FORA(2), scheduler=scheduler):
+        expected, _ = sample_loop(model, scheduler, **change)
+    with sostenuto.enable(model, FORA(2), scheduler=scheduler):
+        if "dtype" not in change:
+            sample_loop(model, scheduler)
+        got, _ = sample_loop(model, scheduler, **change)
+    assert torch.equal(expected, got)
+
+
+def test_conditional_and_unconditional_pass_never_share_state(tiny, scheduler):
+    """With separate calls every pass must see its own features: a call alone gives the same outputs as beside the other."""
+    scheduler.set_timesteps(4)
+    latents, cond, null = torch.randn(1, 2, 8, 8), torch.tensor([3]), torch.tensor([10])
+
+    def run(*conditions):
+        return [[tiny(latents, t[None], c).sample for c in conditions] for t in scheduler.timesteps]
+
+    with torch.no_grad():
+        with sostenuto.enable(tiny, FORA(4, anchor="start"), scheduler=scheduler) as handle:
+            both = run(cond, null)
+            assert handle.stats.num_passes == 2
+        for index, condition in enumerate((cond, null)):
+            with sostenuto.enable(tiny, FORA(4, anchor="start"), scheduler=scheduler):
+                alone = run(condition)
+            assert all(torch.equal(a[0], b[index]) for a, b in zip(alone, both, strict=True))
+
+
+def test_a_guidance_free_step_does_not_swap_the_passes(tiny, scheduler):
+    scheduler.set_timesteps(6)
+    latents, cond, null = torch.randn(1, 2, 8, 8), torch.tensor([3]), torch.tensor([10])
+
+    def run(passes):
+        return [[tiny(latents, t[None], c).sample for c in passes(p)] for p, t in enumerate(scheduler.timesteps)]
+
+    with torch.no_grad():
+        with sostenuto.enable(tiny, FORA(6, anchor="start"), scheduler=scheduler):
+            skipping = run(lambda p: [null] if p == 2 else [cond, null])
+        with sostenuto.enable(tiny, FORA(6, anchor="start"), scheduler=scheduler):
+            null_alone = run(lambda p: [null])
+    assert all(torch.equal(a[-1], b[-1]) for a, b in zip(skipping, null_alone, strict=True))
+
+
+def test_a_pass_that_pauses_recomputes_when_it_comes_back(tiny, scheduler):
+    scheduler.set_timesteps(6)
+    latents, cond, null = torch.randn(1, 2, 8, 8), torch.tensor([3]), torch.tensor([10])
+    with torch.no_grad():
+        stock = tiny(latents, scheduler.timesteps[4][None], null).sample
+        with sostenuto.enable(tiny, FORA(6, anchor="start"), scheduler=scheduler):
+            for p, t in enumerate(scheduler.timesteps):
+                tiny(latents, t[None], cond)
+                if p in (0, 1, 4):
+                    last = tiny(latents, t[None], null).sample
+                    if p == 4:
+                        assert torch.equal(last, stock)
+
+
+def test_unknown_conditioning_in_a_separate_pass_is_refused(tiny, scheduler):
+    scheduler.set_timesteps(3)
+    latents = torch.randn(1, 2, 8, 8)
+    with torch.no_grad(), sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        for label in (3, 10):
+            tiny(latents, scheduler.timesteps[0][None], torch.tensor([label]))
+        with pytest.raises(sostenuto.ClockError, match="matches none"):
+            tiny(latents, scheduler.timesteps[1][None], torch.tensor([5]))
+
+
+def test_a_foreign_timestep_is_refused(tiny, scheduler):
+    scheduler.set_timesteps(4)
+    with torch.no_grad(), sostenuto.enable(tiny, "none", scheduler=scheduler), pytest.raises(sostenuto.ClockError, match="123"):
+        tiny(torch.randn(1, 2, 8, 8), torch.tensor([123]), torch.tensor([1]))
+
+
+def test_state_is_freed_after_its_last_reader_and_peak_is_as_predicted(tiny, scheduler):
+    with sostenuto.enable(tiny, EBCache(CacheTable(STATES, forecast_order=1)), scheduler=scheduler) as handle:
+        assert handle.predicted_cache_bytes is None
+        sample_loop(tiny, scheduler, len(STATES))
+        assert handle.stats.cache_bytes_peak == handle.predicted_cache_bytes == 6 * 2 * (2 * 16 * 32 * 4)
+        assert all(state.num_bytes == 0 for state in handle._passes.values())
+
+
+def test_max_cache_bytes_computes_the_last_sites_instead(tiny, scheduler):
+    one = 2 * 16 * 32 * 4
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler, max_cache_bytes=4 * one) as handle:
+        sample_loop(tiny, scheduler)
+        assert handle.stats.cache_bytes_peak == 4 * one
+        assert handle.stats.plan[2] == ["reuse"] * 4 + ["compute"] * 2
+
+
+def test_a_dropped_model_is_collected_though_still_enabled(scheduler):
+    model = build_tiny()
+    sostenuto.enable(model, FORA(2), scheduler=scheduler)
+    sample_loop(model, scheduler)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_enabling_twice_is_refused_and_the_first_stays(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler) as handle:
+        with pytest.raises(AlreadyEnabledError, match="disable"):
+            sostenuto.enable(tiny, "none", scheduler=scheduler)
+        assert handle.enabled
+
+
+def test_copies_of_an_enabled_model_are_refused_rather_than_sharing_state(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        with pytest.raises(EngineError, match="disable it first"):
+            copy.deepcopy(tiny)
+        with pytest.raises((EngineError, AttributeError, pickle.PicklingError)):
+            pickle.dumps(tiny)
+    copy.deepcopy(tiny)
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x, timestep):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "error", "words"),
+    [
+        (lambda m: Nothing(), "none", AnatomyError, "register_anatomy"),
+        (lambda m: object(), "none", AnatomyError, "no transformer"),
+        (lambda m: m, "nonsense", MethodError, "no method 'nonsense'"),
+        (lambda m: m, 3, MethodError, "method object"),
+        (lambda m: m, "eb", MethodError, "calibrate"),
+        (lambda m: m, EBCache(CacheTable(STATES, model={"fingerprint": "0" * 64, "class": "Other"})), TableError, "made for Other"),
+        (lambda m: m, EBCache(CacheTable(STATES, scheduler={"class": "DDIMScheduler"})), TableError, "DDIMScheduler"),
+    ],
+)
+def test_a_refused_enable_leaves_the_model_as_it_was(tiny, scheduler, target, method, error, words):
+    with pytest.raises(error, match=words) as caught:
+        sostenuto.enable(target(tiny), method, scheduler=scheduler)
+    assert isinstance(caught.value, sostenuto.SostenutoError)
+    assert leftovers(tiny) == []
+
+
+def test_a_bare_denoiser_without_scheduler_is_refused(tiny):
+    with pytest.raises(MethodError, match="scheduler="):
+        sostenuto.enable(tiny, "none")
+
+
+def test_a_table_of_another_length_is_refused_at_the_first_step_with_the_remedy(tiny, scheduler):
+    with (
+        sostenuto.enable(tiny, EBCache(CacheTable(STATES)), scheduler=scheduler),
+        pytest.raises(TableError, match=r"resample\(5\)"),
+    ):
+        sample_loop(tiny, scheduler, 5)
+    assert leftovers(tiny) == []
+
+
+def test_noise_scale_multiplies_noise_and_leaves_learned_variance_alone(scheduler):
+    model = build_tiny(out_channels=4)
+    _, stock = sample_loop(model, scheduler, 1)
+    with sostenuto.enable(model, EpsilonScaling(1 / 0.9), scheduler=scheduler):
+        _, scaled = sample_loop(model, scheduler, 1)
+    torch.testing.assert_close(scaled[0][:, :2], stock[0][:, :2] * 0.9)
+    assert torch.equal(scaled[0][:, 2:], stock[0][:, 2:])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_noise_scale_that_is_no_factor_is_refused(scale):
+    with pytest.raises(MethodError, match="above 0"):
+        EBCache(CacheTable(STATES), eps_scale=scale)
+    with pytest.raises(MethodError):
+        EpsilonScaling(scale)
+
+
+def test_combinations_apply_both_parts_or_are_refused(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(2) | EpsilonScaling(1.1), scheduler=scheduler):
+        both, _ = sample_loop(tiny, scheduler)
+    with sostenuto.enable(tiny, EBCache(_fora_table(6), eps_scale=1 / 1.1), scheduler=scheduler):
+        table, _ = sample_loop(tiny, scheduler)
+    torch.testing.assert_close(both, table)
+    with pytest.raises(MethodError, match="decides what is skipped"):
+        FORA(2) | EBCache(CacheTable(STATES))
+    with pytest.raises(MethodError, match="scales the noise"):
+        EpsilonScaling(1.1) | EBCache(CacheTable(STATES), eps_scale=0.9)
+
+
+def _fora_table(steps):
+    return CacheTable(tuple(C if p == 0 or (steps - 1 - p) % 2 == 0 else B for p in range(steps)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "anchor", "expected"),
+    [
+        (10, 3, "end", "1001001001"),
+        (9, 3, "end", "101001001"),
+        (10, 3, "start", "1001001001"),
+        (8, 3, "start", "10010010"),
+    ],
+)
+def test_fora_computes_every_interval_from_the_end_it_is_anchored_at(tiny, scheduler, steps, interval, anchor, expected):
+    with sostenuto.enable(tiny, FORA(interval, anchor), scheduler=scheduler) as handle:
+        sample_loop(tiny, scheduler, steps)
+        assert "".join("1" if row[0] == "compute" else "0" for row in handle.stats.plan) == expected
+
+
+@pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_other_schedulers_tell_the_step_too(tiny, scheduler, solver):
+    other = solver.from_config(scheduler.config)
+    with sostenuto.enable(tiny, FORA(2), scheduler=other) as handle:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        other.set_timesteps(6)
+        with torch.no_grad():
+            for t in other.timesteps:
+                latents = other.step(tiny(latents, t.expand(2), torch.tensor([1, 2])).sample, t, latents).prev_sample
+        assert handle.stats.num_steps == 6
+        assert handle.stats.num_passes == 1
+
+
+def test_a_plain_network_of_ones_own_is_cached_after_registering_it(scheduler):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm_a, self.norm_b = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+            self.mix, self.mlp = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x + self.mix(self.norm_a(x))
+            return x + self.mlp(self.norm_b(x))
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, tokens, t):
+            tokens = tokens + t[:, None, None] / 1000
+            for layer in self.layers:
+                tokens = layer(tokens)
+            return tokens
+
+    kinds = sostenuto.SiteKind
+    branches = (
+        sostenuto.Branch(kinds.SELF_ATTENTION, "mix", norm="norm_a"),
+        sostenuto.Branch(kinds.MLP, "mlp", norm="norm_b"),
+    )
+    sostenuto.register_anatomy(Own, sostenuto.Anatomy("layers", branches, timestep="t"))
+    model = Own()
+    scheduler.set_timesteps(4)
+    with torch.no_grad(), sostenuto.enable(model, FORA(2, anchor="start"), scheduler=scheduler) as handle:
+        for t in scheduler.timesteps:
+            model(torch.randn(1, 5, 8), t[None])
+        assert handle.stats.actions == {"compute": 8, "reuse": 8, "forecast": 0, "partial": 0}
+
+
+def test_verify_proves_the_tiny_model_and_names_a_site_whose_anatomy_is_wrong(tiny, scheduler):
+    def sample(model, generator, num_inference_steps):
+        return sample_loop(model, scheduler, num_inference_steps)
+
+    proved = sostenuto.verify(tiny, FORA(2), sample, scheduler=scheduler)
+    assert proved == {"sites": 6, "steps": 4, "passes": 1}
+
+    class Wrong(type(tiny)):
+        pass
+
+    kinds = sostenuto.SiteKind
+    # norm1 also gives the MLP its shift, which stays exact; the patch embedding feeds everything: skipping tokens of it shows.
+    sostenuto.register_anatomy(Wrong, sostenuto.Anatomy("transformer_blocks", (sostenuto.Branch(kinds.MLP, "ff", norm="attn1"),)))
+    tiny.__class__ = Wrong
+    with pytest.raises((sostenuto.VerificationError, RuntimeError)):
+        sostenuto.verify(tiny, NoCache(), sample, scheduler=scheduler)
+    assert leftovers(tiny) == []
