@@ -41,7 +41,9 @@ def scheduler() -> DDPMScheduler:
 
 
 @torch.no_grad()
-def sample_loop(model, scheduler, num_steps=6, seed=0, batch=2, dtype=torch.float32, separate_guidance=False, stop_at=None):
+def sample_loop(
+    model, scheduler, num_steps=6, seed=0, batch=2, dtype=torch.float32, separate_guidance=False, stop_at=None
+):
     """The user's own loop around a denoiser; returns the final latents and every model output."""
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, 2, 8, 8, generator=generator).to(dtype)

@@ -22,7 +22,10 @@ def naive_forward(model, latents, timestep, labels, skip, features, step, order)
             past.insert(0, (step, output.clone()))
             return output
 
-        attention = branch("attn1", lambda: block.attn1(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a[:, None]) + shift_a[:, None]))  # noqa: B023
+        attention = branch(
+            "attn1",
+            lambda: block.attn1(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a[:, None]) + shift_a[:, None]),
+        )
         x = x + gate_a[:, None] * attention
         mlp = branch("ff", lambda: block.ff(block.norm3(x) * (1 + scale_m[:, None]) + shift_m[:, None]))  # noqa: B023
         x = x + gate_m[:, None] * mlp

@@ -7,13 +7,13 @@ import weakref
 
 import pytest
 import torch
-from conftest import build_tiny, sample_loop
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from oracle import naive_forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sostenuto
+from conftest import build_tiny, sample_loop
+from oracle import naive_forward
 from sostenuto import (
     FORA,
     AlreadyEnabledError,
@@ -49,7 +49,9 @@ def run_oracle(model, scheduler, skip, num_steps, order, separate=False, **kwarg
         def __call__(self, latents, timestep, labels):
             step = [float(t) for t in scheduler.timesteps].index(float(timestep[0]))
             which = features.setdefault("uncond" if separate and int(labels[0]) == 10 else "cond", {})
-            return type("Out", (), {"sample": naive_forward(model, latents, timestep, labels, skip, which, step, order)})
+            return type(
+                "Out", (), {"sample": naive_forward(model, latents, timestep, labels, skip, which, step, order)}
+            )
 
     return sample_loop(Naive(), scheduler, num_steps, separate_guidance=separate, **kwargs)
 
@@ -235,7 +237,11 @@ def test_unknown_conditioning_in_a_separate_pass_is_refused(tiny, scheduler):
 
 def test_a_foreign_timestep_is_refused(tiny, scheduler):
     scheduler.set_timesteps(4)
-    with torch.no_grad(), sostenuto.enable(tiny, "none", scheduler=scheduler), pytest.raises(sostenuto.ClockError, match="123"):
+    with (
+        torch.no_grad(),
+        sostenuto.enable(tiny, "none", scheduler=scheduler),
+        pytest.raises(sostenuto.ClockError, match="123"),
+    ):
         tiny(torch.randn(1, 2, 8, 8), torch.tensor([123]), torch.tensor([1]))
 
 
@@ -294,7 +300,12 @@ class Nothing(torch.nn.Module):
         (lambda m: m, "nonsense", MethodError, "no method 'nonsense'"),
         (lambda m: m, 3, MethodError, "method object"),
         (lambda m: m, "eb", MethodError, "calibrate"),
-        (lambda m: m, EBCache(CacheTable(STATES, model={"fingerprint": "0" * 64, "class": "Other"})), TableError, "made for Other"),
+        (
+            lambda m: m,
+            EBCache(CacheTable(STATES, model={"fingerprint": "0" * 64, "class": "Other"})),
+            TableError,
+            "made for Other",
+        ),
         (lambda m: m, EBCache(CacheTable(STATES, scheduler={"class": "DDIMScheduler"})), TableError, "DDIMScheduler"),
     ],
 )
@@ -361,7 +372,9 @@ def _fora_table(steps):
         (8, 3, "start", "10010010"),
     ],
 )
-def test_fora_computes_every_interval_from_the_end_it_is_anchored_at(tiny, scheduler, steps, interval, anchor, expected):
+def test_fora_computes_every_interval_from_the_end_it_is_anchored_at(
+    tiny, scheduler, steps, interval, anchor, expected
+):
     with sostenuto.enable(tiny, FORA(interval, anchor), scheduler=scheduler) as handle:
         sample_loop(tiny, scheduler, steps)
         assert "".join("1" if row[0] == "compute" else "0" for row in handle.stats.plan) == expected
@@ -429,7 +442,9 @@ def test_verify_proves_the_tiny_model_and_names_a_site_whose_anatomy_is_wrong(ti
 
     kinds = sostenuto.SiteKind
     # norm1 also gives the MLP its shift, which stays exact; the patch embedding feeds everything: skipping tokens of it shows.
-    sostenuto.register_anatomy(Wrong, sostenuto.Anatomy("transformer_blocks", (sostenuto.Branch(kinds.MLP, "ff", norm="attn1"),)))
+    sostenuto.register_anatomy(
+        Wrong, sostenuto.Anatomy("transformer_blocks", (sostenuto.Branch(kinds.MLP, "ff", norm="attn1"),))
+    )
     tiny.__class__ = Wrong
     with pytest.raises((sostenuto.VerificationError, RuntimeError)):
         sostenuto.verify(tiny, NoCache(), sample, scheduler=scheduler)

@@ -19,3 +19,35 @@ from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FORA",
+    "Action",
+    "AlreadyEnabledError",
+    "Anatomy",
+    "AnatomyError",
+    "Branch",
+    "CacheTable",
+    "ClockError",
+    "EBCache",
+    "EBCalibration",
+    "EngineError",
+    "EpsilonScaling",
+    "Handle",
+    "MethodError",
+    "NoCache",
+    "Plan",
+    "Site",
+    "SiteKind",
+    "SostenutoError",
+    "StepState",
+    "TableError",
+    "VerificationError",
+    "available_methods",
+    "calibrate",
+    "disable",
+    "enable",
+    "inspect",
+    "register_anatomy",
+    "verify",
+]

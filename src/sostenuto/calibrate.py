@@ -235,7 +235,9 @@ def calibrate(
     if not isinstance(method, EBCalibration) and method not in ("eb", EBCache):
         raise MethodError(f"{method!r} has no calibration; 'eb' has")
     if num_inference_steps < 2 or num_samples < 1:
-        raise MethodError(f"calibration needs 2 steps and 1 sample at least, not {num_inference_steps} and {num_samples}")
+        raise MethodError(
+            f"calibration needs 2 steps and 1 sample at least, not {num_inference_steps} and {num_samples}"
+        )
     seed = generator.initial_seed() if generator else 0
     device = generator.device if generator else "cpu"
     facts: dict[str, Any] = {}
@@ -303,17 +305,17 @@ def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Ca
         table = run(1.0)
         done()
         return table
-    low, high, kappa = 0.0, None, options.kappa_start
+    target, low, high, kappa = options.target_fraction, 0.0, None, options.kappa_start
     tables: list[CacheTable] = []
     for _ in range(_MAX_ROUNDS):
         tables.append(run(kappa))
         done()
-        excess = _fraction(tables[-1]) - options.target_fraction
+        excess = _fraction(tables[-1]) - target
         if abs(excess) < 0.01:
             break
         low, high = (kappa, high) if excess > 0 else (low, kappa)
         kappa = 2 * kappa if high is None else (low + high) / 2
-    return min(tables, key=lambda table: abs(_fraction(table) - options.target_fraction))
+    return min(tables, key=lambda table: abs(_fraction(table) - target))
 
 
 def _fraction(table: CacheTable) -> float:

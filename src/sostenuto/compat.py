@@ -15,7 +15,9 @@ from sostenuto.errors import AnatomyError, EngineError
 _CALL_SLOT = "_compiled_call_impl"  # Module.__call__ prefers this instance attribute; Module.compile() fills it
 
 
-def intercept_calls(module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+def intercept_calls(
+    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
     """Put a function around every call of ``module``, outside of its hooks and of what ``module.compile()`` made.
 
     Args:
@@ -92,7 +94,9 @@ def map_output(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         first = dataclasses.fields(output)[0].name
         return dataclasses.replace(output, **{first: function(getattr(output, first))})
-    raise EngineError(f"a denoiser that returns a {type(output).__name__} can't be corrected: return a tensor or a tuple")
+    raise EngineError(
+        f"a denoiser that returns a {type(output).__name__} can't be corrected: return a tensor or a tuple"
+    )
 
 
 def first_tensor(output: Any) -> torch.Tensor:

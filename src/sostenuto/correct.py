@@ -19,7 +19,9 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     values = (float(scale),) * (num_steps or 1) if isinstance(scale, (int, float)) else tuple(float(s) for s in scale)
     for step, value in enumerate(values):
         if not math.isfinite(value) or value <= 0:
-            raise MethodError(f"eps_scale must be finite and above 0, but is {value} at step {step}; 1 means no scaling")
+            raise MethodError(
+                f"eps_scale must be finite and above 0, but is {value} at step {step}; 1 means no scaling"
+            )
     if num_steps is not None and len(values) != num_steps:
         raise MethodError(f"eps_scale has {len(values)} entries for {num_steps} steps: give one per step or one number")
     return values

@@ -99,7 +99,9 @@ def measure(denoiser: nn.Module, sites: Sequence[Site], args: tuple[Any, ...], k
         total = counter.get_total_flops()
     missed = [site.id for index, site in enumerate(sites) if index not in outputs]
     if missed:
-        raise EngineError(f"a call of {type(denoiser).__name__} never reached {', '.join(missed[:3])}: its anatomy is wrong")
+        raise EngineError(
+            f"a call of {type(denoiser).__name__} never reached {', '.join(missed[:3])}: its anatomy is wrong"
+        )
     wrong = [sites[index].id for index, output in outputs.items() if not isinstance(output, TensorSpec)]
     if wrong:
         raise EngineError(f"{wrong[0]} returns something other than one tensor: it can't be kept")

@@ -21,7 +21,7 @@ from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Tap, empty_slot
+from sostenuto.tap import Tap, empty_slot, kept
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -99,7 +99,9 @@ class Handle:
         self._clock = Clock(scheduler)
         self._taps = [Tap(site, self._denoiser) for site in self.sites]
         self._max_cache_bytes = max_cache_bytes
-        self._names = [name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"]
+        self._names = [
+            name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"
+        ]
         self._timestep_name = anatomy_of(self._denoiser).timestep
         if self._timestep_name not in self._names:
             raise EngineError(f"{type(self._denoiser).__name__}.forward has no argument {self._timestep_name!r}")
@@ -121,7 +123,9 @@ class Handle:
             self._detach.append(self._detach_taps)
             self._attach_taps()
             vars(self._denoiser)[_ATTRIBUTE] = self
-            self._detach.append(compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k)))
+            self._detach.append(
+                compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k))
+            )
         except BaseException:
             self.disable()
             raise
@@ -281,7 +285,8 @@ class Handle:
                 read = history[index]
                 if read not in weights:
                     values = lagrange_weights(read, tick.step)
-                    weights[read] = torch.tensor(values, dtype=slots[0].dtype, device=slots[0].device)
+                    newest = kept(slots[0])
+                    weights[read] = torch.tensor(values, dtype=newest.dtype, device=newest.device)
                 tap.weights = weights[read]
             tap.slots = slots
             tap.op = int(op)
@@ -301,9 +306,7 @@ class Handle:
             tap.op, tap.slots, tap.weights = Op.OUTSIDE, [], None
 
 
-def enable(
-    target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None
-) -> Handle:
+def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None) -> Handle:
     """Attach a method to a pipeline's denoiser, or to a denoiser itself.
 
     Args:
@@ -334,8 +337,7 @@ def enable(
         raise MethodError(f"max_cache_bytes must be 0 or more, not {max_cache_bytes}")
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
-    pipeline = None if denoiser is target else target
-    handle = Handle(denoiser, lambda: scheduler if scheduler is not None else pipeline.scheduler, method, max_cache_bytes)
+    handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)
     handle._attach()
     return handle
 

@@ -85,7 +85,9 @@ class CacheTable:
             not isinstance(first, StepState) and all(action is Action.COMPUTE for action in first.values())
         )
         if not computes:
-            raise TableError("step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)")
+            raise TableError(
+                "step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)"
+            )
         try:
             scale = check_noise_scale(self.eps_scale or 1.0, self.num_inference_steps)
         except MethodError as error:
@@ -153,7 +155,9 @@ class CacheTable:
             )
         own = self.scheduler.get("timesteps")
         if own and any(abs(a - b) > 1e-3 * max(1.0, abs(a)) for a, b in zip(own, timesteps, strict=True)):
-            step = next(p for p, (a, b) in enumerate(zip(own, timesteps, strict=True)) if abs(a - b) > 1e-3 * max(1, abs(a)))
+            step = next(
+                p for p, (a, b) in enumerate(zip(own, timesteps, strict=True)) if abs(a - b) > 1e-3 * max(1, abs(a))
+            )
             raise TableError(
                 f"the cache table was made for timestep {own[step]:g} at step {step}, the sampler uses {timesteps[step]:g}: "
                 "set the scheduler as it was (timestep_spacing), or calibrate again"
@@ -234,13 +238,20 @@ def _from_npy(path: Path, order: str) -> CacheTable:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, MemoryError, SyntaxError, TypeError) as error:
         raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or not 1 <= array.size <= _MAX_STEPS or array.dtype.kind not in "iu":
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 1
+        or not 1 <= array.size <= _MAX_STEPS
+        or array.dtype.kind not in "iu"
+    ):
         shape = getattr(array, "shape", "?")
         raise TableError(f"{path} must hold one whole number per step, but has shape {shape}")
     values = array.tolist()
     for index, value in enumerate(values):
         if not 0 <= value < len(_NPY_STATES):
-            raise TableError(f"{path}: unknown action {value} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)")
+            raise TableError(
+                f"{path}: unknown action {value} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)"
+            )
     return CacheTable(tuple(_NPY_STATES[value] for value in _in_sampling_order(values, order)))
 
 
@@ -270,7 +281,11 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         raise TableError(f"eps_scale has {len(scale)} entries for {len(states)} steps")
     scales = scale if isinstance(scale, list) else [scale] * len(states)
     order = order or content.get("order")
-    forecast_order, method, fraction = content.get("forecast_order", 0), content.get("method", "eb"), content.get("macs_fraction")
+    forecast_order, method, fraction = (
+        content.get("forecast_order", 0),
+        content.get("method", "eb"),
+        content.get("macs_fraction"),
+    )
     if not isinstance(forecast_order, int) or isinstance(forecast_order, bool):
         raise TableError(f"forecast_order must be a whole number, not {forecast_order!r}")
     if not isinstance(method, str):

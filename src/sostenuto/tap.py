@@ -53,7 +53,7 @@ class Tap:
                 slot.copy_(output.detach())
                 return output
             if op == Op.REUSE:
-                return _kept(self.slots[0])
+                return kept(self.slots[0])
             if op == Op.FORECAST:
                 return self._forecast()
             raise EngineError(
@@ -75,9 +75,9 @@ class Tap:
         # output = Σ_j w_j · kept_j, newest first; the weights sum to 1
         weights = self.weights
         assert weights is not None
-        output = _kept(self.slots[0]) * weights[0]
+        output = kept(self.slots[0]) * weights[0]
         for index in range(1, weights.shape[0]):
-            output = torch.addcmul(output, _kept(self.slots[index]), weights[index])
+            output = torch.addcmul(output, kept(self.slots[index]), weights[index])
         return output
 
 
@@ -87,7 +87,8 @@ def empty_slot(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: 
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _kept(slot: torch.Tensor | None) -> torch.Tensor:
+def kept(slot: torch.Tensor | None) -> torch.Tensor:
+    """What a slot holds, which must be something."""
     if slot is None:
         raise EngineError("a kept feature is missing: please report this as a fault of sostenuto")
     return slot

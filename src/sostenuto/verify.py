@@ -48,7 +48,9 @@ def verify(
         VerificationError: naming the site at which it is not so.
     """
     if sample is None:
-        raise VerificationError("verify needs sample(pipe, generator, num_inference_steps=…): one generation of your own kind")
+        raise VerificationError(
+            "verify needs sample(pipe, generator, num_inference_steps=…): one generation of your own kind"
+        )
     if isinstance(method, str):
         method = by_name(method)
     proved: dict[str, Any] = {}
@@ -78,7 +80,9 @@ def _prove_call(prober: Prober) -> int:
         if not torch.equal(compat.first_tensor(prober.run(ops)), stock):
             raise VerificationError(f"with every site {name} the output differs from the stock model's")
     cost = prober.cost()
-    groups = [([index], site.id) for index, site in enumerate(sites)] + [(list(range(len(sites))), "all sites together")]
+    groups = [([index], site.id) for index, site in enumerate(sites)] + [
+        (list(range(len(sites))), "all sites together")
+    ]
     for members, name in groups:
         ops = [Op.REUSE if index in members else Op.COMPUTE for index in range(len(sites))]
         output, macs = _counted(prober, ops)

@@ -36,6 +36,7 @@ class Classifier(nn.Module):
         return self.body(images)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits ``[batch, 10]``."""
         return self.head(self.features(images))
 
 

@@ -219,7 +219,9 @@ def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
 
 def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
     """Where a batch of a row lies."""
-    name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon"))
+    name = "".join(
+        c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon")
+    )
     return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
 
 
@@ -238,7 +240,11 @@ def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: t
         pipe.scheduler = base
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({"images": (images * 255).round().to(torch.uint8)}, partial, {"wall_s": str(seconds), "stats": json.dumps(stats)})
+    save_file(
+        {"images": (images * 255).round().to(torch.uint8)},
+        partial,
+        {"wall_s": str(seconds), "stats": json.dumps(stats)},
+    )
     partial.replace(path)
 
 

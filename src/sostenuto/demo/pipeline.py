@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
@@ -25,7 +25,7 @@ class DemoPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     transformer: DiTTransformer2DModel
     scheduler: SchedulerMixin

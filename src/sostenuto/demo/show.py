@@ -37,9 +37,18 @@ def terminal_table(results: dict[str, Any]) -> str:
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADINGS))]
-    text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     text.insert(1, "  ".join("─" * w for w in widths))
-    seeds = f" for each of the seeds {', '.join(map(str, results['seeds']))}" if len(results["seeds"]) > 1 else f", seed {results['seed']}"
+    seeds = (
+        f" for each of the seeds {', '.join(map(str, results['seeds']))}"
+        if len(results["seeds"]) > 1
+        else f", seed {results['seed']}"
+    )
     machine = results["machine"]
     text += [
         "",

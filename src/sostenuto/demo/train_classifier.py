@@ -44,11 +44,11 @@ def train(config: ClassifierConfig) -> float:
     steps = config.epochs * (len(images) // config.batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
-    for step in trange(steps, mininterval=5):
-        if step % (len(images) // config.batch_size) == 0:
-            order = torch.randperm(len(images), generator=generator)
-            batches = iter(order.split(config.batch_size))
-        index = next(batches)
+    batches: list[torch.Tensor] = []
+    for _ in trange(steps, mininterval=5):
+        if not batches:  # a new epoch; its last, smaller batch is left out
+            batches = list(torch.randperm(len(images), generator=generator).split(config.batch_size))[:-1]
+        index = batches.pop()
         loss = F.cross_entropy(classifier(shift(images[index], generator)), labels[index], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -59,9 +59,7 @@ def train(config: ClassifierConfig) -> float:
     accuracy = (logits.argmax(1) == test_labels).float().mean().item()
     train_features = extract(classifier, images)[0].double()
     config.output.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.contiguous() for k, v in classifier.state_dict().items()}, config.output / "classifier.safetensors"
-    )
+    save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, config.output / "classifier.safetensors")
     save_file(
         {
             "train_mean": train_features.mean(0),

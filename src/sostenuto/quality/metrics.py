@@ -41,7 +41,7 @@ def frechet_distance(features: torch.Tensor, reference: Gaussian) -> float:
     if len(features) < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 images, not {len(features)}")
     metric = FrechetInceptionDistance(
-        feature=_Given(features.shape[1]), normalize=True, input_img_size=(features.shape[1],)
+        feature=_Given(features.shape[1]), normalize=True, input_img_size=(1, 1, features.shape[1])
     ).set_dtype(torch.float64)
     count = reference.count
     metric.real_features_sum = reference.mean * count
@@ -74,7 +74,9 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours
     features, reference = features.float(), reference.float()
 
     def covered(points: torch.Tensor, manifold: torch.Tensor) -> float:
-        radius = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+        radius = (
+            torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values
+        )  # the nearest is the point itself
         inside = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
         return torch.cat(inside).float().mean().item()
 
@@ -86,9 +88,13 @@ def paired_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 
     Infinite for identical images.
     """
-    return float(peak_signal_noise_ratio(images, reference, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"))
+    return float(
+        peak_signal_noise_ratio(images, reference, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+    )
 
 
 def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean structural similarity; both ``[n, c, h, w]`` in ``[0, 1]``, from the same noise; 1 is best."""
-    return float(structural_similarity_index_measure(images, reference, data_range=1.0))
+    similarity = structural_similarity_index_measure(images, reference, data_range=1.0)
+    assert isinstance(similarity, torch.Tensor)
+    return float(similarity)

@@ -9,7 +9,9 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
@@ -39,7 +41,7 @@ def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], title: str) -> None:
     """The actions carried out, one column per step, one line per site (attention and MLP of block 0 at the top)."""
     codes = list(_SHADES)
     matrix = [[codes.index(action) for action in step] for step in plan]
-    palette = matplotlib.colors.ListedColormap([_SHADES[code] for code in codes])
+    palette = ListedColormap([_SHADES[code] for code in codes])
     grid = torch.tensor(matrix).T
     # Attention rows above, MLP rows below: the table decides by branch.
     grid = torch.cat([grid[0::2], grid[1::2]])
@@ -52,7 +54,7 @@ def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], title: str) -> None:
     axes.tick_params(labelsize=8, length=0)
     used = sorted({action for step in plan for action in step}, key=codes.index)
     axes.legend(
-        [matplotlib.patches.Patch(color=_SHADES[code]) for code in used],
+        [Patch(color=_SHADES[code]) for code in used],
         used,
         fontsize=7,
         ncol=len(used),
@@ -115,9 +117,9 @@ def frontier_figure(rows: Sequence[dict[str, Any]], floor: float) -> Figure:
 def poster(results: dict[str, Any], images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
     """All in one picture: the grid above, below it the plan of the strongest table and quality against speed."""
     figure = Figure(figsize=(12, 0.62 * len(names) + 5.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[0.62 * len(names) + 0.6, 5.0])
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.62 * len(names) + 0.6, 5.0])[:, 0]
     draw_grid(top.subplots(), images, names, column_labels)
-    left, right = bottom.subfigures(1, 2, width_ratios=[1, 1.1])
+    left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.1])[0]
     strips = [row for row in results["rows"] if row["method"] == "eb" and row["name"].startswith("EB")]
     for axes, row in zip(left.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
         draw_plan(axes, row["plan"], row["name"])

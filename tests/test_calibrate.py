@@ -1,0 +1,152 @@
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+import sostenuto
+from conftest import build_tiny, sample_loop
+from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
+from sostenuto.calibrate import _vote
+
+C, A, M, B = StepState
+
+
+def sample(model, generator, num_inference_steps):
+    return sample_loop(
+        model, model.scheduler_for_test, num_inference_steps, seed=int(torch.randint(99, (1,), generator=generator))
+    )[0]
+
+
+@pytest.fixture
+def model(scheduler):
+    model = build_tiny()
+    model.scheduler_for_test = scheduler
+    return model
+
+
+def calibrate(model, options, steps=12, **kwargs):
+    return sostenuto.calibrate(
+        model, options, sample, num_inference_steps=steps, num_samples=4, scheduler=model.scheduler_for_test, **kwargs
+    )
+
+
+def longest_run(table, states):
+    longest = run = 0
+    for state in table.actions:
+        run = run + 1 if state in states else 0
+        longest = max(longest, run)
+    return longest
+
+
+def test_the_table_costs_about_what_was_asked_and_its_macs_are_counted_right(model):
+    table = calibrate(model, EBCalibration(target_fraction=0.6))
+    assert abs(table.macs_fraction - 0.6) < 0.08  # one step of 12 more or less
+    with sostenuto.enable(model, EBCache(table), scheduler=model.scheduler_for_test) as handle:
+        sample_loop(model, model.scheduler_for_test, 12)
+        assert 1 / handle.stats.ideal_speedup == pytest.approx(table.macs_fraction, rel=1e-9)
+    assert table.actions[0] is C
+    assert table.actions[-1] is C
+
+
+@pytest.mark.parametrize("criterion", ["vector_gap", "norm_gap"])
+@pytest.mark.parametrize("aggregation", ["batch_mean", "vote"])
+@pytest.mark.parametrize("bound", [1, 2])
+def test_no_branch_is_reused_more_often_in_a_row_than_the_bound(model, criterion, aggregation, bound):
+    options = EBCalibration((1e9, 0.0), None, criterion=criterion, aggregation=aggregation, max_consecutive_reuse=bound)
+    table = calibrate(model, options)
+    assert longest_run(table, (A, B)) == bound
+    assert longest_run(table, (B,)) == bound
+
+
+def test_algorithm_1_taken_literally_may_reuse_without_bound(model):
+    options = EBCalibration((1e9, 0.0), None, criterion="norm_gap", max_consecutive_reuse=None, forecast_order=0)
+    assert longest_run(calibrate(model, options), (A, B)) == 10
+
+
+def test_a_threshold_of_nothing_computes_everything(model):
+    table = calibrate(model, EBCalibration((0.0, 0.0), None))
+    assert set(table.actions) == {C}
+    assert table.macs_fraction == 1.0
+
+
+@pytest.mark.parametrize("advance", ["selected", "no_cache"])
+@pytest.mark.parametrize("norm", ["rms", "mean_abs", "raw"])
+def test_every_option_makes_a_table_and_is_recorded(model, advance, norm):
+    table = calibrate(model, EBCalibration(target_fraction=0.7, norm=norm, advance=advance), steps=8)
+    assert table.calibration["norm"] == norm
+    assert table.calibration["options"]["advance"] == advance
+    assert table.calibration["num_samples"] == 4
+    assert len(table.calibration["norms"]) == 8
+
+
+def test_the_uncached_trajectory_is_followed_when_asked(model):
+    seen = []
+
+    def keeping(target, generator, num_inference_steps):
+        seen.append(sample(target, generator, num_inference_steps))
+
+    options = EBCalibration((1e9, 0.0), None, advance="no_cache")
+    sostenuto.calibrate(
+        model, options, keeping, num_inference_steps=6, num_samples=2, scheduler=model.scheduler_for_test
+    )
+    assert torch.equal(seen[0], sample(model, torch.Generator().manual_seed(0), 6))
+
+
+def test_b_is_chosen_by_the_score_on_either_side_of_one(model):
+    for best in (0.98, 1.02):
+        # A score that knows the norm of the images wanted: that of the run with the best b.
+        options = EBCalibration(target_fraction=0.7, eps_scale_grid=(0.98, 1.0, 1.02))
+        base = calibrate(model, options, steps=8)
+        with sostenuto.enable(model, EBCache(base, eps_scale=best), scheduler=model.scheduler_for_test):
+            wanted = sample(model, torch.Generator().manual_seed(0), 8)
+        table = calibrate(model, options, steps=8, score=lambda images, wanted=wanted: (images - wanted).norm().item())
+        assert set(table.eps_scale) == {best}
+        assert set(table.calibration["scores"]) == {"0.98", "1", "1.02"}
+
+
+def test_calls_vote_and_ties_go_to_less_reuse():
+    assert _vote([[C, B, A], [C, A, B]], None) == [C, A, A]
+    assert _vote([[C, B], [C, B], [C, C]], None) == [C, B]
+    assert _vote([[C, B, B, B]], 2) == [C, B, B, C]
+
+
+def test_the_model_is_free_after_calibration_also_after_a_failure(model):
+    def failing(*_, **__):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        sostenuto.calibrate(model, "eb", failing, scheduler=model.scheduler_for_test)
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+def test_a_sample_that_ignores_the_steps_is_refused(model):
+    with pytest.raises(MethodError, match="5 steps instead of 8"):
+        sostenuto.calibrate(
+            model,
+            "eb",
+            lambda m, g, num_inference_steps: sample(m, g, 5),
+            num_inference_steps=8,
+            scheduler=model.scheduler_for_test,
+        )
+
+
+def test_the_table_is_refused_with_another_solver(model):
+    table = calibrate(model, EBCalibration(target_fraction=0.7), steps=8)
+    other = DPMSolverMultistepScheduler.from_config(model.scheduler_for_test.config)
+    with pytest.raises(TableError, match="DDPMScheduler"):
+        sostenuto.enable(model, EBCache(table), scheduler=other)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(target_fraction=0.0),
+        dict(target_fraction=1.5),
+        dict(max_consecutive_reuse=0),
+        dict(norm="l7"),
+        dict(criterion="taste"),
+        dict(last_computed=0),
+    ],
+)
+def test_options_without_meaning_are_refused(wrong):
+    with pytest.raises(MethodError):
+        EBCalibration(**wrong)

@@ -1,0 +1,58 @@
+"""A compiled denoiser with a plan attached: no graph break, one graph for each distinct mode, the same outputs."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sostenuto
+from conftest import build_tiny, sample_loop
+from sostenuto import CacheTable, EBCache, EngineError, StepState
+
+C, A, M, B = StepState
+STATES = (C, B, A, C, B, M, B, C, C)
+# Modes: store all, reuse both, reuse attention storing MLP …, lowered by liveness.
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", ["in-place", "wrapper"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_one_graph_per_mode_without_a_break(scheduler, form, order):
+    model = build_tiny(num_layers=2)
+    with sostenuto.enable(model, EBCache(CacheTable(STATES, forecast_order=order)), scheduler=scheduler):
+        expected, _ = sample_loop(model, scheduler, len(STATES))
+    if form == "in-place":
+        model.compile(fullgraph=True, backend="aot_eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with sostenuto.enable(compiled, EBCache(CacheTable(STATES, forecast_order=order)), scheduler=scheduler) as handle:
+        got, _ = sample_loop(compiled, scheduler, len(STATES))
+        modes = {ops for _, _, _, ops in handle._record.calls}
+        after_one = counters["stats"]["unique_graphs"]
+        sample_loop(compiled, scheduler, len(STATES), seed=3)
+        assert counters["stats"]["unique_graphs"] == after_one == len(modes)
+        assert not counters["graph_break"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    stock, _ = sample_loop(model, scheduler, 3)
+    assert torch.isfinite(stock).all()
+
+
+def test_compiling_after_enabling_is_refused_not_silently_wrong(scheduler):
+    model = build_tiny(num_layers=1)
+    with sostenuto.enable(model, "none", scheduler=scheduler):
+        model.compile(fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match=r"first and (then )?enable"):
+            sample_loop(model, scheduler, 2)
+    wrapped = build_tiny(num_layers=1)
+    with sostenuto.enable(wrapped, "none", scheduler=scheduler):
+        compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match=r"compile|Unsupported|EngineError"):
+            sample_loop(compiled, scheduler, 2)
+    assert issubclass(EngineError, RuntimeError)

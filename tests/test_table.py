@@ -1,0 +1,165 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import build_tiny
+from sostenuto import CacheTable, StepState, TableError, inspect
+from sostenuto.plan import Action
+
+C, A, M, B = StepState
+GOOD = CacheTable(
+    (C, B, A, M, C),
+    eps_scale=(1.0, 0.99, 0.98, 0.97, 0.96),
+    forecast_order=1,
+    model={"class": "X", "num_blocks": 3, "fingerprint": "ab"},
+    scheduler={"class": "DDPMScheduler", "timesteps": [800.0, 600.0, 400.0, 200.0, 0.0]},
+    calibration={"seed": 0},
+    macs_fraction=0.6,
+)
+
+
+@pytest.fixture
+def content(tmp_path):
+    GOOD.save(tmp_path / "table.json")
+    return json.loads((tmp_path / "table.json").read_text())
+
+
+def load(tmp_path, content):
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(content))
+    return CacheTable.load(path)
+
+
+def test_a_saved_table_loads_equal(tmp_path):
+    GOOD.save(tmp_path / "table.json")
+    assert CacheTable.load(tmp_path / "table.json") == GOOD
+
+
+def test_the_file_has_the_documented_fields(content):
+    assert content["format"] == "sostenuto-cache-table"
+    assert (content["version"], content["order"], content["num_inference_steps"]) == (1, "sampling", 5)
+    assert content["actions"] == ["compute", "reuse-both", "reuse-attn", "reuse-mlp", "compute"]
+
+
+def test_a_table_in_timestep_order_is_turned_around_with_all_it_holds(tmp_path, content):
+    turned = dict(
+        content, order="timestep_index", actions=content["actions"][::-1], eps_scale=content["eps_scale"][::-1]
+    )
+    turned["scheduler"] = dict(content["scheduler"], timesteps=content["scheduler"]["timesteps"][::-1])
+    assert load(tmp_path, turned) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "other"}, "format"),
+        ({"version": 2}, "version 2"),
+        ({"num_inference_steps": 4}, "4, but there are 5"),
+        ({"actions": ["compute", "sleep", "compute", "compute", "compute"]}, "unknown action 'sleep' at step 1"),
+        ({"actions": ["reuse-both"] * 5}, "step 0"),
+        ({"actions": []}, "actions"),
+        ({"actions": "compute"}, "actions"),
+        ({"eps_scale": [1.0, 1.0]}, "2 entries for 5"),
+        ({"eps_scale": [1, 1, -1, 1, 1]}, "-1.0 at step 2"),
+        ({"eps_scale": float("nan")}, "eps_scale"),
+        ({"eps_scale": [1, 1, float("inf"), 1, 1]}, "eps_scale"),
+        ({"eps_scale": "0.9"}, "eps_scale"),
+        ({"order": "backwards"}, "backwards"),
+        ({"forecast_order": 1.5}, "forecast_order"),
+        ({"forecast_order": 9}, "forecast_order"),
+        ({"macs_fraction": 2}, "macs_fraction"),
+        ({"method": 3}, "method"),
+        ({"model": []}, "model"),
+        ({"model": {"fingerprint": 3}}, "fingerprint"),
+        ({"scheduler": {"timesteps": [1, 2]}}, "timesteps"),
+        ({"scheduler": {"timesteps": [1, 2, 3, 4, None]}}, "timesteps"),
+    ],
+)
+def test_a_malformed_table_is_refused_with_the_field_and_value(tmp_path, content, change, words):
+    with pytest.raises(TableError, match=words) as caught:
+        load(tmp_path, content | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    GOOD.save(tmp_path / "table.json")
+    text = (tmp_path / "table.json").read_text()
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    with pytest.raises(TableError, match="can't be read"):
+        CacheTable.load(tmp_path / "cut.json")
+    with pytest.raises(TableError, match=r"missing\.json"):
+        CacheTable.load(tmp_path / "missing.json")
+
+
+# The opening of the file that the EB-Cache authors ship: 0 compute, 1 attention, 2 both.
+AUTHORS = [0, 2, 2, 0, 1, 2, 0, 0]
+
+
+def test_the_authors_npy_loads_in_both_orders(tmp_path):
+    np.save(tmp_path / "table.npy", np.array(AUTHORS))
+    sampling = CacheTable.load(tmp_path / "table.npy", order="sampling")
+    assert sampling.actions == (C, B, B, C, A, B, C, C)
+    assert CacheTable.load(tmp_path / "table.npy").actions == sampling.actions[::-1]  # as their loop reads it
+
+
+def test_an_npy_that_is_a_pickle_is_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    (tmp_path / "raw.npy").write_bytes(pickle.dumps(Bomb()))
+    np.save(tmp_path / "object.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    for name in ("raw.npy", "object.npy"):
+        with pytest.raises(TableError, match="pickle"):
+            CacheTable.load(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([0, 7]), np.array([0.0, 1.0]), np.zeros((2, 2), int), np.array([2, 0]), np.array([], int)]
+)
+def test_an_npy_with_other_content_is_refused(tmp_path, array):
+    np.save(tmp_path / "table.npy", array)
+    with pytest.raises(TableError):
+        CacheTable.load(tmp_path / "table.npy", order="sampling")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_never_do_more_than_be_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    for name in ("table.json", "table.npy"):
+        (folder / name).write_bytes(data)
+        with pytest.raises(TableError):
+            CacheTable.load(folder / name)
+
+
+def test_per_site_actions_become_the_plan_and_survive_the_file(tmp_path):
+    sites = inspect(build_tiny(num_layers=1))
+    compute = {site.id: Action.COMPUTE for site in sites}
+    table = CacheTable((compute, compute | {sites[1].id: Action.REUSE}))
+    table.save(tmp_path / "sites.json")
+    plan = CacheTable.load(tmp_path / "sites.json").plan(sites)
+    assert plan.actions[1] == (Action.COMPUTE, Action.REUSE)
+    with pytest.raises(TableError, match="disagree"):
+        CacheTable((compute, {"elsewhere": Action.COMPUTE})).plan(sites)
+
+
+def test_resampling_keeps_the_stages_and_computes_the_first_step():
+    half = GOOD.resample(10)
+    assert half.actions == (C, C, B, B, A, A, M, M, C, C)
+    assert half.eps_scale[-1] == 0.96
+    assert "timesteps" not in half.scheduler
+    assert GOOD.resample(1).actions == (C,)
+    with pytest.raises(TableError):
+        GOOD.resample(0)
+
+
+def test_other_timesteps_are_refused_with_the_step():
+    with pytest.raises(TableError, match="step 1"):
+        GOOD.check_steps([800.0, 610.0, 400.0, 200.0, 0.0])
+    GOOD.check_steps([800.0, 600.0, 400.0, 200.0, 0.0])
