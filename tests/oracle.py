@@ -13,21 +13,19 @@ def naive_forward(model, latents, timestep, labels, skip, features, step, order)
         emb = block.norm1.emb(timestep, labels, hidden_dtype=x.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.norm1.linear(F.silu(emb)).chunk(6, dim=1)
 
-        def branch(name, compute, index=index):
+        def branch(name, compute, inputs, index=index):
             site = f"transformer_blocks.{index}.{name}"
             past = features.setdefault(site, [])
             if skip(site, step) and past:
                 return extrapolate(past[: order + 1], step)
-            output = compute()
+            output = compute(inputs)
             past.insert(0, (step, output.clone()))
             return output
 
-        attention = branch(
-            "attn1",
-            lambda: block.attn1(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a[:, None]) + shift_a[:, None]),
-        )
+        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale_a[:, None]) + shift_a[:, None]
+        attention = branch("attn1", block.attn1, normed)
         x = x + gate_a[:, None] * attention
-        mlp = branch("ff", lambda: block.ff(block.norm3(x) * (1 + scale_m[:, None]) + shift_m[:, None]))  # noqa: B023
+        mlp = branch("ff", block.ff, block.norm3(x) * (1 + scale_m[:, None]) + shift_m[:, None])
         x = x + gate_m[:, None] * mlp
     emb = model.transformer_blocks[0].norm1.emb(timestep, labels, hidden_dtype=x.dtype)
     shift, scale = model.proj_out_1(F.silu(emb)).chunk(2, dim=1)

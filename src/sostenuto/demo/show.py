@@ -44,16 +44,15 @@ def terminal_table(results: dict[str, Any]) -> str:
         for line in lines
     ]
     text.insert(1, "  ".join("─" * w for w in widths))
-    seeds = (
-        f" for each of the seeds {', '.join(map(str, results['seeds']))}"
-        if len(results["seeds"]) > 1
-        else f", seed {results['seed']}"
-    )
+    seeds = results["seeds"]
+    of_seeds = f"for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"of seed {results['seed']}"
     machine = results["machine"]
     text += [
         "",
-        f"n = {results['n']} images a row{seeds}; distance: Fréchet distance to the training set, real test images at this n: {results['floor']:.3f}",
-        f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, diffusers {machine['diffusers']}",
+        f"{results['n']} images a row {of_seeds}. Distance: Fréchet, to the training set, in the judge's features; "
+        f"{results['n']} real test images: {results['floor']:.3f}",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
+        f"diffusers {machine['diffusers']}",
     ]
     return "\n".join(text)
 

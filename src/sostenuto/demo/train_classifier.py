@@ -1,4 +1,7 @@
-"""Train the demo's judge and write the reference statistics: ``python -m sostenuto.demo.train_classifier --output runs/classifier``."""
+"""Train the demo's judge and write the reference statistics.
+
+``python -m sostenuto.demo.train_classifier --output runs/classifier``
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+
+from sostenuto.cli import main
+from sostenuto.demo.compare import Settings, compare
+
+
+def test_methods_and_inspect_write_what_they_print(tmp_path, capsys):
+    assert main(["methods", "--json", str(tmp_path / "m.json")]) == 0
+    names = [row["name"] for row in json.loads((tmp_path / "m.json").read_text())]
+    assert {"none", "eb", "fora", "epsilon-scaling"} <= set(names)
+    assert all(name in capsys.readouterr().out for name in names)
+    assert main(["inspect", "--json", str(tmp_path / "s.json")]) == 0
+    sites = json.loads((tmp_path / "s.json").read_text())
+    assert len(sites) == 16
+    assert sites[0]["id"] == "transformer_blocks.0.attn1"
+
+
+def test_a_failure_is_one_line_and_exit_status_1(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{")
+    assert main(["generate", "--table", str(tmp_path / "bad.json")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sostenuto: ")
+    assert "\n" not in error
+    assert main(["generate", "--labels", "11", "--method", "none", "--num-inference-steps", "1"]) == 1
+    assert "out of range" in capsys.readouterr().err
+    assert main(["--debug", "generate", "--method", "nonsense"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_exit_status_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--no-such-option"])
+    assert stopped.value.code == 2
+    capsys.readouterr()
+
+
+def test_generate_writes_a_picture_and_statistics(tmp_path, capsys):
+    arguments = ["--method", "fora", "--num-inference-steps", "4", "--labels", "1", "8"]
+    out, numbers = tmp_path / "g.png", tmp_path / "g.json"
+    assert main(["generate", *arguments, "--output", str(out), "--json", str(numbers)]) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    stats = json.loads(numbers.read_text())
+    assert stats["ideal_speedup"] > 1
+    assert stats["speedup"] > 0
+    assert "×" in capsys.readouterr().out
+
+
+def test_calibrate_and_verify_with_the_table(tmp_path, capsys):
+    table = str(tmp_path / "t.json")
+    few = ["--num-inference-steps", "6", "--labels", "1", "8"]
+    arguments = ["--num-samples", "2", "--search-images", "10", "--eps-scale-grid", "0.98", "1.0", "--output", table]
+    assert main(["calibrate", *few, *arguments]) == 0
+    assert main(["verify", *few, "--table", table]) == 0
+    assert "proved: 16 sites" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--output", str(folder), "--num-images", "8", "--batch-size", "4", "--search-images", "0",
+                 "--json", str(folder / "demo.json")]) == 0  # fmt: skip
+    return folder, json.loads((folder / "demo.json").read_text())
+
+
+def test_demo_writes_the_documented_json(demo_run):
+    _, results = demo_run
+    assert results["n"] == 8
+    assert results["seed"] == 0
+    assert {"torch", "processor"} <= set(results["machine"])
+    first = results["rows"][0]
+    assert first["name"] == "uncached"
+    assert first["speedup"] == first["ideal_speedup"] == 1.0
+    documented = {"name", "method", "num_inference_steps", "wall_s", "speedup", "ideal_speedup", "frechet_distance",
+                  "inception_score", "class_accuracy", "psnr"}  # fmt: skip
+    assert all(documented <= set(row) for row in results["rows"])
+    ideal = {row["name"]: row["ideal_speedup"] for row in results["rows"]}
+    assert ideal["20 steps"] == pytest.approx(2.5)
+    assert 1.4 < ideal["EB-Cache 1.5×"] < 2 < ideal["EB-Cache 2.5×"] < 3.2
+
+
+def test_demo_page_is_self_contained_and_holds_the_numbers(demo_run):
+    folder, results = demo_run
+    page = (folder / "demo.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    embedded = page.split('id="results">')[1].split("</script>")[0]
+    assert json.loads(embedded.replace("\\u003c", "<"))["rows"] == results["rows"]
+    assert page.count("data:image/png;base64,") == 3
+    assert (folder / "demo.png").stat().st_size > 20_000
+
+
+def test_an_interrupted_demo_goes_on_with_the_same_images(demo_run, tmp_path):
+    folder, results = demo_run
+    lost = sorted((folder / "batches").iterdir())[3]
+    content = lost.read_bytes()
+    lost.unlink()
+    again = compare(folder, Settings(num_images=8, batch_size=4, search_images=0), show=False)
+    assert lost.read_bytes() != b""
+    for before, after in zip(results["rows"], again["rows"], strict=True):
+        assert before["frechet_distance"] == pytest.approx(after["frechet_distance"])
+    assert len(content) == pytest.approx(lost.stat().st_size, rel=0.05)
+
+
+def test_shards_share_the_work(tmp_path):
+    halves = [Settings(num_images=4, batch_size=2, search_images=0, shard=(part, 2)) for part in (0, 1)]
+    assert compare(tmp_path, halves[0], show=False)["missing"] == 11
+    assert len(compare(tmp_path, halves[1], show=False)["rows"]) == 11
+    assert torch.get_num_threads() == 1
