@@ -150,3 +150,18 @@ def test_the_table_is_refused_with_another_solver(model):
 def test_options_without_meaning_are_refused(wrong):
     with pytest.raises(MethodError):
         EBCalibration(**wrong)
+
+
+def test_norm_matching_restores_the_uncached_norm_at_every_step(model):
+    table = calibrate(model, EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm"), steps=8)
+
+    def norms(method):
+        # the calibration's own noise: its generator starts from seed 0
+        start = int(torch.randint(99, (1,), generator=torch.Generator().manual_seed(0)))
+        with sostenuto.enable(model, method, scheduler=model.scheduler_for_test):
+            _, outputs = sample_loop(model, model.scheduler_for_test, 8, seed=start)
+        return [output.flatten(1).square().mean(1).sqrt().mean().item() for output in outputs]
+
+    assert norms(EBCache(table)) == pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
+    assert norms(EBCache(table, eps_scale=1.0)) != pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
+    assert len(set(table.eps_scale)) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from sostenuto import compat
 from sostenuto.anatomy import Site
 from sostenuto.clock import Tick
-from sostenuto.correct import scale_noise
+from sostenuto.correct import check_noise_scale, scale_noise
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle, Prober, enable
 from sostenuto.errors import MethodError
@@ -20,7 +21,7 @@ from sostenuto.methods import EBCache, NoCache
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action, Op
 from sostenuto.progress import progress
-from sostenuto.table import CacheTable, StepState, fingerprint
+from sostenuto.table import CacheTable, StepActions, StepState, fingerprint
 
 Sample = Callable[..., Any]
 Score = Callable[[Any], float]
@@ -47,7 +48,10 @@ class EBCalibration:
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
-        eps_scale: b during calibration, and the result where nothing is searched.
+        eps_scale: b during calibration, and the result where nothing else decides it.
+        eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
+            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
+            ``"fixed"`` keeps ``eps_scale``.
         eps_scale_grid: the values of b that are tried when a ``score`` is given.
     """
 
@@ -62,6 +66,7 @@ class EBCalibration:
     last_computed: int = 1
     kappa_start: float = 1.0
     eps_scale: float = 1.0
+    eps_scale_rule: Literal["search", "match_norm", "fixed"] = "search"
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
 
     def __post_init__(self) -> None:
@@ -71,11 +76,13 @@ class EBCalibration:
             raise MethodError(f"max_consecutive_reuse must be 1 or more, not {self.max_consecutive_reuse}")
         if self.last_computed < 1:
             raise MethodError(f"last_computed must be 1 or more, not {self.last_computed}")
+        check_noise_scale((self.eps_scale, *self.eps_scale_grid))
         for name, known in (
             ("norm", ("rms", "mean_abs", "raw")),
             ("criterion", ("vector_gap", "norm_gap")),
             ("aggregation", ("batch_mean", "vote")),
             ("advance", ("selected", "no_cache")),
+            ("eps_scale_rule", ("search", "match_norm", "fixed")),
         ):
             if getattr(self, name) not in known:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
@@ -108,7 +115,13 @@ class _Algorithm1:
         else:  # the passes of a step share its state
             state = self.trace.states[-1]
             output = self._run(tick, prober, state)
-        return compat.map_output(output, lambda eps: scale_noise(eps, self.options.eps_scale, prober.noise_channels))
+        return compat.map_output(
+            output, lambda eps: scale_noise(eps, self._scale(tick, eps, prober), prober.noise_channels)
+        )
+
+    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
+        """The factor of the prediction that the trajectory advances with."""
+        return self.options.eps_scale
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         options, last = self.options, tick.num_steps - self.options.last_computed
@@ -185,6 +198,31 @@ class _Algorithm1:
         if self.options.criterion == "vector_gap":
             return _norm(fresh - cached, self.options.norm)
         return (_norm(fresh, self.options.norm) - _norm(self.options.eps_scale * cached, self.options.norm)).abs()
+
+
+class _NormMatch(_Algorithm1):
+    """Follows given states; the factor of every step restores a wanted norm, measured on the way where none is given."""
+
+    def __init__(
+        self, handle: Handle, options: EBCalibration, states: Sequence[StepActions], wanted: Sequence[float] | None
+    ) -> None:
+        super().__init__(handle, options, 0.0)
+        self.states, self.wanted = states, wanted
+        self.norms: dict[int, list[float]] = {}
+        self.scales: dict[int, list[float]] = {}
+
+    def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
+        state = self.states[tick.step]
+        assert isinstance(state, StepState)
+        return state, self._run(tick, prober, state)
+
+    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
+        noise = prediction[:, : prober.noise_channels].flatten(1).float()
+        norm = _norm(noise, self.options.norm).mean().item()
+        scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
+        self.norms.setdefault(tick.step, []).append(norm)
+        self.scales.setdefault(tick.step, []).append(scale)
+        return scale
 
 
 def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
@@ -276,11 +314,22 @@ def calibrate(
         )
         return replace(table, macs_fraction=_macs_fraction(table, facts["sites"], facts["cost"]))
 
-    grid = options.eps_scale_grid if score is not None else ()
+    def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> _NormMatch:
+        with enable(target, NoCache(), scheduler=scheduler) as handle:
+            matching = _NormMatch(handle, options, states, wanted)
+            handle.driver, handle.driver_slots = matching, options.forecast_order + 1
+            sample(target, torch.Generator(device).manual_seed(seed), num_inference_steps=num_inference_steps)
+        return matching
+
+    grid = options.eps_scale_grid if score is not None and options.eps_scale_rule == "search" else ()
     rounds = 1 if options.target_fraction is None else _MAX_ROUNDS
     with progress(rounds + len(grid), "calibrate", show_progress) as bar:
         table = _bisect(run, options, bar.update)
-        if score is None:
+        if options.eps_scale_rule == "match_norm":
+            uncached = follow([StepState.COMPUTE] * num_inference_steps, None)
+            matched = follow(table.actions, [fmean(uncached.norms[p]) for p in range(num_inference_steps)])
+            return replace(table, eps_scale=tuple(fmean(matched.scales[p]) for p in range(num_inference_steps)))
+        if score is None or not grid:
             return table
         scores: dict[float, float] = {}
         for scale in grid:

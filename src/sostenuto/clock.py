@@ -63,7 +63,8 @@ class Clock:
         value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         fresh = source is not self._source
         if fresh:
-            self._source, self._timesteps = source, tuple(float(t) for t in source)
+            values = source.tolist() if isinstance(source, torch.Tensor) else source
+            self._source, self._timesteps = source, tuple(float(t) for t in values)
         step = self._position(value, scheduler, -1 if fresh else self._step)
         same_step = not fresh and step == self._step
         if not fresh and not same_step and step < self._step:
