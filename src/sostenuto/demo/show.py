@@ -20,7 +20,8 @@ _HEADINGS = ("row", "steps", "speed-up", "ideal", "distance", "score", "accuracy
 
 def terminal_table(results: dict[str, Any]) -> str:
     """The rows as text."""
-    lines = [_HEADINGS]
+    headings = tuple(f"distance ({results['floor']:.3f})" if h == "distance" else h for h in _HEADINGS)
+    lines: list[tuple[str, ...]] = [headings]
     for row in results["rows"]:
         lines.append(
             (
@@ -49,8 +50,8 @@ def terminal_table(results: dict[str, Any]) -> str:
     machine = results["machine"]
     text += [
         "",
-        f"{results['n']} images a row {of_seeds}. Distance: Fréchet, to the training set, in the judge's features; "
-        f"{results['n']} real test images: {results['floor']:.3f}",
+        f"{results['n']} images a row {of_seeds}. Distance: Fréchet, to the training set, in the judge's features "
+        f"(in brackets that of {results['n']} real test images).",
         f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
         f"diffusers {machine['diffusers']}",
     ]
