@@ -339,6 +339,19 @@ def test_noise_scale_multiplies_noise_and_leaves_learned_variance_alone(schedule
     assert torch.equal(scaled[0][:, 2:], stock[0][:, 2:])
 
 
+def test_scaling_what_is_not_noise_is_refused(tiny):
+    velocity = DDIMScheduler(prediction_type="v_prediction")
+    with (
+        sostenuto.enable(tiny, EpsilonScaling(1.01), scheduler=velocity),
+        pytest.raises(MethodError, match="v_prediction"),
+    ):
+        sample_loop(tiny, velocity, 2)
+    with sostenuto.enable(tiny, EpsilonScaling(1.0) | FORA(2), scheduler=velocity):
+        velocity.set_timesteps(2)
+        with torch.no_grad():
+            tiny(torch.randn(1, 2, 8, 8), velocity.timesteps[:1], torch.tensor([1]))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_noise_scale_that_is_no_factor_is_refused(scale):
     with pytest.raises(MethodError, match="above 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -25,6 +26,22 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     if num_steps is not None and len(values) != num_steps:
         raise MethodError(f"eps_scale has {len(values)} entries for {num_steps} steps: give one per step or one number")
     return values
+
+
+def check_predicts_noise(scheduler: Any) -> None:
+    """Refuse to scale what isn't noise.
+
+    Raises:
+        MethodError: the scheduler is told velocity, the clean sample or a flow instead of ε.
+    """
+    config = getattr(scheduler, "config", None)
+    kind = getattr(config, "prediction_type", None)
+    if kind is None and "FlowMatch" in type(scheduler).__name__:
+        kind = "flow"
+    if kind not in (None, "epsilon"):
+        raise MethodError(
+            f"the noise scale is for ε-prediction, this {type(scheduler).__name__} expects {kind}: use eps_scale=1"
+        )
 
 
 def scale_noise(prediction: torch.Tensor, scale: float, channels: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from sostenuto import compat
 from sostenuto.anatomy import anatomy_of, inspect
 from sostenuto.clock import Clock, Tick
-from sostenuto.correct import check_noise_scale, scale_noise
+from sostenuto.correct import check_noise_scale, check_predicts_noise, scale_noise
 from sostenuto.cost import Cost, measure, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.forecast import lagrange_weights
@@ -242,6 +242,8 @@ class Handle:
             sizes = [output.num_bytes for output in self._cost(call.signature).site_outputs]
             plan = fit(plan, sizes, self._max_cache_bytes)
         scale = self.method.noise_scale(facts)
+        if scale is not None and any(factor != 1 for factor in scale):
+            check_predicts_noise(facts.scheduler)
         self._plan = plan
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
 
