@@ -1,7 +1,8 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
+from sostenuto.algorithm1 import EBCalibration
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrate import EBCalibration, calibrate
+from sostenuto.calibrate import calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,

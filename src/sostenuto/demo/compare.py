@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sostenuto
-from sostenuto.calibrate import EBCalibration, calibrate
+from sostenuto.algorithm1 import EBCalibration
+from sostenuto.calibrate import calibrate
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NUM_CLASSES
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline

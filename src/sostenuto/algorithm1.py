@@ -1,0 +1,223 @@
+"""EB-Cache's Algorithm 1 (arXiv 2503.07120): its options, and one run of it over the steps of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from sostenuto import compat
+from sostenuto.clock import Tick
+from sostenuto.correct import check_noise_scale, scale_noise
+from sostenuto.cost import Cost
+from sostenuto.engine import Handle, Prober
+from sostenuto.errors import MethodError
+from sostenuto.plan import Op
+from sostenuto.table import StepActions, StepState
+
+CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
+
+
+@dataclass(frozen=True)
+class EBCalibration:
+    """The choices that EB-Cache (arXiv 2503.07120, Algorithm 1) leaves open. The defaults are those that worked.
+
+    Attributes:
+        delta: intercept and slope of the threshold δ(τ) = intercept + slope · τ, with τ = 1 at the noisiest step.
+        target_fraction: scale δ by a factor κ, found by bisection, such that a generation costs this share of the uncached
+            multiply-accumulates; ``None`` takes δ as it is.
+        norm: ``"rms"`` (of the noise channels of each sample), ``"mean_abs"``, or ``"raw"``, the Euclidean norm.
+        criterion: ``"vector_gap"``, the norm of the difference between the cached and the uncached prediction, or
+            ``"norm_gap"``, the paper's difference of norms with the cached prediction scaled by b. The second does not see a
+            stale direction: taken alone it lets attention grow stale until images collapse.
+        max_consecutive_reuse: most steps in a row for which a branch may be reused; ``None``: no bound.
+        aggregation: ``"batch_mean"`` thresholds the mean over the samples, ``"vote"`` takes the majority of the samples'
+            own decisions, ties to less reuse.
+        advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
+        forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
+        last_computed: how many of the last steps are always computed; the paper: 1.
+        kappa_start: where the bisection of κ begins.
+        eps_scale: b during calibration, and the result where nothing else decides it.
+        eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
+            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
+            ``"fixed"`` keeps ``eps_scale``.
+        eps_scale_grid: the values of b that are tried when a ``score`` is given.
+    """
+
+    delta: tuple[float, float] = (0.05, 0.15)
+    target_fraction: float | None = 0.6
+    norm: Literal["rms", "mean_abs", "raw"] = "rms"
+    criterion: Literal["vector_gap", "norm_gap"] = "vector_gap"
+    max_consecutive_reuse: int | None = 3
+    aggregation: Literal["batch_mean", "vote"] = "batch_mean"
+    advance: Literal["selected", "no_cache"] = "selected"
+    forecast_order: int = 1
+    last_computed: int = 1
+    kappa_start: float = 1.0
+    eps_scale: float = 1.0
+    eps_scale_rule: Literal["search", "match_norm", "fixed"] = "search"
+    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+
+    def __post_init__(self) -> None:
+        if self.target_fraction is not None and not 0 < self.target_fraction <= 1:
+            raise MethodError(f"target_fraction must be above 0 and at most 1, not {self.target_fraction}")
+        if self.max_consecutive_reuse is not None and self.max_consecutive_reuse < 1:
+            raise MethodError(f"max_consecutive_reuse must be 1 or more, not {self.max_consecutive_reuse}")
+        if self.last_computed < 1:
+            raise MethodError(f"last_computed must be 1 or more, not {self.last_computed}")
+        check_noise_scale((self.eps_scale, *self.eps_scale_grid))
+        for name, known in (
+            ("norm", ("rms", "mean_abs", "raw")),
+            ("criterion", ("vector_gap", "norm_gap")),
+            ("aggregation", ("batch_mean", "vote")),
+            ("advance", ("selected", "no_cache")),
+            ("eps_scale_rule", ("search", "match_norm", "fixed")),
+        ):
+            if getattr(self, name) not in known:
+                raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+
+
+@dataclass
+class Trace:
+    """What one pass of Algorithm 1 found."""
+
+    states: list[StepState]
+    norms: list[dict[str, float]]
+    samples: int = 0
+    cost: Cost | None = None
+
+
+class Algorithm1:
+    """One run over the steps: evaluate the candidates at every denoiser call, choose, advance with the choice."""
+
+    def __init__(self, handle: Handle, options: EBCalibration, kappa: float) -> None:
+        self.handle, self.options, self.kappa = handle, options, kappa
+        self.history: dict[tuple[int, int], list[int]] = {}  # (pass, site) → computed steps, newest first
+        self.idle: dict[str, int] = {}  # branch group → steps in a row for which it was reused
+        self.trace = Trace([], [])
+
+    def __call__(self, tick: Tick, prober: Prober) -> Any:
+        """Carry out one denoiser call of the calibration; what it returns goes on to the sampler."""
+        self.trace.samples = prober.batch_size
+        if tick.pass_index == 0:
+            state, output = self._choose(tick, prober)
+            self.trace.states.append(state)
+        else:  # the passes of a step share its state
+            state = self.trace.states[-1]
+            output = self._run(tick, prober, state)
+        return compat.map_output(
+            output, lambda eps: scale_noise(eps, self._scale(tick, eps, prober), prober.noise_channels)
+        )
+
+    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
+        """The factor of the prediction that the trajectory advances with."""
+        return self.options.eps_scale
+
+    def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
+        options, last = self.options, tick.num_steps - self.options.last_computed
+        if tick.step == 0 or tick.step >= last:
+            self.trace.norms.append({})
+            self.trace.cost = self.trace.cost or prober.cost()
+            return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
+        fresh = compat.first_tensor(self._run(tick, prober, StepState.COMPUTE, keep=False))
+        tau = 1 - tick.step / max(1, tick.num_steps - 1)
+        threshold = self.kappa * (options.delta[0] + options.delta[1] * tau)
+        measured: dict[str, float] = {}
+        chosen = StepState.COMPUTE
+        for candidate in CANDIDATES:
+            if not self._may(candidate):
+                continue
+            cached = compat.first_tensor(self._run(tick, prober, candidate, keep=False))
+            gaps = self._gap(fresh, cached, prober)
+            measured[candidate.value] = gaps.mean().item()
+            if options.aggregation == "batch_mean":
+                accepted = measured[candidate.value] < threshold
+            else:
+                accepted = (gaps < threshold).float().mean().item() > 0.5
+            if accepted:
+                chosen = candidate
+                break
+        self.trace.norms.append(measured)
+        output = self._run(tick, prober, chosen)
+        if options.advance == "no_cache":
+            output = compat.map_output(output, lambda _: fresh)
+        return chosen, output
+
+    def _may(self, state: StepState) -> bool:
+        bound = self.options.max_consecutive_reuse
+        if bound is None:
+            return True
+        attention_full = self.idle.get("attention", 0) >= bound
+        mlp_full = self.idle.get("mlp", 0) >= bound
+        return not (attention_full or (mlp_full and state is StepState.REUSE_BOTH))
+
+    def _run(self, tick: Tick, prober: Prober, state: StepState, keep: bool = True) -> Any:
+        """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
+        sites = self.handle.sites
+        depth = self.options.forecast_order + 1
+        ops, histories = [], []
+        for index, site in enumerate(sites):
+            computed = self.history.get((tick.pass_index, index), [])
+            if state.skips(site):
+                histories.append(tuple(computed[:depth]))
+                ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
+            else:
+                histories.append(())
+                ops.append(Op.STORE if keep else Op.COMPUTE)
+        output = prober.run(ops, histories)
+        if keep:
+            self._account(tick, ops)
+        return output
+
+    def _account(self, tick: Tick, ops: Sequence[Op]) -> None:
+        for index, op in enumerate(ops):
+            if op is Op.STORE:
+                self.history.setdefault((tick.pass_index, index), []).insert(0, tick.step)
+        if tick.pass_index == 0:
+            for group in ("attention", "mlp"):
+                reused = all(
+                    op >= Op.REUSE
+                    for op, site in zip(ops, self.handle.sites, strict=True)
+                    if site.kind.is_attention == (group == "attention")
+                )
+                self.idle[group] = self.idle.get(group, 0) + 1 if reused else 0
+
+    def _gap(self, fresh: torch.Tensor, cached: torch.Tensor, prober: Prober) -> torch.Tensor:
+        """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""
+        fresh, cached = (p[:, : prober.noise_channels].flatten(1).float() for p in (fresh, cached))
+        if self.options.criterion == "vector_gap":
+            return _norm(fresh - cached, self.options.norm)
+        return (_norm(fresh, self.options.norm) - _norm(self.options.eps_scale * cached, self.options.norm)).abs()
+
+
+class NormMatch(Algorithm1):
+    """Follows given states; the factor of every step restores a wanted norm, measured on the way where none is given."""
+
+    def __init__(
+        self, handle: Handle, options: EBCalibration, states: Sequence[StepActions], wanted: Sequence[float] | None
+    ) -> None:
+        super().__init__(handle, options, 0.0)
+        self.states, self.wanted = states, wanted
+        self.norms: dict[int, list[float]] = {}
+        self.scales: dict[int, list[float]] = {}
+
+    def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
+        state = self.states[tick.step]
+        assert isinstance(state, StepState)
+        return state, self._run(tick, prober, state)
+
+    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
+        noise = prediction[:, : prober.noise_channels].flatten(1).float()
+        norm = _norm(noise, self.options.norm).mean().item()
+        scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
+        self.norms.setdefault(tick.step, []).append(norm)
+        self.scales.setdefault(tick.step, []).append(scale)
+        return scale
+
+
+def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
+    if norm == "raw":
+        return values.norm(dim=1)
+    return values.square().mean(1).sqrt() if norm == "rms" else values.abs().mean(1)
