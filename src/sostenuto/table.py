@@ -196,7 +196,7 @@ class CacheTable:
             "method": self.method,
             "order": "sampling",
             "num_inference_steps": self.num_inference_steps,
-            "eps_scale": list(self.eps_scale),
+            "eps_scale": self.eps_scale[0] if len(set(self.eps_scale)) == 1 else list(self.eps_scale),
             "forecast_order": self.forecast_order,
             "actions": actions,
             "model": dict(self.model),
