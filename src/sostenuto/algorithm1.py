@@ -37,6 +37,7 @@ class EBCalibration:
             own decisions, ties to less reuse.
         advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
+        candidates: the states that are tried at a step, deepest reuse first; EB-Cache's two by default.
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
         eps_scale: b during calibration, and the result where nothing else decides it.
@@ -54,6 +55,7 @@ class EBCalibration:
     aggregation: Literal["batch_mean", "vote"] = "batch_mean"
     advance: Literal["selected", "no_cache"] = "selected"
     forecast_order: int = 1
+    candidates: tuple[StepState, ...] = CANDIDATES
     last_computed: int = 1
     kappa_start: float = 1.0
     eps_scale: float = 1.0
@@ -65,6 +67,8 @@ class EBCalibration:
             raise MethodError(f"target_fraction must be above 0 and at most 1, not {self.target_fraction}")
         if self.max_consecutive_reuse is not None and self.max_consecutive_reuse < 1:
             raise MethodError(f"max_consecutive_reuse must be 1 or more, not {self.max_consecutive_reuse}")
+        if not self.candidates or StepState.COMPUTE in self.candidates:
+            raise MethodError("candidates must name one state of reuse at least, and not 'compute'")
         if self.last_computed < 1:
             raise MethodError(f"last_computed must be 1 or more, not {self.last_computed}")
         check_noise_scale((self.eps_scale, *self.eps_scale_grid))
@@ -126,7 +130,7 @@ class Algorithm1:
         threshold = self.kappa * (options.delta[0] + options.delta[1] * tau)
         measured: dict[str, float] = {}
         chosen = StepState.COMPUTE
-        for candidate in CANDIDATES:
+        for candidate in options.candidates:
             if not self._may(candidate):
                 continue
             cached = compat.first_tensor(self._run(tick, prober, candidate, keep=False))
@@ -149,9 +153,7 @@ class Algorithm1:
         bound = self.options.max_consecutive_reuse
         if bound is None:
             return True
-        attention_full = self.idle.get("attention", 0) >= bound
-        mlp_full = self.idle.get("mlp", 0) >= bound
-        return not (attention_full or (mlp_full and state is StepState.REUSE_BOTH))
+        return not any(self.idle.get(group, 0) >= bound for group in state.groups)
 
     def _run(self, tick: Tick, prober: Prober, state: StepState, keep: bool = True) -> Any:
         """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
@@ -168,21 +170,15 @@ class Algorithm1:
                 ops.append(Op.STORE if keep else Op.COMPUTE)
         output = prober.run(ops, histories)
         if keep:
-            self._account(tick, ops)
+            self._account(tick, state, ops)
         return output
 
-    def _account(self, tick: Tick, ops: Sequence[Op]) -> None:
+    def _account(self, tick: Tick, state: StepState, ops: Sequence[Op]) -> None:
         for index, op in enumerate(ops):
             if op is Op.STORE:
                 self.history.setdefault((tick.pass_index, index), []).insert(0, tick.step)
         if tick.pass_index == 0:
-            for group in ("attention", "mlp"):
-                reused = all(
-                    op >= Op.REUSE
-                    for op, site in zip(ops, self.handle.sites, strict=True)
-                    if site.kind.is_attention == (group == "attention")
-                )
-                self.idle[group] = self.idle.get(group, 0) + 1 if reused else 0
+            self.idle = {group: self.idle.get(group, 0) + 1 for group in state.groups}
 
     def _gap(self, fresh: torch.Tensor, cached: torch.Tensor, prober: Prober) -> torch.Tensor:
         """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sostenuto.algorithm1 import CANDIDATES, Algorithm1, EBCalibration, NormMatch, Trace
+from sostenuto.algorithm1 import Algorithm1, EBCalibration, NormMatch, Trace
 from sostenuto.anatomy import Site
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle, enable
@@ -103,7 +103,7 @@ def calibrate(
                 "threshold": [kappa * d for d in options.delta],
                 "norm": options.norm,
                 "norms": traces[0].norms,
-                "options": asdict(options),
+                "options": _plain(options),
             },
         )
         return replace(table, macs_fraction=_macs_fraction(table, facts["sites"], facts["cost"]))
@@ -161,6 +161,11 @@ def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Ca
     return min(tables, key=lambda table: abs(_fraction(table) - target))
 
 
+def _plain(options: EBCalibration) -> dict[str, Any]:
+    """The options as JSON data."""
+    return {**asdict(options), "candidates": [state.value for state in options.candidates]}
+
+
 def _fraction(table: CacheTable) -> float:
     assert table.macs_fraction is not None
     return table.macs_fraction
@@ -168,19 +173,14 @@ def _fraction(table: CacheTable) -> float:
 
 def _vote(runs: Sequence[Sequence[StepState]], bound: int | None) -> list[StepState]:
     """The majority at every step, ties to less reuse; a step that would break the bound on staleness computes."""
-    order = (StepState.COMPUTE, *reversed(CANDIDATES))
     states: list[StepState] = []
-    idle = {"attention": 0, "mlp": 0}
+    idle: dict[str, int] = {}
     for votes in zip(*runs, strict=True):
         counts = Counter(votes)
-        state = max(order, key=lambda s: counts[s])  # max keeps the first of equals: less reuse
-        reused = {
-            "attention": state in (StepState.REUSE_ATTENTION, StepState.REUSE_BOTH),
-            "mlp": state in (StepState.REUSE_MLP, StepState.REUSE_BOTH),
-        }
-        if bound is not None and any(reused[group] and idle[group] >= bound for group in idle):
-            state, reused = StepState.COMPUTE, dict.fromkeys(idle, False)
-        idle = {group: idle[group] + 1 if reused[group] else 0 for group in idle}
+        state = min(counts, key=lambda s: (-counts[s], len(s.groups), s.value))
+        if bound is not None and any(idle.get(group, 0) >= bound for group in state.groups):
+            state = StepState.COMPUTE
+        idle = {group: idle.get(group, 0) + 1 for group in state.groups}
         states.append(state)
     return states
 

@@ -32,12 +32,22 @@ class StepState(Enum):
     REUSE_MLP = "reuse-mlp"
     REUSE_BOTH = "reuse-both"
 
+    @property
+    def groups(self) -> frozenset[str]:
+        """The groups of branches that are reused: ``"attention"``, ``"mlp"``."""
+        return _GROUPS[self]
+
     def skips(self, site: Site) -> bool:
         """Whether the branch at ``site`` is skipped in this state."""
-        if self is StepState.REUSE_BOTH:
-            return True
-        return self is (StepState.REUSE_ATTENTION if site.kind.is_attention else StepState.REUSE_MLP)
+        return ("attention" if site.kind.is_attention else "mlp") in self.groups
 
+
+_GROUPS = {
+    StepState.COMPUTE: frozenset(),
+    StepState.REUSE_ATTENTION: frozenset({"attention"}),
+    StepState.REUSE_MLP: frozenset({"mlp"}),
+    StepState.REUSE_BOTH: frozenset({"attention", "mlp"}),
+}
 
 # The authors' files hold 0, 1, 2; FEB-Cache's text adds 3.
 _NPY_STATES = (StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH, StepState.REUSE_MLP)
