@@ -145,6 +145,15 @@ def test_the_table_is_refused_with_another_solver(model):
         dict(norm="l7"),
         dict(criterion="taste"),
         dict(last_computed=0),
+        dict(target_fraction="a"),
+        dict(delta=0.1),
+        dict(delta=(1.0, float("nan"))),
+        dict(kappa_start=0),
+        dict(forecast_order=-1),
+        dict(eps_scale=(1.0, 2.0)),
+        dict(eps_scale_grid=()),
+        dict(candidates=("reuse-attn",)),
+        dict(candidates=(C,)),
     ],
 )
 def test_options_without_meaning_are_refused(wrong):

@@ -40,19 +40,21 @@ def test_one_graph_per_mode_without_a_break(scheduler, form, order):
         assert counters["stats"]["unique_graphs"] == after_one == len(modes)
         assert not counters["graph_break"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    stock, _ = sample_loop(model, scheduler, 3)
-    assert torch.isfinite(stock).all()
+    restored, _ = sample_loop(compiled, scheduler, 3)
+    torch._dynamo.reset()
+    fresh = torch.compile(build_tiny(num_layers=2), fullgraph=True, backend="aot_eager")
+    stock, _ = sample_loop(fresh, scheduler, 3)
+    assert torch.equal(restored, stock)
 
 
 def test_compiling_after_enabling_is_refused_not_silently_wrong(scheduler):
     model = build_tiny(num_layers=1)
     with sostenuto.enable(model, "none", scheduler=scheduler):
         model.compile(fullgraph=True, backend="eager")
-        with pytest.raises(Exception, match=r"first and (then )?enable"):
+        with pytest.raises((EngineError, torch._dynamo.exc.TorchDynamoException), match="enable"):
             sample_loop(model, scheduler, 2)
     wrapped = build_tiny(num_layers=1)
     with sostenuto.enable(wrapped, "none", scheduler=scheduler):
         compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
-        with pytest.raises(Exception, match=r"compile|Unsupported|EngineError"):
+        with pytest.raises((EngineError, torch._dynamo.exc.TorchDynamoException), match="enable"):
             sample_loop(compiled, scheduler, 2)
-    assert issubclass(EngineError, RuntimeError)

@@ -59,6 +59,9 @@ def test_a_seed_decides_the_images(pipe):
         ({"class_labels": [10]}, "class label 10 is out of range"),
         ({"class_labels": [-1]}, "class label -1"),
         ({"class_labels": []}, "empty"),
+        ({"class_labels": "12"}, "whole numbers"),
+        ({"class_labels": [1.5]}, "whole numbers"),
+        ({"class_labels": None}, "whole numbers"),
         ({"class_labels": [1], "num_inference_steps": 0}, "num_inference_steps"),
         ({"class_labels": [1], "output_type": "jpeg"}, "jpeg"),
         ({"class_labels": [1], "latents": torch.zeros(2, 1, 28, 28)}, "latents"),
@@ -66,7 +69,7 @@ def test_a_seed_decides_the_images(pipe):
     ],
 )
 def test_arguments_without_meaning_are_refused(pipe, arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(sostenuto.InputError, match=words):
         pipe(**arguments)
 
 
@@ -155,8 +158,8 @@ def test_verify_proves_the_shipped_model(pipe):
     assert sostenuto.verify(pipe, FORA(2), sample)["sites"] == 16
 
 
-@pytest.mark.slow
 def test_generated_garments_are_recognized(pipe):
-    labels = torch.arange(200) % 10
+    labels = torch.arange(100) % 10
     images = torch.cat([generate(pipe, part.tolist(), steps=50, seed=i) for i, part in enumerate(labels.split(50))])
-    assert Judge().judge(images, labels).class_accuracy >= 0.8
+    # The bar is 0.85 over many images; of 100 it may miss by a standard error of 0.036.
+    assert Judge().judge(images, labels).class_accuracy >= 0.81

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from sostenuto.correct import check_noise_scale, scale_noise
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle, Prober
 from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
 from sostenuto.plan import Op
 from sostenuto.table import StepActions, StepState
 
@@ -63,15 +65,30 @@ class EBCalibration:
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
 
     def __post_init__(self) -> None:
-        if self.target_fraction is not None and not 0 < self.target_fraction <= 1:
-            raise MethodError(f"target_fraction must be above 0 and at most 1, not {self.target_fraction}")
-        if self.max_consecutive_reuse is not None and self.max_consecutive_reuse < 1:
-            raise MethodError(f"max_consecutive_reuse must be 1 or more, not {self.max_consecutive_reuse}")
-        if not self.candidates or StepState.COMPUTE in self.candidates:
-            raise MethodError("candidates must name one state of reuse at least, and not 'compute'")
-        if self.last_computed < 1:
-            raise MethodError(f"last_computed must be 1 or more, not {self.last_computed}")
-        check_noise_scale((self.eps_scale, *self.eps_scale_grid))
+        if self.target_fraction is not None and not (
+            _is_number(self.target_fraction) and 0 < self.target_fraction <= 1
+        ):
+            raise MethodError(f"target_fraction must be a number above 0 and at most 1, not {self.target_fraction!r}")
+        if not (isinstance(self.delta, tuple) and len(self.delta) == 2 and all(map(_is_number, self.delta))):
+            raise MethodError(f"delta must be (intercept, slope), not {self.delta!r}")
+        if not (_is_number(self.kappa_start) and self.kappa_start > 0):
+            raise MethodError(f"kappa_start must be a number above 0, not {self.kappa_start!r}")
+        for name in ("max_consecutive_reuse", "last_computed"):
+            value = getattr(self, name)
+            if name == "max_consecutive_reuse" and value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise MethodError(f"{name} must be a whole number of 1 or more, not {value!r}")
+        known_states = all(isinstance(state, StepState) and state.groups for state in self.candidates)
+        if not self.candidates or not known_states:
+            raise MethodError(
+                f"candidates must be states of reuse (StepState.REUSE_…), one at least, not {self.candidates!r}"
+            )
+        check_forecast_order(self.forecast_order)
+        if not _is_number(self.eps_scale):
+            raise MethodError(f"eps_scale must be one number, not {self.eps_scale!r}")
+        check_noise_scale(self.eps_scale)
+        check_noise_scale(self.eps_scale_grid)
         for name, known in (
             ("norm", ("rms", "mean_abs", "raw")),
             ("criterion", ("vector_gap", "norm_gap")),
@@ -83,6 +100,10 @@ class EBCalibration:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass
 class Trace:
     """What one pass of Algorithm 1 found."""
@@ -90,6 +111,7 @@ class Trace:
     states: list[StepState]
     norms: list[dict[str, float]]
     samples: int = 0
+    num_steps: int = 0
     cost: Cost | None = None
 
 
@@ -104,7 +126,7 @@ class Algorithm1:
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         """Carry out one denoiser call of the calibration; what it returns goes on to the sampler."""
-        self.trace.samples = prober.batch_size
+        self.trace.samples, self.trace.num_steps = prober.batch_size, tick.num_steps
         if tick.pass_index == 0:
             state, output = self._choose(tick, prober)
             self.trace.states.append(state)

@@ -7,6 +7,7 @@ from enum import Enum
 
 from torch import nn
 
+from sostenuto import compat
 from sostenuto.errors import AnatomyError
 
 
@@ -119,7 +120,7 @@ def inspect(denoiser: nn.Module) -> list[Site]:
     Raises:
         AnatomyError: the class isn't known, or a path of its anatomy leads nowhere.
     """
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # what torch.compile wraps
+    denoiser = compat.unwrapped(denoiser)
     if not isinstance(denoiser, nn.Module):
         raise AnatomyError(f"a denoiser is a torch.nn.Module, not a {type(denoiser).__name__}")
     anatomy = anatomy_of(denoiser)
@@ -130,13 +131,17 @@ def inspect(denoiser: nn.Module) -> list[Site]:
         except AttributeError:
             raise AnatomyError(f"{type(denoiser).__name__} has no submodule {path!r}: its anatomy names it") from None
 
-    sites = []
+    sites: list[Site] = []
+    tapped: dict[nn.Module, str] = {}
     for index, _ in enumerate(find(anatomy.blocks).children()):
         for branch in anatomy.branches:
             path = f"{anatomy.blocks}.{index}.{branch.module}"
             norm = f"{anatomy.blocks}.{index}.{branch.norm}" if branch.norm else None
-            if norm:
-                find(norm)
+            for name in (path, norm):
+                if name and (other := tapped.setdefault(find(name), f"{path}|{name}")) != f"{path}|{name}":
+                    raise AnatomyError(
+                        f"{name} serves {other.split('|')[0]} and {path}: a tapped module or norm must serve one branch only"
+                    )
             parameters = sum(p.numel() for p in find(path).parameters())
             sites.append(Site(path, branch.kind, index, norm, parameters))
     if not sites:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -82,17 +83,19 @@ def calibrate(
                 algorithm = Algorithm1(handle, options, kappa)
                 handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
                 sample(target, noise, num_inference_steps=num_inference_steps)
-                if len(algorithm.trace.states) != num_inference_steps:
+                trace = algorithm.trace
+                # A second-order scheduler makes more denoiser calls than steps: what it lists is what counts.
+                if len(trace.states) != trace.num_steps or trace.num_steps < num_inference_steps:
                     raise MethodError(
-                        f"sample ran {len(algorithm.trace.states)} steps instead of {num_inference_steps}: it must pass "
-                        "num_inference_steps on, and run one generation"
+                        f"sample ran {len(trace.states)} steps instead of {max(trace.num_steps, num_inference_steps)}: it "
+                        "must pass num_inference_steps on, and run one whole generation"
                     )
-                traces.append(algorithm.trace)
+                traces.append(trace)
             facts.update(sites=handle.sites, cost=traces[0].cost, **_made_for(handle))
         states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)
         table = CacheTable(
             actions=tuple(states),
-            eps_scale=(options.eps_scale,) * num_inference_steps,
+            eps_scale=(options.eps_scale,) * len(states),
             forecast_order=options.forecast_order,
             model=facts["model"],
             scheduler=facts["scheduler"],
@@ -120,9 +123,10 @@ def calibrate(
     with progress(rounds + len(grid), "calibrate", show_progress) as bar:
         table = _bisect(run, options, bar.update)
         if options.eps_scale_rule == "match_norm":
-            uncached = follow([StepState.COMPUTE] * num_inference_steps, None)
-            matched = follow(table.actions, [fmean(uncached.norms[p]) for p in range(num_inference_steps)])
-            return replace(table, eps_scale=tuple(fmean(matched.scales[p]) for p in range(num_inference_steps)))
+            steps = range(table.num_inference_steps)
+            uncached = follow([StepState.COMPUTE] * len(steps), None)
+            matched = follow(table.actions, [fmean(uncached.norms[p]) for p in steps])
+            return replace(table, eps_scale=tuple(fmean(matched.scales[p]) for p in steps))
         if score is None or not grid:
             return table
         scores: dict[float, float] = {}
@@ -134,12 +138,13 @@ def calibrate(
     best = min(scores, key=scores.__getitem__)
     return replace(
         table,
-        eps_scale=(best,) * num_inference_steps,
+        eps_scale=(best,) * table.num_inference_steps,
         calibration={**table.calibration, "scores": {f"{scale:g}": value for scale, value in scores.items()}},
     )
 
 
 _MAX_ROUNDS = 8
+_FAR = 0.05  # of the multiply-accumulates
 
 
 def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Callable[[], Any]) -> CacheTable:
@@ -158,7 +163,14 @@ def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Ca
             break
         low, high = (kappa, high) if excess > 0 else (low, kappa)
         kappa = 2 * kappa if high is None else (low + high) / 2
-    return min(tables, key=lambda table: abs(_fraction(table) - target))
+    best = min(tables, key=lambda table: abs(_fraction(table) - target))
+    if abs(_fraction(best) - target) > _FAR:
+        warnings.warn(
+            f"no threshold brings the cost to {target:g} of the multiply-accumulates, the nearest is {_fraction(best):.2f}: "
+            "raise max_consecutive_reuse, allow more candidates, or take more steps",
+            stacklevel=3,
+        )
+    return best
 
 
 def _plain(options: EBCalibration) -> dict[str, Any]:

@@ -20,11 +20,11 @@ class Demo:
 
     output: Path = Path("demo-output")
     """Folder for demo.html, demo.png, the calibrated tables and the images; an interrupted run in it goes on."""
-    num_images: int = 128
+    num_images: int = 96
     """Images per row and seed."""
     batch_size: int = 32
     seeds: tuple[int, ...] = (0,)
-    search_images: int = 60
+    search_images: int = 40
     """Images per value when the noise scale is searched; 0 takes the shipped tables instead of calibrating."""
     shard: tuple[int, int] = (0, 1)
     """This process's part of the batches and the number of parts, to share a long run among processes."""
@@ -49,8 +49,8 @@ class Demo:
             torch.set_num_threads(self.threads)
         if self.fresh and (self.output / "batches").is_dir():
             shutil.rmtree(self.output / "batches")
-            for table in self.output.glob("table-*.json"):
-                table.unlink()
+            for made in (*self.output.glob("table-*.json"), self.output / "run.json"):
+                made.unlink(missing_ok=True)
         results = compare(self.output, settings)
         if not results["rows"]:
             print(f"this part is done; {results['missing']} batches of other parts are missing")
@@ -86,6 +86,11 @@ class ModelChoice:
             return load_demo_pipeline()
         from diffusers import DiffusionPipeline
 
+        index = Path(self.model) / "model_index.json"
+        if index.is_file() and json.loads(index.read_text()).get("_class_name") == "DemoPipeline":
+            from sostenuto.demo.pipeline import DemoPipeline
+
+            return DemoPipeline.from_pretrained(self.model)
         return DiffusionPipeline.from_pretrained(self.model)
 
     def method_object(self) -> Any:
@@ -233,10 +238,12 @@ class Verify:
     """Prove on a model that what is reused is exact, and that a method's plan is what runs."""
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
+    json: Path | None = None
+    """Write what was proved to this file."""
 
     def run(self) -> None:
         """Verify and print what was proved."""
-        _verify(self.choice.pipeline(), self.choice, self.choice.method_object())
+        write_json(self.json, _verify(self.choice.pipeline(), self.choice, self.choice.method_object()))
 
 
 @dataclass(frozen=True)
@@ -270,7 +277,7 @@ COMMANDS = {
 }
 
 
-def _verify(pipe: Any, choice: ModelChoice, method: Any) -> None:
+def _verify(pipe: Any, choice: ModelChoice, method: Any) -> dict[str, Any]:
     import sostenuto
 
     proved = sostenuto.verify(pipe, method, choice.sample(), num_inference_steps=choice.num_inference_steps)
@@ -278,6 +285,7 @@ def _verify(pipe: Any, choice: ModelChoice, method: Any) -> None:
         f"proved: {proved['sites']} sites are bit-identical when reused with identical inputs, each saves its counted "
         f"multiply-accumulates, and {proved['steps']} steps of {proved['passes']} pass(es) ran as planned"
     )
+    return proved
 
 
 def _contact_sheet(rows: list[list[Any]]) -> Any:

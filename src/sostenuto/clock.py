@@ -30,56 +30,75 @@ class Tick:
     new_generation: bool
 
 
+_MOST_PASSES = 4
+
+
 class Clock:
     """Tells the step of every denoiser call from the scheduler's timesteps and the call's arguments.
 
-    A generation begins when the scheduler's timesteps were set anew (``set_timesteps`` makes a new tensor, also with
-    equal values), or when the timestep jumps back up. Within a step, a call with the same latents is the next pass.
+    A generation begins when the scheduler's timesteps were set anew (``set_timesteps`` makes a new tensor, also with equal
+    values), when the timestep jumps back up, or when its first step is called again. Within a step, a call with the same
+    latents and other conditioning is another pass. Passes are told apart by their conditioning, never by their order.
     """
 
     def __init__(self, scheduler: Callable[[], Any]) -> None:
         self._scheduler = scheduler
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything: the next call opens a generation."""
         self._source: Any = None
         self._timesteps: tuple[float, ...] = ()
-        self._step = -1
+        self._opening = self._step = -1
         self._latents: torch.Tensor | None = None
-        self._passes: list[tuple[Any, ...]] = []  # the conditioning of each pass, once there is more than one
+        self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
+        self._called: set[int] = set()  # the passes called at this step
 
-    def tick(self, timestep: Any, latents: torch.Tensor, conditioning: Sequence[Any] = ()) -> Tick:
+    def tick(self, timestep: Any, latents: torch.Tensor, conditioning: Sequence[torch.Tensor] = ()) -> Tick:
         """Place a call.
 
         Args:
             timestep: what the denoiser is given: a number, or a tensor whose elements are all equal.
-            latents: its first input, ``[batch, …]``; tells a second pass from a new generation at the same timestep.
-            conditioning: its other tensor arguments; tell the passes of later steps apart.
+            latents: its first input, ``[batch, …]``; tells a second pass from another generation at the same timestep.
+            conditioning: its other tensor arguments; tell the passes apart.
 
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
+        value = _value(timestep)
         scheduler = self._scheduler()
         source = getattr(scheduler, "timesteps", None)
         if source is None:
             raise ClockError("the scheduler has no timesteps yet: call its set_timesteps before the denoiser")
-        value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        fresh = source is not self._source
-        if fresh:
+        if source is not self._source:
+            self.forget()
             values = source.tolist() if isinstance(source, torch.Tensor) else source
             self._source, self._timesteps = source, tuple(float(t) for t in values)
-        step = self._position(value, scheduler, -1 if fresh else self._step)
-        same_step = not fresh and step == self._step
-        if not fresh and not same_step and step < self._step:
-            fresh = True
-        if same_step and not self._same_latents(latents):
-            fresh, same_step = True, False
-        pass_index = self._pass(same_step, fresh, tuple(conditioning))
-        self._step, self._latents = step, latents
+        same_latents = self._latents is not None and _equal(self._latents, latents)
+        step = self._position(value, scheduler, same_latents)
+        fresh = self._opening < 0 or step < self._step
+        pass_index = 0
+        if not fresh:
+            pass_index = self._match(conditioning)
+            if step == self._step and (not same_latents or pass_index in self._called):
+                if step != self._opening:
+                    raise ClockError(
+                        f"the denoiser was called again at step {step} with "
+                        f"{'the same inputs' if same_latents else 'other latents'}: finish one generation before the next, "
+                        "and give every pass of a step conditioning of its own"
+                    )
+                fresh = True  # the first step again: a generation that was given up after it
+        if fresh:
+            self._opening, self._passes, pass_index = step, [], 0
+        if pass_index == len(self._passes):
+            self._passes.append(tuple(_Snapshot(tensor) for tensor in conditioning))
+        if fresh or step != self._step:
+            self._called = set()
+        self._called.add(pass_index)
+        self._step, self._latents = step, latents.detach().clone()  # a clone: the sampler may write in place
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
-    def forget(self) -> None:
-        """Drop everything: the next call opens a generation."""
-        self.__init__(self._scheduler)
-
-    def _position(self, value: float, scheduler: Any, after: int) -> int:
+    def _position(self, value: float, scheduler: Any, same_latents: bool) -> int:
         matches = [p for p, t in enumerate(self._timesteps) if abs(t - value) <= 1e-4 * max(1.0, abs(t))]
         if not matches:
             # Flow-matching pipelines hand over timestep / 1000, some in bfloat16.
@@ -92,39 +111,55 @@ class Clock:
             )
         if len(matches) == 1:
             return matches[0]
-        index = getattr(scheduler, "step_index", None)  # second-order schedulers list a timestep twice
-        return index if index in matches else next((p for p in matches if p > after), matches[-1])
+        # Second-order schedulers list a timestep twice.
+        if self._step in matches and same_latents:
+            return self._step
+        index = getattr(scheduler, "step_index", None)
+        return index if index in matches else next((p for p in matches if p > self._step), matches[-1])
 
-    def _same_latents(self, latents: torch.Tensor) -> bool:
-        known = self._latents
-        return known is not None and known.shape == latents.shape and (known is latents or torch.equal(known, latents))
-
-    def _pass(self, same_step: bool, fresh: bool, conditioning: tuple[Any, ...]) -> int:
-        if fresh:
-            self._passes, self._pass_count, self._opening = [conditioning], 0, True
-            return 0
-        if self._opening:  # the first step of a generation shows how many passes there are
-            if same_step:
-                self._passes.append(conditioning)
-                return len(self._passes) - 1
-            self._opening = False
-        if len(self._passes) == 1:
-            if not same_step:
-                return 0
-            self._passes.append(conditioning)
-            return 1
+    def _match(self, conditioning: Sequence[torch.Tensor]) -> int:
+        """The pass with this conditioning; a new one where none has it, which then begins by computing."""
         for index, known in enumerate(self._passes):
-            if len(known) == len(conditioning) and all(map(_equal, known, conditioning)):
+            if len(known) == len(conditioning) and all(s.holds(t) for s, t in zip(known, conditioning, strict=True)):
                 return index
-        raise ClockError(
-            f"a step is made of {len(self._passes)} denoiser calls and this one's conditioning matches none of those "
-            "seen in the first step: sostenuto can't tell which cache it belongs to; batch the guidance passes into one call"
-        )
+        if len(self._passes) == _MOST_PASSES:
+            raise ClockError(
+                f"this call's conditioning matches none of the {_MOST_PASSES} passes seen in this generation: conditioning "
+                "that changes from step to step can't be told from another pass, and nothing could be reused"
+            )
+        return len(self._passes)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    return False
+class _Snapshot:
+    """A tensor as it was, with a quick answer while nobody wrote into it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version, self._copy = tensor, _version(tensor), tensor.detach().clone()
+
+    def holds(self, other: torch.Tensor) -> bool:
+        """Whether the other tensor has the value of then."""
+        if other is self._tensor and self._version is not None and _version(other) == self._version:
+            return True
+        return _equal(self._copy, other)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _value(timestep: Any) -> float:
+    try:
+        if not isinstance(timestep, torch.Tensor):
+            return float(timestep)
+        values = timestep.reshape(-1)
+        if len(values) == 0 or (len(values) > 1 and not bool((values == values[0]).all())):
+            raise ClockError(
+                f"the denoiser was given the timesteps {values.tolist()[:4]} at once: one step per call is cached"
+            )
+        return float(values[0])
+    except (TypeError, ValueError):
+        raise ClockError(f"{timestep!r} is no timestep") from None

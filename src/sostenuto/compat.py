@@ -32,9 +32,12 @@ def intercept_calls(
     had_own = _CALL_SLOT in module.__dict__
     before = getattr(module, _CALL_SLOT)
     inner = before if before is not None else module._call_impl
-    object.__setattr__(module, _CALL_SLOT, around(inner))
+    outer = around(inner)
+    object.__setattr__(module, _CALL_SLOT, outer)
 
     def restore() -> None:
+        if getattr(module, _CALL_SLOT) is not outer:
+            return  # compiled after us: that compilation is the user's
         if had_own:
             object.__setattr__(module, _CALL_SLOT, before)
         else:

@@ -17,7 +17,15 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     Raises:
         MethodError: a factor is not finite or not above 0, or there are not ``num_steps`` of them.
     """
-    values = (float(scale),) * (num_steps or 1) if isinstance(scale, (int, float)) else tuple(float(s) for s in scale)
+    entries = (scale,) * (num_steps or 1) if isinstance(scale, (int, float)) else scale
+    try:
+        if isinstance(scale, (bool, str)):
+            raise TypeError
+        values = tuple(float(entry) for entry in entries)
+    except (TypeError, ValueError):
+        raise MethodError(f"eps_scale must be a number or one number per step, not {scale!r}") from None
+    if not values:
+        raise MethodError("eps_scale is empty: give one number per step or one number")
     for step, value in enumerate(values):
         if not math.isfinite(value) or value <= 0:
             raise MethodError(

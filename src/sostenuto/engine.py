@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sostenuto import compat
 from sostenuto.anatomy import anatomy_of, inspect
 from sostenuto.clock import Clock, Tick
 from sostenuto.correct import check_noise_scale, check_predicts_noise, scale_noise
-from sostenuto.cost import Cost, measure, spec
-from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
+from sostenuto.cost import Cost, TensorSpec, measure, spec
+from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, MethodError
 from sostenuto.forecast import lagrange_weights
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
@@ -34,6 +36,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     signature: int
+    latents: TensorSpec
 
 
 class PassState:
@@ -42,6 +45,7 @@ class PassState:
     def __init__(self, program: Program, num_sites: int, num_slots: int) -> None:
         self.program = program
         self.last_step = -1
+        self.latents: TensorSpec | None = None
         self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
 
     @property
@@ -91,8 +95,8 @@ class Handle:
     """A method attached to a denoiser. Also a context manager that disables at its end."""
 
     def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any], method: Method, max_cache_bytes: int | None):
-        self.method = method.prepare(compat.unwrapped(denoiser), scheduler())
         self.sites = inspect(denoiser)
+        self.method = method.prepare(compat.unwrapped(denoiser), scheduler())
         self._caller = denoiser  # what the pipeline calls; may be what torch.compile made of the denoiser
         self._denoiser = compat.unwrapped(denoiser)
         self._scheduler = scheduler
@@ -115,6 +119,8 @@ class Handle:
         self._record: Record | None = None
         self._costs: list[tuple[Any, Any, Cost | None]] = []  # arguments as specs, their key, the cost once asked for
         self._signatures: dict[Any, int] = {}
+        self._generation_signature = 0
+        self._busy = threading.Lock()
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class Handle:
             return None
         if self._plan is None:
             return 0
-        outputs = self._cost(len(self._costs) - 1).site_outputs
+        outputs = self._cost(self._generation_signature).site_outputs
         per_pass = peak_bytes(lower(self._plan), self._plan.num_slots, [output.num_bytes for output in outputs])
         return per_pass * self._record.num_passes
 
@@ -195,12 +201,12 @@ class Handle:
                 cost = measure(self._denoiser, self.sites, *arguments)
             finally:
                 for tap in self._taps:
-                    tap.op = Op.OUTSIDE
+                    tap.op = Op.OUTSIDE if self.enabled else Op.COMPUTE
             self._costs[signature] = (arguments, key, cost)
         return cost
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        specs = tuple(map(spec, args)), {name: spec(value) for name, value in kwargs.items()}
+        specs = tree_map(spec, args), tree_map(spec, kwargs)
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         key = repr((specs, autocast))
         if key not in self._signatures:
@@ -213,18 +219,27 @@ class Handle:
     def _call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             raise EngineError("the denoiser was compiled after sostenuto was enabled: compile it first, then enable")
-        named = dict(zip(self._names, args, strict=False)) | kwargs
-        latents = named[self._names[0]]
-        conditioning = [v for k, v in named.items() if k not in (self._names[0], self._timestep_name) and v is not None]
-        tick = self._clock.tick(named[self._timestep_name], latents, conditioning)
+        if not self._busy.acquire(blocking=False):
+            raise EngineError("the denoiser is in a call already: one enabled denoiser serves one thread at a time")
         try:
-            call = Call(inner, args, kwargs, self._signature(args, kwargs))
-            if tick.new_generation:
-                self._begin(tick, call)
-            output = self._step(tick, call)
+            return self._timed_call(inner, args, kwargs)
         except BaseException:
             self._drop_state()
             raise
+        finally:
+            self._busy.release()
+
+    def _timed_call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        latents, timestep = named.pop(self._names[0], None), named.pop(self._timestep_name, None)
+        if not isinstance(latents, torch.Tensor) or timestep is None:
+            raise ClockError(f"the denoiser was called without {self._names[0]} or {self._timestep_name}")
+        conditioning = [value for value in tree_leaves(named) if isinstance(value, torch.Tensor)]
+        tick = self._clock.tick(timestep, latents, conditioning)
+        call = Call(inner, args, kwargs, self._signature(args, kwargs), spec(latents))
+        if tick.new_generation:
+            self._begin(tick, call)
+        output = self._step(tick, call)
         scale = 1.0 if self._noise_scale is None else self._noise_scale[tick.step]
         if scale == 1.0:
             return output
@@ -233,7 +248,7 @@ class Handle:
 
     def _begin(self, tick: Tick, call: Call) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
-        self._passes, self._record = {}, Record()
+        self._passes = {}
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler())
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
@@ -246,12 +261,14 @@ class Handle:
             check_predicts_noise(facts.scheduler)
         self._plan = plan
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
+        self._record, self._generation_signature = Record(), call.signature
 
     def _step(self, tick: Tick, call: Call) -> Any:
         state = self._passes.get(tick.pass_index)
-        if state is None or tick.step != state.last_step + 1:
-            # The pass begins here, or it left out steps: what it kept is older than its plan assumes.
+        if state is None or tick.step != state.last_step + 1 or state.latents != call.latents:
+            # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
             state = self._passes[tick.pass_index] = self._fresh_pass(tick)
+            state.latents = call.latents
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:
@@ -292,8 +309,19 @@ class Handle:
                 tap.weights = weights[read]
             tap.slots = slots
             tap.op = int(op)
+            tap.reached = False
+        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op == Op.REUSE]
+        versions = [slot._version for _, slot in reused]
         try:
-            return call.inner(*call.args, **call.kwargs)
+            output = call.inner(*call.args, **call.kwargs)
+            if not self._compiled:
+                for tap in self._taps:
+                    if not tap.reached:
+                        raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
+                for (tap, slot), version in zip(reused, versions, strict=True):
+                    if slot._version != version:
+                        raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
+            return output
         finally:
             for tap in self._taps:
                 tap.op = Op.OUTSIDE
@@ -335,8 +363,8 @@ def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cach
         method = by_name(method)
     if not isinstance(method, Method):
         raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
-    if max_cache_bytes is not None and max_cache_bytes < 0:
-        raise MethodError(f"max_cache_bytes must be 0 or more, not {max_cache_bytes}")
+    if max_cache_bytes is not None and not (isinstance(max_cache_bytes, int) and max_cache_bytes >= 0):
+        raise MethodError(f"max_cache_bytes must be a whole number of 0 or more, not {max_cache_bytes!r}")
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
     handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)

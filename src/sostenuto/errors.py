@@ -11,6 +11,10 @@ class MethodError(SostenutoError, ValueError):
     """A method's parameters are wrong, or the method doesn't fit the model, scheduler or number of steps."""
 
 
+class InputError(SostenutoError, ValueError):
+    """An argument of a generation makes no sense."""
+
+
 class TableError(SostenutoError, ValueError):
     """A cache table is malformed or belongs to something else."""
 

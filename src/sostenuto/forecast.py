@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sostenuto.errors import MethodError
+
+MAX_ORDER = 4
+
+
+def check_forecast_order(order: object) -> None:
+    """Refuse what is no degree of extrapolation.
+
+    Raises:
+        MethodError: it is not a whole number from 0 (last value) to 4.
+    """
+    if not isinstance(order, int) or isinstance(order, bool) or not 0 <= order <= MAX_ORDER:
+        raise MethodError(f"forecast_order must be a whole number from 0 to {MAX_ORDER}, not {order!r}")
+
 
 def lagrange_weights(abscissae: Sequence[float], target: float) -> list[float]:
     """Weights ``w`` with ``f(target) ≈ Σ w_j f(abscissae_j)``, exact for polynomials of degree below ``len(abscissae)``.

@@ -17,6 +17,7 @@ from sostenuto import compat
 from sostenuto.anatomy import Site
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
+from sostenuto.forecast import check_forecast_order
 from sostenuto.plan import Action, Plan
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
@@ -88,8 +89,11 @@ class CacheTable:
     def __post_init__(self) -> None:
         if not self.actions:
             raise TableError("a cache table needs at least one step")
-        if not 0 <= self.forecast_order <= 4:
-            raise TableError(f"forecast_order must be 0 to 4, not {self.forecast_order}")
+        for step, state in enumerate(self.actions):
+            if not isinstance(state, StepState) and not (
+                isinstance(state, Mapping) and all(isinstance(action, Action) for action in state.values())
+            ):
+                raise TableError(f"step {step} must be a StepState or a map from site to Action, not {state!r}")
         first = self.actions[0]
         computes = first is StepState.COMPUTE or (
             not isinstance(first, StepState) and all(action is Action.COMPUTE for action in first.values())
@@ -99,7 +103,8 @@ class CacheTable:
                 "step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)"
             )
         try:
-            scale = check_noise_scale(self.eps_scale or 1.0, self.num_inference_steps)
+            check_forecast_order(self.forecast_order)
+            scale = check_noise_scale(1.0 if self.eps_scale == () else self.eps_scale, self.num_inference_steps)
         except MethodError as error:
             raise TableError(f"cache table: {error}") from None
         object.__setattr__(self, "eps_scale", scale)
@@ -164,19 +169,20 @@ class CacheTable:
                 f"num_inference_steps={self.num_inference_steps}, calibrate again, or use table.resample({len(timesteps)})"
             )
         own = self.scheduler.get("timesteps")
-        if own and any(abs(a - b) > 1e-3 * max(1.0, abs(a)) for a, b in zip(own, timesteps, strict=True)):
-            step = next(
-                p for p, (a, b) in enumerate(zip(own, timesteps, strict=True)) if abs(a - b) > 1e-3 * max(1, abs(a))
-            )
+        pairs = enumerate(zip(own or (), timesteps, strict=False))
+        odd = next((step for step, (a, b) in pairs if abs(a - b) > 1e-3 * max(1.0, abs(a))), None)
+        if own and odd is not None:
             raise TableError(
-                f"the cache table was made for timestep {own[step]:g} at step {step}, the sampler uses {timesteps[step]:g}: "
+                f"the cache table was made for timestep {own[odd]:g} at step {odd}, the sampler uses {timesteps[odd]:g}: "
                 "set the scheduler as it was (timestep_spacing), or calibrate again"
             )
 
     def resample(self, num_inference_steps: int) -> CacheTable:
         """The table stretched or squeezed to another number of steps, by position in the trajectory; step 0 computes."""
-        if not 1 <= num_inference_steps <= _MAX_STEPS:
-            raise TableError(f"num_inference_steps must be 1 to {_MAX_STEPS}, not {num_inference_steps}")
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= _MAX_STEPS:
+            raise TableError(
+                f"num_inference_steps must be a whole number from 1 to {_MAX_STEPS}, not {num_inference_steps!r}"
+            )
         scale = self.num_inference_steps / num_inference_steps
         source = [min(self.num_inference_steps - 1, int((p + 0.5) * scale)) for p in range(num_inference_steps)]
         source[0] = 0
@@ -228,6 +234,8 @@ class CacheTable:
         Raises:
             TableError: the file can't be read or its content is wrong; the message names the field and value.
         """
+        if not isinstance(path, (str, Path)):
+            raise TableError(f"a cache table is loaded from a path, not from {path!r}")
         path = Path(path)
         try:
             if path.stat().st_size > _MAX_BYTES:
@@ -235,7 +243,9 @@ class CacheTable:
             if path.suffix == ".npy":
                 return _from_npy(path, order or "timestep_index")
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except TableError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
             raise TableError(f"{path} can't be read as a cache table: {error}") from None
         try:
             return _from_json(content, order)
@@ -245,8 +255,9 @@ class CacheTable:
 
 def _from_npy(path: Path, order: str) -> CacheTable:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, SyntaxError, TypeError) as error:
+        with path.open("rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # numpy's parser of hostile headers raises errors of many kinds
         raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
     if (
         not isinstance(array, np.ndarray)

@@ -22,7 +22,8 @@ class Tap:
 
     def __init__(self, site: Site, denoiser: nn.Module) -> None:
         self.site = site
-        self.op: int = Op.OUTSIDE
+        self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
+        self.reached = False
         self.slots: list[torch.Tensor | None] = []  # newest first
         self.weights: torch.Tensor | None = None
         self._module = denoiser.get_submodule(site.id)
@@ -31,6 +32,7 @@ class Tap:
 
     def attach(self) -> None:
         """Replace the ``forward`` of the branch and of its norm, on these instances alone."""
+        self.op = Op.OUTSIDE
         self._restore.append(_replace_forward(self._module, self._branch(self._module.forward)))
         if self._norm is not None:
             self._restore.append(_replace_forward(self._norm, self._narrow(self._norm.forward)))
@@ -39,10 +41,13 @@ class Tap:
         """Take every replacement away, last first."""
         while self._restore:
             self._restore.pop()()
+        self.op = Op.COMPUTE
 
     def _branch(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             op = self.op
+            if not torch.compiler.is_compiling():
+                self.reached = True
             if op == Op.COMPUTE:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
@@ -100,6 +105,8 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable
     module.__dict__["forward"] = forward
 
     def restore() -> None:
+        if module.__dict__.get("forward") is not forward:
+            return  # somebody hooked the module after us: what they hold passes through once detached
         if had_own:
             module.__dict__["forward"] = before
         else:

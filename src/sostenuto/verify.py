@@ -16,7 +16,7 @@ from sostenuto.engine import Handle, Prober, enable
 from sostenuto.errors import VerificationError
 from sostenuto.methods import NoCache, by_name
 from sostenuto.methods.base import Method
-from sostenuto.plan import Op
+from sostenuto.plan import Action, Op
 
 
 def verify(
@@ -56,7 +56,7 @@ def verify(
     proved: dict[str, Any] = {}
 
     def prove(tick: Tick, prober: Prober) -> Any:
-        if tick.step == 0 and tick.pass_index == 0 and not proved:
+        if not proved:
             proved["sites"] = _prove_call(prober)
         return prober.run([Op.COMPUTE] * len(prober.handle.sites))
 
@@ -118,8 +118,10 @@ def _prove_plan(handle: Handle) -> None:
     plan = handle._plan
     if plan is None:
         return
-    for step, (wanted, done) in enumerate(zip(plan.actions, handle.stats.plan, strict=True)):
-        for site, action, carried in zip(handle.sites, wanted, done, strict=True):
-            fallback = action.value == "forecast" and carried == "reuse"  # too little history yet
-            if carried != action.value and not fallback:
-                raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {carried}")
+    assert handle._record is not None
+    first = min(step for step, *_ in handle._record.calls)  # image to image begins in the middle, and computes there
+    for step, _, _, ops in handle._record.calls:
+        for site, action, op in zip(handle.sites, plan.actions[step], ops, strict=True):
+            skipped = op >= Op.REUSE
+            if skipped != (action is not Action.COMPUTE) and step != first:
+                raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {op.name.lower()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from safetensors.torch import load_file
@@ -44,6 +43,7 @@ class Judge:
         real = load_file(asset("reference.safetensors"))
         self.training_set = metrics.Gaussian(real["train_mean"], real["train_cov"], NUM_TRAINING_IMAGES)
         self.test_features = real["test_features"].float()
+        self._floors: dict[int, float] = {}
 
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> Verdict:
         """Quality of images ``[n, 1, 28, 28]`` in ``[0, 1]`` that were asked to be of ``labels`` ``[n]``."""
@@ -62,10 +62,6 @@ class Judge:
         """Only the Fréchet distance of images ``[n, 1, 28, 28]`` in ``[0, 1]``."""
         features, _ = extract(self.classifier, (images * 255).round() / 127.5 - 1)
         return metrics.frechet_distance(features, self.training_set)
-
-    @cached_property
-    def _floors(self) -> dict[int, float]:
-        return {}
 
     def floor(self, n: int) -> float:
         """The distance of n real test images to the training set: what a perfect generator would get at this n."""

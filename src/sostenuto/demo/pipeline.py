@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from sostenuto.demo.assets import asset
 from sostenuto.demo.network import CLASS_NAMES, IMAGE_SIZE, NULL_CLASS, NUM_CLASSES, build_denoiser, build_scheduler
+from sostenuto.errors import InputError
 
 
 class DemoPipeline(DiffusionPipeline):
@@ -63,29 +65,25 @@ class DemoPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors that the callback is given; there is ``latents``.
 
         Raises:
-            ValueError: a label is out of range, or another argument makes no sense.
+            InputError: a label is out of range, or another argument makes no sense.
         """
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
-        for label in labels:
-            if not 0 <= label < NUM_CLASSES:
-                names = ", ".join(f"{i} {name}" for i, name in enumerate(CLASS_NAMES))
-                raise ValueError(f"class label {label} is out of range: there are {names}")
+        labels = _labels(class_labels)
         if not labels:
-            raise ValueError("class_labels is empty: pass at least one label")
+            raise InputError("class_labels is empty: pass at least one label")
         if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be 1 or more, not {num_inference_steps}")
+            raise InputError(f"num_inference_steps must be 1 or more, not {num_inference_steps}")
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}")
+            raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', not {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"the callback can be given {self._callback_tensor_inputs}, not {sorted(unknown)}")
+            raise InputError(f"the callback can be given {self._callback_tensor_inputs}, not {sorted(unknown)}")
 
         device, dtype = self._execution_device, self.transformer.dtype
         shape = (len(labels), 1, IMAGE_SIZE, IMAGE_SIZE)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
+            raise InputError(f"latents must have shape {shape}, not {tuple(latents.shape)}")
         guided = guidance_scale > 1
         label_input = torch.tensor(labels, device=device)
         if guided:
@@ -130,6 +128,18 @@ class DemoPipeline(DiffusionPipeline):
         if output_type == "np":
             return arrays
         return [Image.fromarray((array[..., 0] * 255).round().astype("uint8")) for array in arrays]
+
+
+def _labels(class_labels: Any) -> list[int]:
+    """Checked labels of whatever holds whole numbers: an int, a list, an array or a tensor."""
+    values = np.atleast_1d(np.asarray(class_labels))
+    if values.size and values.dtype.kind not in "iu":
+        raise InputError(f"class labels are whole numbers, not {class_labels!r}")
+    for label in values.reshape(-1).tolist():
+        if not 0 <= label < NUM_CLASSES:
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(CLASS_NAMES))
+            raise InputError(f"class label {label} is out of range: there are {names}")
+    return values.reshape(-1).tolist()
 
 
 def load_demo_pipeline() -> DemoPipeline:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Plan
 from sostenuto.table import CacheTable
@@ -46,8 +47,8 @@ class EBCache(Method):
             raise MethodError(f"EBCache's table is a CacheTable or the path of one, not {self.table!r}")
         if self.eps_scale is not None:
             check_noise_scale(self.eps_scale)
-        if self.forecast_order is not None and self.forecast_order not in range(5):
-            raise MethodError(f"forecast_order must be 0 to 4, not {self.forecast_order!r}")
+        if self.forecast_order is not None:
+            check_forecast_order(self.forecast_order)
 
     @property
     def scales_noise(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method, whole_steps
 from sostenuto.plan import Plan
 
@@ -32,12 +33,11 @@ class FORA(Method):
     summary: ClassVar[str] = "computes all branches every N steps, reuses them in between"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.interval, int) or self.interval < 1:
+        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:
             raise MethodError(f"FORA's interval must be a whole number of 1 or more, not {self.interval!r}")
         if self.anchor not in ("end", "start"):
             raise MethodError(f"FORA's anchor must be 'end' or 'start', not {self.anchor!r}")
-        if self.forecast_order not in range(5):
-            raise MethodError(f"forecast_order must be 0 to 4, not {self.forecast_order!r}")
+        check_forecast_order(self.forecast_order)
 
     def plan(self, facts: Facts) -> Plan:
         """Compute at the first step and at every multiple of the interval."""
