@@ -145,7 +145,7 @@ def make_tables(pipe: DemoPipeline, judge: Judge, search_images: int, show: bool
 # strong table does best when it reuses whole steps early and computes the end: single branches reused late cost texture.
 CALIBRATIONS = (
     EBCalibration(
-        target_fraction=0.66, max_consecutive_reuse=2, kappa_start=0.6, eps_scale_grid=(0.97, 0.98, 0.99, 1.0)
+        target_fraction=0.66, max_consecutive_reuse=2, kappa_start=0.6, eps_scale_grid=(0.96, 0.97, 0.98, 1.0, 1.02)
     ),
     EBCalibration(
         target_fraction=0.41,
@@ -153,7 +153,7 @@ CALIBRATIONS = (
         candidates=(StepState.REUSE_BOTH,),
         last_computed=7,
         kappa_start=2.5,
-        eps_scale_grid=(0.97, 0.98, 0.99, 1.0),
+        eps_scale_grid=(0.96, 0.97, 0.98, 1.0, 1.02),
     ),
 )
 
