@@ -24,7 +24,7 @@ class Demo:
     """Images per row and seed."""
     batch_size: int = 32
     seeds: tuple[int, ...] = (0,)
-    search_images: int = 40
+    search_images: int = 100
     """Images per value when the noise scale is searched; 0 takes the shipped tables instead of calibrating."""
     shard: tuple[int, int] = (0, 1)
     """This process's part of the batches and the number of parts, to share a long run among processes."""

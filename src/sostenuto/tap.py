@@ -80,6 +80,8 @@ class Tap:
         # output = Σ_j w_j · kept_j, newest first; the weights sum to 1
         weights = self.weights
         assert weights is not None
+        if weights.shape[0] == 2:  # one pass over memory: older + w₀·(newest − older)
+            return torch.lerp(kept(self.slots[1]), kept(self.slots[0]), weights[0])
         output = kept(self.slots[0]) * weights[0]
         for index in range(1, weights.shape[0]):
             output = torch.addcmul(output, kept(self.slots[index]), weights[index])

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FormatStrFormatter
 
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
@@ -77,9 +78,13 @@ def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> N
             (row["speedup"], row["frechet_distance"]),
             textcoords="offset points",
             xytext=(5, 5),
-            fontsize=7.5,
+            fontsize=7,
+            rotation=20,
             color=INK,
         )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%.3g"))
     axes.axhline(rows[0]["frechet_distance"], color=MUTED, linewidth=0.8, linestyle="--")
     axes.set_xlabel("measured speed-up over uncached", fontsize=8, color=INK)
     axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8, color=INK)
@@ -116,8 +121,8 @@ def frontier_figure(rows: Sequence[dict[str, Any]], floor: float) -> Figure:
 
 def poster(results: dict[str, Any], images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
     """All in one picture: the grid above, below it the plan of the strongest table and quality against speed."""
-    figure = Figure(figsize=(12, 0.62 * len(names) + 5.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.62 * len(names) + 0.6, 5.0])[:, 0]
+    figure = Figure(figsize=(12, 0.55 * len(names) + 5.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[0.55 * len(names) + 0.6, 5.0])[:, 0]
     draw_grid(top.subplots(), images, names, column_labels)
     left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.1])[0]
     strips = [row for row in results["rows"] if row["method"] == "eb" and row["name"].startswith("EB")]
