@@ -34,7 +34,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python benchmarks/efficiency.py --json benchmarks/efficiency.json
+	$(BIN)/python benchmarks/efficiency.py --json docs/results/efficiency.json
 
 evidence: install
 	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --json docs/results/demo-10k.json
