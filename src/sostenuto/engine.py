@@ -36,7 +36,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     signature: int
-    latents: TensorSpec
+    latents: torch.Tensor
 
 
 class PassState:
@@ -72,19 +72,14 @@ class Prober:
         return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
 
     @property
-    def latents(self) -> torch.Tensor:
-        """The denoiser's first input, ``[batch, channels, …]``."""
-        return self.call.args[0] if self.call.args else self.call.kwargs[self.handle._names[0]]
-
-    @property
     def batch_size(self) -> int:
         """Rows of the denoiser's batch."""
-        return self.latents.shape[0]
+        return self.call.latents.shape[0]
 
     @property
     def noise_channels(self) -> int:
         """Channels of the predicted noise in the denoiser's output."""
-        return compat.noise_channels(self.handle._denoiser, self.latents)
+        return compat.noise_channels(self.handle._denoiser, self.call.latents)
 
     def cost(self) -> Cost:
         """What the call costs when everything is computed."""
@@ -117,7 +112,7 @@ class Handle:
         self._noise_scale: tuple[float, ...] | None = None
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
-        self._costs: list[tuple[Any, Any, Cost | None]] = []  # arguments as specs, their key, the cost once asked for
+        self._costs: list[tuple[Any, Cost | None]] = []  # arguments as specs, the cost once asked for
         self._signatures: dict[Any, int] = {}
         self._generation_signature = 0
         self._busy = threading.Lock()
@@ -193,7 +188,7 @@ class Handle:
         return per_pass * self._record.num_passes
 
     def _cost(self, signature: int) -> Cost:
-        arguments, key, cost = self._costs[signature]
+        arguments, cost = self._costs[signature]
         if cost is None:
             for tap in self._taps:
                 tap.op = Op.COMPUTE
@@ -202,7 +197,7 @@ class Handle:
             finally:
                 for tap in self._taps:
                     tap.op = Op.OUTSIDE if self.enabled else Op.COMPUTE
-            self._costs[signature] = (arguments, key, cost)
+            self._costs[signature] = (arguments, cost)
         return cost
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -211,7 +206,7 @@ class Handle:
         key = repr((specs, autocast))
         if key not in self._signatures:
             self._signatures[key] = len(self._costs)
-            self._costs.append((specs, key, None))
+            self._costs.append((specs, None))
         return self._signatures[key]
 
     # --- one denoiser call ---------------------------------------------------------------------------------------
@@ -222,21 +217,21 @@ class Handle:
         if not self._busy.acquire(blocking=False):
             raise EngineError("the denoiser is in a call already: one enabled denoiser serves one thread at a time")
         try:
-            return self._timed_call(inner, args, kwargs)
+            return self._placed_call(inner, args, kwargs)
         except BaseException:
             self._drop_state()
             raise
         finally:
             self._busy.release()
 
-    def _timed_call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _placed_call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         latents, timestep = named.pop(self._names[0], None), named.pop(self._timestep_name, None)
         if not isinstance(latents, torch.Tensor) or timestep is None:
             raise ClockError(f"the denoiser was called without {self._names[0]} or {self._timestep_name}")
         conditioning = [value for value in tree_leaves(named) if isinstance(value, torch.Tensor)]
         tick = self._clock.tick(timestep, latents, conditioning)
-        call = Call(inner, args, kwargs, self._signature(args, kwargs), spec(latents))
+        call = Call(inner, args, kwargs, self._signature(args, kwargs), latents)
         if tick.new_generation:
             self._begin(tick, call)
         output = self._step(tick, call)
@@ -265,10 +260,10 @@ class Handle:
 
     def _step(self, tick: Tick, call: Call) -> Any:
         state = self._passes.get(tick.pass_index)
-        if state is None or tick.step != state.last_step + 1 or state.latents != call.latents:
+        if state is None or tick.step != state.last_step + 1 or state.latents != spec(call.latents):
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
             state = self._passes[tick.pass_index] = self._fresh_pass(tick)
-            state.latents = call.latents
+            state.latents = spec(call.latents)
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:

@@ -142,7 +142,7 @@ def make_tables(pipe: DemoPipeline, judge: Judge, search_images: int, show: bool
 
 
 # The light table is a little below 1/1.5, since the norms, gates and additions of a reused step cost time but few
-# multiplications. The strong one stays at 1/2.5 by multiply-accumulates: at 0.35 the distance rises by a quarter. It does
+# multiplications. The strong one stays at 1/2.5 by multiply-accumulates: below that the distance rises steeply. It does
 # best when it reuses whole steps early and computes the end: single branches reused late cost texture.
 CALIBRATIONS = (
     EBCalibration(target_fraction=0.615, max_consecutive_reuse=2, kappa_start=0.6, eps_scale_grid=(0.98, 1.0, 1.02)),
