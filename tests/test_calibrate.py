@@ -5,7 +5,7 @@ from diffusers import DPMSolverMultistepScheduler
 import sostenuto
 from conftest import build_tiny, sample_loop
 from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
-from sostenuto.calibrate import _vote
+from sostenuto.calibrations.eb import _vote
 
 C, A, M, B = StepState
 

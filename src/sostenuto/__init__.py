@@ -1,8 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
-from sostenuto.algorithm1 import EBCalibration
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrate import calibrate
+from sostenuto.calibrations import EBCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,

@@ -26,8 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sostenuto
-from sostenuto.algorithm1 import EBCalibration
-from sostenuto.calibrate import calibrate
+from sostenuto.calibrations import EBCalibration, calibrate
 from sostenuto.demo.assets import asset
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NUM_CLASSES

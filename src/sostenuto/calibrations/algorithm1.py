@@ -23,7 +23,7 @@ CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse 
 
 
 @dataclass(frozen=True)
-class EBCalibration:
+class Algorithm1Options:
     """The choices that EB-Cache (arXiv 2503.07120, Algorithm 1) leaves open. The defaults are those that worked.
 
     Attributes:
@@ -118,7 +118,7 @@ class Trace:
 class Algorithm1:
     """One run over the steps: evaluate the candidates at every denoiser call, choose, advance with the choice."""
 
-    def __init__(self, handle: Handle, options: EBCalibration, kappa: float) -> None:
+    def __init__(self, handle: Handle, options: Algorithm1Options, kappa: float) -> None:
         self.handle, self.options, self.kappa = handle, options, kappa
         self.history: dict[tuple[int, int], list[int]] = {}  # (pass, site) → computed steps, newest first
         self.idle: dict[str, int] = {}  # branch group → steps in a row for which it was reused
@@ -214,7 +214,7 @@ class NormMatch(Algorithm1):
     """Follows given states; the factor of every step restores a wanted norm, measured on the way where none is given."""
 
     def __init__(
-        self, handle: Handle, options: EBCalibration, states: Sequence[StepActions], wanted: Sequence[float] | None
+        self, handle: Handle, options: Algorithm1Options, states: Sequence[StepActions], wanted: Sequence[float] | None
     ) -> None:
         super().__init__(handle, options, 0.0)
         self.states, self.wanted = states, wanted

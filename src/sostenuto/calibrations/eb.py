@@ -1,88 +1,47 @@
-"""Cache tables for a model and sampler of the user's own: the threshold found for a given cost, the noise scale by quality."""
+"""EB-Cache's calibration: the threshold found for a given cost, the noise scale by the quality of images."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-
-from sostenuto.algorithm1 import Algorithm1, EBCalibration, NormMatch, Trace
-from sostenuto.anatomy import Site
-from sostenuto.cost import Cost
-from sostenuto.engine import Handle, enable
+from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
+from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
+from sostenuto.engine import enable
 from sostenuto.errors import MethodError
 from sostenuto.methods import EBCache, NoCache
-from sostenuto.methods.base import Method
-from sostenuto.plan import Action
 from sostenuto.progress import progress
-from sostenuto.table import CacheTable, StepActions, StepState, fingerprint
-
-Sample = Callable[..., Any]
-Score = Callable[[Any], float]
+from sostenuto.table import CacheTable, StepActions, StepState
 
 
-def calibrate(
-    target: Any,
-    method: str | type[Method] | EBCalibration,
-    sample: Sample,
-    *,
-    num_inference_steps: int = 50,
-    num_samples: int = 8,
-    generator: torch.Generator | None = None,
-    score: Score | None = None,
-    score_sample: Sample | None = None,
-    scheduler: Any = None,
-    show_progress: bool = False,
-) -> CacheTable:
-    """Make a cache table for a model and sampler, by EB-Cache's Algorithm 1 (arXiv 2503.07120).
+@dataclass(frozen=True)
+class EBCalibration(Algorithm1Options, Calibration):
+    """EB-Cache's calibration; the options are those of Algorithm 1, see :class:`Algorithm1Options`."""
 
-    Args:
-        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
-        method: ``"eb"``, or :class:`EBCalibration` with options of one's own.
-        sample: runs one generation of the user's own kind, of any batch size: ``sample(pipe, generator,
-            num_inference_steps=…)``.
-        num_inference_steps: steps of the sampler that the table is for.
-        num_samples: rows of the denoiser's batch to calibrate on, 8 suffice (FEB-Cache, arXiv 2503.07120v3). ``sample`` is
-            called until there are so many; several calls vote, ties to less reuse.
-        generator: source of the noise; every run starts from its seed.
-        score: judges what ``score_sample`` returned, lower is better (such as a Fréchet distance). If given, b is chosen
-            from the grid by it, on both sides of 1. Norms can't choose it: reuse lowers the norm of the prediction, and
-            yet images may be best with b below 1.
-        score_sample: as ``sample``, for scoring; by default ``sample``.
-        scheduler: for a bare denoiser.
-        show_progress: show a progress bar.
+    method: ClassVar[str] = "eb"
 
-    Returns:
-        The table, with the model, scheduler, thresholds and measured norms in it.
+    def run(self, settings: Settings) -> CacheTable:
+        """Find κ for the cost, then b by the quality of images where a score is given."""
+        return _calibrate(self, settings)
 
-    Raises:
-        MethodError: the method has no calibration, or an option makes no sense.
-        AlreadyEnabledError: a method is enabled on the model.
-    """
-    options = method if isinstance(method, EBCalibration) else EBCalibration()
-    if not isinstance(method, EBCalibration) and method not in ("eb", EBCache):
-        raise MethodError(f"{method!r} has no calibration; 'eb' has")
-    if num_inference_steps < 2 or num_samples < 1:
-        raise MethodError(
-            f"calibration needs 2 steps and 1 sample at least, not {num_inference_steps} and {num_samples}"
-        )
-    seed = generator.initial_seed() if generator else 0
-    device = generator.device if generator else "cpu"
+
+def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
+    target, scheduler, num_samples = settings.target, settings.scheduler, settings.num_samples
+    num_inference_steps, score, score_sample = settings.num_inference_steps, settings.score, settings.score_sample
     facts: dict[str, Any] = {}
 
     def run(kappa: float) -> CacheTable:
         traces: list[Trace] = []
-        noise = torch.Generator(device).manual_seed(seed)
+        noise = settings.fresh_generator()
         with enable(target, NoCache(), scheduler=scheduler) as handle:
             while sum(trace.samples for trace in traces) < num_samples:
                 algorithm = Algorithm1(handle, options, kappa)
                 handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
-                sample(target, noise, num_inference_steps=num_inference_steps)
+                settings.generate(noise)
                 trace = algorithm.trace
                 # A second-order scheduler makes more denoiser calls than steps: what it lists is what counts.
                 if len(trace.states) != trace.num_steps or trace.num_steps < num_inference_steps:
@@ -91,7 +50,7 @@ def calibrate(
                         "must pass num_inference_steps on, and run one whole generation"
                     )
                 traces.append(trace)
-            facts.update(sites=handle.sites, cost=traces[0].cost, **_made_for(handle))
+            facts.update(sites=handle.sites, cost=traces[0].cost, **made_for(handle))
         states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)
         table = CacheTable(
             actions=tuple(states),
@@ -101,7 +60,7 @@ def calibrate(
             scheduler=facts["scheduler"],
             calibration={
                 "num_samples": sum(trace.samples for trace in traces),
-                "seed": seed,
+                "seed": settings.seed,
                 "kappa": kappa,
                 "threshold": [kappa * d for d in options.delta],
                 "norm": options.norm,
@@ -109,18 +68,18 @@ def calibrate(
                 "options": _plain(options),
             },
         )
-        return replace(table, macs_fraction=_macs_fraction(table, facts["sites"], facts["cost"]))
+        return replace(table, macs_fraction=macs_fraction(table, facts["sites"], facts["cost"]))
 
     def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> NormMatch:
         with enable(target, NoCache(), scheduler=scheduler) as handle:
             matching = NormMatch(handle, options, states, wanted)
             handle.driver, handle.driver_slots = matching, options.forecast_order + 1
-            sample(target, torch.Generator(device).manual_seed(seed), num_inference_steps=num_inference_steps)
+            settings.generate(settings.fresh_generator())
         return matching
 
     grid = options.eps_scale_grid if score is not None and options.eps_scale_rule == "search" else ()
     rounds = 1 if options.target_fraction is None else _MAX_ROUNDS
-    with progress(rounds + len(grid), "calibrate", show_progress) as bar:
+    with progress(rounds + len(grid), "calibrate", settings.show_progress) as bar:
         table = _bisect(run, options, bar.update)
         if options.eps_scale_rule == "match_norm":
             steps = range(table.num_inference_steps)
@@ -132,8 +91,10 @@ def calibrate(
         scores: dict[float, float] = {}
         for scale in grid:
             with enable(target, EBCache(table, eps_scale=scale), scheduler=scheduler):
-                noise = torch.Generator(device).manual_seed(seed)
-                scores[scale] = score((score_sample or sample)(target, noise, num_inference_steps=num_inference_steps))
+                noise = settings.fresh_generator()
+                scores[scale] = score(
+                    (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
+                )
             bar.update()
     best = min(scores, key=scores.__getitem__)
     return replace(
@@ -147,7 +108,7 @@ _MAX_ROUNDS = 8
 _FAR = 0.05  # of the multiply-accumulates
 
 
-def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Callable[[], Any]) -> CacheTable:
+def _bisect(run: Callable[[float], CacheTable], options: Algorithm1Options, done: Callable[[], Any]) -> CacheTable:
     """The table whose κ brings its cost closest to the target; the cost falls as κ grows."""
     if options.target_fraction is None:
         table = run(1.0)
@@ -168,12 +129,12 @@ def _bisect(run: Callable[[float], CacheTable], options: EBCalibration, done: Ca
         warnings.warn(
             f"no threshold brings the cost to {target:g} of the multiply-accumulates, the nearest is {_fraction(best):.2f}: "
             "raise max_consecutive_reuse, allow more candidates, or take more steps",
-            stacklevel=3,
+            stacklevel=5,
         )
     return best
 
 
-def _plain(options: EBCalibration) -> dict[str, Any]:
+def _plain(options: Algorithm1Options) -> dict[str, Any]:
     """The options as JSON data."""
     return {**asdict(options), "candidates": [state.value for state in options.candidates]}
 
@@ -195,33 +156,3 @@ def _vote(runs: Sequence[Sequence[StepState]], bound: int | None) -> list[StepSt
         idle = {group: idle.get(group, 0) + 1 for group in state.groups}
         states.append(state)
     return states
-
-
-def _macs_fraction(table: CacheTable, sites: Sequence[Site], cost: Cost) -> float:
-    """Multiply-accumulates of a generation with the table, of one without."""
-    skipped = sum(
-        macs
-        for row in table.plan(sites).actions
-        for macs, action in zip(cost.site_macs, row, strict=True)
-        if action is not Action.COMPUTE
-    )
-    return 1 - skipped / (cost.macs * table.num_inference_steps)
-
-
-def _made_for(handle: Handle) -> dict[str, dict[str, Any]]:
-    """The identity of model and scheduler that goes into a table."""
-    scheduler = handle._scheduler()
-    denoiser = handle._denoiser
-    config = getattr(scheduler, "config", {})
-    return {
-        "model": {
-            "class": type(denoiser).__name__,
-            "num_blocks": 1 + max(site.block for site in handle.sites),
-            "fingerprint": fingerprint(denoiser),
-        },
-        "scheduler": {
-            "class": type(scheduler).__name__,
-            "prediction_type": config.get("prediction_type") if hasattr(config, "get") else None,
-            "timesteps": [float(t) for t in scheduler.timesteps],
-        },
-    }
