@@ -17,11 +17,15 @@ class SiteKind(Enum):
     SELF_ATTENTION = "self-attention"
     CROSS_ATTENTION = "cross-attention"
     MLP = "mlp"
+    BLOCKS = "blocks"
+    """A range of whole blocks."""
+    OUTPUT = "output"
+    """The denoiser's output: skipping it skips the call."""
 
     @property
     def is_attention(self) -> bool:
         """Whether methods that cache "attention" mean this branch."""
-        return self is not SiteKind.MLP
+        return self in (SiteKind.SELF_ATTENTION, SiteKind.CROSS_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,14 @@ class Site:
     """One tap point.
 
     Attributes:
-        id: stable name: the tapped submodule's path, such as ``transformer_blocks.3.attn1``.
-        kind: what the branch does.
-        block: index of its block.
+        id: stable name: the tapped submodule's path, such as ``transformer_blocks.3.attn1``; of a range of blocks
+            ``transformer_blocks.2-5``; of the denoiser's output ``output``.
+        kind: what is tapped.
+        block: index of its block, the first one of a range; −1 for the output.
         norm: path of the norm that feeds only this branch, or ``None``.
-        parameters: number of parameters of the tapped submodule.
+        parameters: number of parameters of the tapped submodules.
+        last_block: index of the last block of a range.
+        residual: whether what a range adds to its input is kept, instead of its output.
     """
 
     id: str
@@ -73,6 +80,17 @@ class Site:
     block: int
     norm: str | None
     parameters: int
+    last_block: int | None = None
+    residual: bool = False
+
+    def covers(self, other: Site) -> bool:
+        """Whether the other site lies within this one, and is not reached when this one is skipped."""
+        if self.kind is SiteKind.OUTPUT:
+            return other.kind is not SiteKind.OUTPUT
+        last = other.block if other.last_block is None else other.last_block
+        return (
+            self.last_block is not None and other is not self and self.block <= other.block <= last <= self.last_block
+        )
 
 
 _ANATOMIES: dict[str, Anatomy] = {
@@ -147,3 +165,40 @@ def inspect(denoiser: nn.Module) -> list[Site]:
     if not sites:
         raise AnatomyError(f"{type(denoiser).__name__}.{anatomy.blocks} is empty: there is nothing to cache")
     return sites
+
+
+def num_blocks(denoiser: nn.Module) -> int:
+    """Number of blocks of a denoiser.
+
+    Raises:
+        AnatomyError: the class isn't known.
+    """
+    denoiser = compat.unwrapped(denoiser)
+    return len(list(denoiser.get_submodule(anatomy_of(denoiser).blocks).children()))
+
+
+def block_range(denoiser: nn.Module, first: int, last: int, residual: bool = True) -> Site:
+    """The site of the blocks ``first`` … ``last``, both included.
+
+    Args:
+        denoiser: the network.
+        first: index of the first block.
+        last: index of the last block.
+        residual: keep what the range adds to its input, to be added to another input, or else its output.
+
+    Raises:
+        AnatomyError: the class isn't known, or there are no such blocks.
+    """
+    denoiser = compat.unwrapped(denoiser)
+    count = num_blocks(denoiser)
+    if not 0 <= first <= last < count:
+        raise AnatomyError(f"{type(denoiser).__name__} has {count} blocks: there is no range {first} to {last}")
+    path = anatomy_of(denoiser).blocks
+    modules = [denoiser.get_submodule(f"{path}.{index}") for index in range(first, last + 1)]
+    parameters = sum(p.numel() for module in modules for p in module.parameters())
+    name = f"{path}.{first}-{last}" + ("" if residual else ":hidden")
+    return Site(name, SiteKind.BLOCKS, first, None, parameters, last_block=last, residual=residual)
+
+
+OUTPUT = Site("output", SiteKind.OUTPUT, -1, None, 0)
+"""The site of the denoiser's output."""

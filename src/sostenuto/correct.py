@@ -1,14 +1,27 @@
-"""What is corrected after: scaling of the predicted noise."""
+"""What is corrected: the predicted noise is scaled, the timestep that the denoiser is given is shifted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from sostenuto.errors import MethodError
+
+
+class TimeShifter(Protocol):
+    """Changes the timestep that the denoiser is given; when features are skipped still goes by the nominal step."""
+
+    def shift(self, timestep: float, latents: torch.Tensor) -> torch.Tensor | None:
+        """The timesteps ``[batch]`` to give in place of the nominal one, or ``None`` to leave it.
+
+        Args:
+            timestep: the nominal timestep.
+            latents: the denoiser's input ``[batch, channels, …]``.
+        """
+        ...
 
 
 def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = None) -> tuple[float, ...]:

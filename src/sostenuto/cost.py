@@ -1,6 +1,6 @@
 """What a denoiser call costs: multiply-accumulates in all and per site, and the shape of what each site keeps.
 
-One dry run on tensors without data tells all of it, so it needs no time on the device and no memory.
+Dry runs on tensors without data tell all of it, so it needs no time on the device and no memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from sostenuto.anatomy import Site
+from sostenuto import compat
+from sostenuto.anatomy import SiteKind
+from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import EngineError
+from sostenuto.plan import Op
+from sostenuto.tap import Tap
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class TensorSpec:
         """Size of the data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def empty(self) -> torch.Tensor:
+        """A tensor of this kind."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -41,7 +49,7 @@ class Cost:
 
     Attributes:
         macs: multiply-accumulates of the whole call, all rows of the batch.
-        site_macs: those of each site's branch.
+        site_macs: those of each site.
         site_outputs: what each site would keep.
     """
 
@@ -50,59 +58,124 @@ class Cost:
     site_outputs: tuple[TensorSpec, ...]
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What one denoiser call carried out: one op per site, and of the sites that ran partially how many tokens."""
+
+    ops: tuple[Op, ...]
+    num_tokens: tuple[int, ...] = ()
+    decided: bool = False
+    """Whether a policy decided while the call ran, so that its signal was computed."""
+
+
 def spec(value: Any) -> Any:
     """Tensors as specs, everything else as it is."""
     return TensorSpec(tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
 
 
-def measure(denoiser: nn.Module, sites: Sequence[Site], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
-    """Cost of calling ``denoiser(*args, **kwargs)``; tensors may be given as :class:`TensorSpec`.
+class DryRun:
+    """Counts calls of a denoiser with given arguments, without running them. The taps must be attached.
 
     Attention is counted with the math backend: torch's counter sees nothing of the fused kernel on a CPU.
-
-    Raises:
-        EngineError: the model can't run on tensors without data, or a site was not reached.
     """
-    outputs: dict[int, Any] = {}
-    flops = [0] * len(sites)
-    with ExitStack() as stack:
-        fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.no_grad())
-        for index, site in enumerate(sites):
-            module = denoiser.get_submodule(site.id)
 
-            def before(*_: Any, index: int = index) -> None:
-                flops[index] -= counter.get_total_flops()
+    def __init__(self, denoiser: nn.Module, taps: Sequence[Tap], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._denoiser, self._taps, self._args, self._kwargs = denoiser, taps, args, kwargs
+        self._cost: Cost | None = None
+        self._macs: dict[Carried, int] = {}
 
-            def after(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
-                flops[index] += counter.get_total_flops()
-                outputs[index] = spec(output)
+    @property
+    def cost(self) -> Cost:
+        """Cost of the call with every site computed.
 
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+        Raises:
+            EngineError: the model can't run on tensors without data, or a site was not reached.
+        """
+        if self._cost is None:
+            self._cost = self._measure()
+        return self._cost
 
-        def to_fake(value: Any) -> Any:
-            value = spec(value)
-            if not isinstance(value, TensorSpec):
-                return value
-            with fake:
-                return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    def macs(self, carried: Carried) -> int:
+        """Multiply-accumulates of a call that carries out these ops, counted, not derived."""
+        if carried not in self._macs:
+            self._macs[carried] = self._count(carried)
+        return self._macs[carried]
 
-        try:
-            denoiser.forward(*tree_map(to_fake, args), **tree_map(to_fake, kwargs))
-        except Exception as error:
-            raise EngineError(
-                f"{type(denoiser).__name__} can't be run on tensors without data, so its cost is unknown: {error}"
-            ) from error
-        total = counter.get_total_flops()
-    missed = [site.id for index, site in enumerate(sites) if index not in outputs]
-    if missed:
-        raise EngineError(
-            f"a call of {type(denoiser).__name__} never reached {', '.join(missed[:3])}: its anatomy is wrong"
-        )
-    wrong = [sites[index].id for index, output in outputs.items() if not isinstance(output, TensorSpec)]
-    if wrong:
-        raise EngineError(f"{wrong[0]} returns something other than one tensor: it can't be kept")
-    return Cost(total // 2, tuple(f // 2 for f in flops), tuple(outputs[i] for i in range(len(sites))))
+    def _measure(self) -> Cost:
+        outputs: dict[int, Any] = {}
+        flops = [0] * len(self._taps)
+        with ExitStack() as stack:
+            counter = FlopCounterMode(display=False)
+            for index, tap in enumerate(self._taps):
+                watched = tap.watched()
+                if watched is None:
+                    continue
+
+                def before(*_: Any, index: int = index) -> None:
+                    flops[index] -= counter.get_total_flops()
+
+                def after(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
+                    flops[index] += counter.get_total_flops()
+                    outputs[index] = spec(output)
+
+                first, last = watched
+                stack.callback(first.register_forward_pre_hook(before).remove)
+                stack.callback(last.register_forward_hook(after).remove)
+            for tap in self._taps:
+                tap.op = Op.COMPUTE
+            result = self._run(counter)
+            total = counter.get_total_flops()
+        for index, tap in enumerate(self._taps):
+            if tap.site.kind is SiteKind.OUTPUT:
+                outputs[index], flops[index] = spec(compat.first_tensor(result)), total
+        missed = [tap.site.id for index, tap in enumerate(self._taps) if index not in outputs]
+        name = type(self._denoiser).__name__
+        if missed:
+            raise EngineError(f"a call of {name} never reached {', '.join(missed[:3])}: its anatomy is wrong")
+        wrong = [self._taps[index].site.id for index, out in outputs.items() if not isinstance(out, TensorSpec)]
+        if wrong:
+            raise EngineError(f"{wrong[0]} returns something other than one tensor: it can't be kept")
+        return Cost(total // 2, tuple(f // 2 for f in flops), tuple(outputs[i] for i in range(len(self._taps))))
+
+    def _count(self, carried: Carried) -> int:
+        for tap, op in zip(self._taps, carried.ops, strict=True):
+            if tap.site.kind is SiteKind.OUTPUT and op.is_filled:
+                return 0
+        if all(op == Op.COMPUTE for op in carried.ops) and not carried.decided:
+            return self.cost.macs
+        counter = FlopCounterMode(display=False)
+        outputs = self.cost.site_outputs
+        tokens = carried.num_tokens or (0,) * len(self._taps)
+
+        def set_taps(fake: FakeTensorMode) -> None:
+            for tap, op, output, count in zip(self._taps, carried.ops, outputs, tokens, strict=True):
+                tap.op, tap.slots = int(op), [output.empty() for _ in range(8)]
+                tap.weights = torch.empty(2, dtype=output.dtype, device=output.device)
+                tap.tokens = torch.empty(count, dtype=torch.long, device=output.device)
+                if carried.decided and isinstance(tap, BlocksTap):
+                    tap.op, tap.decide = Op.DECIDE, lambda _, op=op: op
+
+        self._run(counter, set_taps)
+        return counter.get_total_flops() // 2
+
+    def _run(self, counter: FlopCounterMode, set_taps: Any = lambda fake: None) -> Any:
+        """The denoiser's output on fake tensors, everything counted."""
+        with ExitStack() as stack:
+            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(counter)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(torch.no_grad())
+            state = [(tap, tap.op) for tap in self._taps]
+            stack.callback(lambda: [tap.reset() or setattr(tap, "op", op) for tap, op in state])
+
+            def to_fake(value: Any) -> Any:
+                value = spec(value)
+                return value.empty() if isinstance(value, TensorSpec) else value
+
+            try:
+                set_taps(fake)
+                return self._denoiser.forward(*tree_map(to_fake, self._args), **tree_map(to_fake, self._kwargs))
+            except Exception as error:
+                raise EngineError(
+                    f"{type(self._denoiser).__name__} can't be run on tensors without data, so its cost is unknown: {error}"
+                ) from error

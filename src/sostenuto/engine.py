@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,49 +15,21 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sostenuto import compat
-from sostenuto.anatomy import anatomy_of, inspect
+from sostenuto.anatomy import SiteKind, anatomy_of
+from sostenuto.block_tap import BlocksTap
 from sostenuto.clock import Clock, Tick
-from sostenuto.correct import check_noise_scale, check_predicts_noise, scale_noise
-from sostenuto.cost import Cost, TensorSpec, measure, spec
+from sostenuto.correct import TimeShifter, check_noise_scale, check_predicts_noise, scale_noise
+from sostenuto.cost import Carried, Cost, DryRun, spec
 from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, MethodError
 from sostenuto.forecast import lagrange_weights
 from sostenuto.methods import by_name
-from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Op, Plan, Program, fit, lower, peak_bytes
+from sostenuto.state import Call, ForecastWeights, PassState
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Tap, empty_slot, kept
+from sostenuto.tap import Observer, empty_slot, kept
 
 _ATTRIBUTE = "_sostenuto_handle"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included."""
-
-    inner: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    signature: int
-    latents: torch.Tensor
-
-
-class PassState:
-    """The kept features of one pass (such as the conditional one) of one generation."""
-
-    def __init__(self, program: Program, num_sites: int, num_slots: int) -> None:
-        self.program = program
-        self.last_step = -1
-        self.latents: TensorSpec | None = None
-        self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of kept features."""
-        return sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
-
-    def clear(self, site: int) -> None:
-        """Free what a site keeps; in place, since its tap holds the same list."""
-        self.slots[site][:] = [None] * len(self.slots[site])
 
 
 @dataclass(frozen=True)
@@ -90,13 +64,21 @@ class Handle:
     """A method attached to a denoiser. Also a context manager that disables at its end."""
 
     def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any], method: Method, max_cache_bytes: int | None):
-        self.sites = inspect(denoiser)
-        self.method = method.prepare(compat.unwrapped(denoiser), scheduler())
         self._caller = denoiser  # what the pipeline calls; may be what torch.compile made of the denoiser
         self._denoiser = compat.unwrapped(denoiser)
+        self._compiled = compat.is_compiled(denoiser)
+        self.method = method.prepare(self._denoiser, scheduler())
+        for part in parts(self.method):
+            if self._compiled and not part.compiles:
+                raise MethodError(
+                    f"{type(part).__name__} decides while the network runs, which a compiled denoiser can't: use the "
+                    "denoiser uncompiled, or a method with a plan"
+                )
+        self.sites = self.method.sites(self._denoiser)
         self._scheduler = scheduler
         self._clock = Clock(scheduler)
-        self._taps = [Tap(site, self._denoiser) for site in self.sites]
+        self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
+        self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
         self._max_cache_bytes = max_cache_bytes
         self._names = [
             name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"
@@ -104,15 +86,16 @@ class Handle:
         self._timestep_name = anatomy_of(self._denoiser).timestep
         if self._timestep_name not in self._names:
             raise EngineError(f"{type(self._denoiser).__name__}.forward has no argument {self._timestep_name!r}")
-        self._compiled = compat.is_compiled(denoiser)
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
+        self._facts: Facts | None = None
         self._plan: Plan | None = None
+        self._shifter: TimeShifter | None = None
         self._noise_scale: tuple[float, ...] | None = None
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
-        self._costs: list[tuple[Any, Cost | None]] = []  # arguments as specs, the cost once asked for
+        self._dry_runs: list[DryRun] = []
         self._signatures: dict[Any, int] = {}
         self._generation_signature = 0
         self._busy = threading.Lock()
@@ -132,11 +115,11 @@ class Handle:
             raise
 
     def _attach_taps(self) -> None:
-        for tap in self._taps:
+        for tap in (*self._observers, *self._taps):
             tap.attach()
 
     def _detach_taps(self) -> None:
-        for tap in reversed(self._taps):
+        for tap in reversed((*self._observers, *self._taps)):
             tap.detach()
 
     def disable(self) -> None:
@@ -174,39 +157,50 @@ class Handle:
         """
         if self._record is None:
             raise EngineError("no statistics: the denoiser has not been called since sostenuto was enabled")
-        return self._record.statistics(self._cost)
+        with self._dry():
+            return self._record.statistics(self._dry_runs)
 
     @property
     def predicted_cache_bytes(self) -> int | None:
         """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call."""
-        if self._record is None:
-            return None
-        if self._plan is None:
-            return 0
-        outputs = self._cost(self._generation_signature).site_outputs
-        per_pass = peak_bytes(lower(self._plan), self._plan.num_slots, [output.num_bytes for output in outputs])
-        return per_pass * self._record.num_passes
+        return None if self._record is None else self._bytes_per_pass() * self._record.num_passes
+
+    def _bytes_per_pass(self) -> int:
+        assert self._facts is not None
+        sizes = [output.num_bytes for output in self._cost(self._generation_signature).site_outputs]
+        policy = self.method.policy(self._facts)
+        if policy is not None:
+            return sum(sizes) * (policy.forecast_order + 1)
+        return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes)
 
     def _cost(self, signature: int) -> Cost:
-        arguments, cost = self._costs[signature]
-        if cost is None:
-            for tap in self._taps:
-                tap.op = Op.COMPUTE
-            try:
-                cost = measure(self._denoiser, self.sites, *arguments)
-            finally:
-                for tap in self._taps:
-                    tap.op = Op.OUTSIDE if self.enabled else Op.COMPUTE
-            self._costs[signature] = (arguments, cost)
-        return cost
+        with self._dry():
+            return self._dry_runs[signature].cost
+
+    @contextmanager
+    def _dry(self) -> Iterator[None]:
+        """Taps attached for a dry run, also when disabled or when another handle's are in place by now."""
+        other = handle_of(self._denoiser)
+        if self.enabled:
+            yield
+            return
+        if other is not None:
+            other._detach_taps()
+        self._attach_taps()
+        try:
+            yield
+        finally:
+            self._detach_taps()
+            if other is not None:
+                other._attach_taps()
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         specs = tree_map(spec, args), tree_map(spec, kwargs)
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         key = repr((specs, autocast))
         if key not in self._signatures:
-            self._signatures[key] = len(self._costs)
-            self._costs.append((specs, None))
+            self._signatures[key] = len(self._dry_runs)
+            self._dry_runs.append(DryRun(self._denoiser, self._taps, *specs))
         return self._signatures[key]
 
     # --- one denoiser call ---------------------------------------------------------------------------------------
@@ -231,9 +225,12 @@ class Handle:
             raise ClockError(f"the denoiser was called without {self._names[0]} or {self._timestep_name}")
         conditioning = [value for value in tree_leaves(named) if isinstance(value, torch.Tensor)]
         tick = self._clock.tick(timestep, latents, conditioning)
+        if tick.new_generation:
+            self._decide(tick)
+        args, kwargs = self._shifted(tick, latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), latents)
         if tick.new_generation:
-            self._begin(tick, call)
+            self._begin(call)
         output = self._step(tick, call)
         scale = 1.0 if self._noise_scale is None else self._noise_scale[tick.step]
         if scale == 1.0:
@@ -241,22 +238,38 @@ class Handle:
         channels = compat.noise_channels(self._denoiser, latents)
         return compat.map_output(output, lambda noise: scale_noise(noise, scale, channels))
 
-    def _begin(self, tick: Tick, call: Call) -> None:
+    def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
         self._passes = {}
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler())
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
-        if plan is not None and self._max_cache_bytes is not None:
-            sizes = [output.num_bytes for output in self._cost(call.signature).site_outputs]
-            plan = fit(plan, sizes, self._max_cache_bytes)
         scale = self.method.noise_scale(facts)
         if scale is not None and any(factor != 1 for factor in scale):
             check_predicts_noise(facts.scheduler)
-        self._plan = plan
+        self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
+
+    def _shifted(
+        self, tick: Tick, latents: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with the timestep that the method wants the network to see."""
+        timestep = None if self._shifter is None else self._shifter.shift(tick.timesteps[tick.step], latents)
+        if timestep is None:
+            return args, kwargs
+        place = self._names.index(self._timestep_name)
+        if place < len(args):
+            return (*args[:place], timestep, *args[place + 1 :]), kwargs
+        return args, {**kwargs, self._timestep_name: timestep}
+
+    def _begin(self, call: Call) -> None:
         self._record, self._generation_signature = Record(), call.signature
+        if self._max_cache_bytes is None:
+            return
+        sizes = [output.num_bytes for output in self._cost(call.signature).site_outputs]
+        if self._plan is not None:
+            self._plan = fit(self._plan, sizes, self._max_cache_bytes)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         state = self._passes.get(tick.pass_index)
@@ -276,59 +289,128 @@ class Handle:
         return output
 
     def _fresh_pass(self, tick: Tick) -> PassState:
+        assert self._facts is not None
+        sites = len(self.sites)
+        selector = self.method.selector(self._facts)
         if self._plan is not None:
-            return PassState(lower(self._plan, tick.step), len(self.sites), self._plan.num_slots)
-        # Nothing is ever skipped: one row serves every step.
-        computed = (Op.COMPUTE,) * len(self.sites)
-        program = Program((computed,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * len(self.sites))
-        return PassState(program, len(self.sites), self.driver_slots)
+            return PassState(lower(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
+        policy = None if self.driver is not None else self.method.policy(self._facts)
+        if policy is not None and self._max_cache_bytes is not None and self._bytes_per_pass() > self._max_cache_bytes:
+            policy = None
+        num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
+        # One row serves every step: a policy decides, or nothing is ever skipped.
+        row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
+        program = Program((row,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * sites)
+        return PassState(program, sites, num_slots, policy, selector)
 
     def _execute(
         self, tick: Tick, state: PassState, call: Call, ops: Sequence[Op], history: Sequence[tuple[int, ...]]
     ) -> Any:
         """Run the denoiser with one op per site."""
-        weights: dict[tuple[int, ...], torch.Tensor] = {}
+        weights = ForecastWeights(lagrange_weights if self._plan is None else self._plan.weights, tick.step)
+        outputs = self._cost(call.signature).site_outputs if self._compiled else None
+        num_tokens = [0] * len(ops)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
+            if op == Op.PARTIAL:
+                op, num_tokens[index] = self._choose_tokens(tick, state, index)
+            if op in (Op.STORE, Op.EXTEND):
+                slots = state.make_room(index)
+                if slots[0] is None and outputs is not None:
+                    slots[0] = empty_slot(outputs[index].shape, outputs[index].dtype, outputs[index].device)
+            elif op == Op.DECIDE:
+                assert isinstance(tap, BlocksTap)
+                tap.decide = partial(self._ask, tick, state, index, weights)
             slots = state.slots[index]
-            if op == Op.STORE:
-                slots.insert(0, slots.pop())  # the oldest kept output makes room for the newest
-                if slots[0] is None and self._compiled:
-                    output = self._cost(call.signature).site_outputs[index]
-                    slots[0] = empty_slot(output.shape, output.dtype, output.device)
-            elif op == Op.FORECAST:
-                read = history[index]
-                if read not in weights:
-                    values = lagrange_weights(read, tick.step)
-                    newest = kept(slots[0])
-                    weights[read] = torch.tensor(values, dtype=newest.dtype, device=newest.device)
-                tap.weights = weights[read]
-            tap.slots = slots
-            tap.op = int(op)
-            tap.reached = False
+            if op in (Op.FORECAST, Op.EXTEND):
+                tap.weights = weights(history[index], kept(slots[1 if op == Op.EXTEND else 0]))
+            tap.slots, tap.op, tap.reached = slots, int(op), False
+        decided = any(tap.op == Op.DECIDE for tap in self._taps)
         reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op == Op.REUSE]
         versions = [slot._version for _, slot in reused]
+        observing = state.selector is not None and Op.STORE in ops
+        for observer in self._observers:
+            observer.seen = [] if observing else None
         try:
-            output = call.inner(*call.args, **call.kwargs)
+            output = self._run(state, call)
             if not self._compiled:
-                for tap in self._taps:
-                    if not tap.reached:
-                        raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
+                self._check_reached()
                 for (tap, slot), version in zip(reused, versions, strict=True):
                     if slot._version != version:
                         raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
+            if observing and state.selector is not None:
+                state.selector.observe(tick.step, {o.path: o.newest() for o in self._observers})
             return output
         finally:
+            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided)
             for tap in self._taps:
-                tap.op = Op.OUTSIDE
+                tap.reset()
+            for observer in self._observers:
+                observer.seen = None
             if self._record is not None:
-                self._record.calls.append((tick.step, tick.pass_index, call.signature, tuple(ops)))
+                self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
+
+    def _choose_tokens(self, tick: Tick, state: PassState, index: int) -> tuple[Op, int]:
+        """Set the tokens that a partial site runs; none of them is plain reuse."""
+        assert self._plan is not None
+        slot = kept(state.slots[index][0])
+        count = int(self._plan.ratios[tick.step][index] * slot.shape[1])
+        if count == 0:
+            return Op.REUSE, 0
+        if state.selector is None:
+            raise MethodError(
+                f"the plan runs {self.sites[index].id} for some tokens, but the method doesn't choose them"
+            )
+        self._taps[index].tokens = state.selector.select(tick.step, index, slot.shape, count, slot.device)
+        return Op.PARTIAL, count
+
+    def _ask(self, tick: Tick, state: PassState, index: int, weights: ForecastWeights, signal: torch.Tensor) -> Op:
+        """Ask the pass's policy about its site, which is just being reached."""
+        policy = state.policy
+        assert policy is not None
+        tap = self._taps[index]
+        if not policy.skips(tick.step, tick.num_steps, signal, tuple(state.decided)) or not state.decided:
+            tap.slots = state.make_room(index)
+            state.decided.insert(0, tick.step)
+            return Op.STORE
+        read = tuple(state.decided[: policy.forecast_order + 1])
+        if len(read) == 1:
+            return Op.REUSE
+        tap.weights = weights(read, kept(tap.slots[0]))
+        return Op.FORECAST
+
+    def _run(self, state: PassState, call: Call) -> Any:
+        """Call the denoiser, or spare the call where its output is filled in."""
+        tap = next((tap for tap in self._taps if tap.site.kind is SiteKind.OUTPUT), None)
+        if tap is None:
+            return call.inner(*call.args, **call.kwargs)
+        tap.reached = True
+        if not Op(tap.op).is_filled:
+            output = call.inner(*call.args, **call.kwargs)
+            if tap.op == Op.STORE:
+                tap.store(compat.first_tensor(output))
+                state.template = compat.map_output(output, lambda prediction: prediction[:0])
+            return output
+        newest, op = kept(tap.slots[1 if tap.op == Op.EXTEND else 0]), tap.op
+        prediction = tap.filled(op).clone()
+        channels = compat.noise_channels(self._denoiser, call.latents)
+        if newest.shape[1] > channels and op != Op.REUSE:  # a learned variance is not extrapolated
+            prediction[:, channels:] = newest[:, channels:]
+            if op == Op.EXTEND:
+                tap.store(prediction)
+        return compat.map_output(state.template, lambda _: prediction)
+
+    def _check_reached(self) -> None:
+        skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
+        for tap in self._taps:
+            if not tap.reached and tap.op != Op.SKIP and not any(site.covers(tap.site) for site in skipped):
+                raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
 
     def _drop_state(self) -> None:
         self._passes = {}
         self._clock.forget()
         for tap in self._taps:
-            tap.op, tap.slots, tap.weights = Op.OUTSIDE, [], None
+            tap.reset()
 
 
 def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None) -> Handle:

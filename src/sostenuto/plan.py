@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+
+from sostenuto.forecast import lagrange_weights
+
+Weights = Callable[[Sequence[int], int], Sequence[float]]
+"""``weights(steps of the kept outputs, newest first; the step to forecast)`` → one weight per kept output."""
 
 
 class Action(Enum):
@@ -14,6 +19,9 @@ class Action(Enum):
     REUSE = "reuse"
     FORECAST = "forecast"
     PARTIAL = "partial"
+    """Run for some tokens, the others keep their last output."""
+    SKIP = "skip"
+    """Neither run nor read: a larger site around it is reused."""
 
 
 class Op(IntEnum):
@@ -24,6 +32,15 @@ class Op(IntEnum):
     STORE = 1  # run the branch and keep its output
     REUSE = 2  # return the newest kept output
     FORECAST = 3  # return a weighted sum of the kept outputs
+    EXTEND = 4  # the same, and keep it as if it had been computed
+    PARTIAL = 5  # run for the chosen tokens and write them into the newest kept output
+    SKIP = 6  # not reached, or an output that nobody reads
+    DECIDE = 7  # a policy turns it into STORE, REUSE or FORECAST when the site is reached
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the output comes from kept ones alone."""
+        return self in (Op.REUSE, Op.FORECAST, Op.EXTEND)
 
 
 @dataclass(frozen=True)
@@ -34,10 +51,16 @@ class Plan:
         actions: one tuple per step, in it one :class:`Action` per site.
         forecast_order: degree of the polynomial through the last computed outputs that a ``FORECAST`` follows
             (1: linear extrapolation from two); the engine falls back to what history there is.
+        weights: how a forecast combines the kept outputs; by default the polynomial through them.
+        keep_forecasts: whether a forecast counts as a computed output for the forecasts after it.
+        ratios: ``[step][site]``, the share of tokens that a ``PARTIAL`` runs, above 0 and below 1.
     """
 
     actions: tuple[tuple[Action, ...], ...]
     forecast_order: int = 1
+    weights: Weights = lagrange_weights
+    keep_forecasts: bool = False
+    ratios: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if len({len(step) for step in self.actions}) > 1:
@@ -52,7 +75,7 @@ class Plan:
     def num_slots(self) -> int:
         """Outputs that a site keeps at most."""
         forecasts = any(action is Action.FORECAST for step in self.actions for action in step)
-        return self.forecast_order + 1 if forecasts else 1
+        return self.forecast_order + 1 + self.keep_forecasts if forecasts else 1
 
 
 @dataclass(frozen=True)
@@ -83,13 +106,21 @@ def lower(plan: Plan, start: int = 0) -> Program:
             if action is Action.COMPUTE or not computed:
                 computed.insert(0, step)
                 continue
+            if action is Action.SKIP:
+                ops[step][site] = Op.SKIP
+                continue
             depth = plan.forecast_order + 1 if action is Action.FORECAST else 1
             read = tuple(computed[:depth])
-            ops[step][site] = Op.REUSE if len(read) == 1 else Op.FORECAST
+            if action is Action.PARTIAL:
+                ops[step][site] = Op.PARTIAL
+            else:
+                ops[step][site] = Op.REUSE if len(read) == 1 else Op.FORECAST
             history[step][site] = read
             last_reader[site] = step
             for source in read:
-                ops[source][site] = Op.STORE
+                ops[source][site] = Op.EXTEND if ops[source][site].is_filled else Op.STORE
+            if plan.keep_forecasts and action is Action.FORECAST:
+                computed.insert(0, step)
     return Program(
         ops=tuple(() if step < start else tuple(row) for step, row in enumerate(ops)),
         history=tuple(tuple(row) for row in history),
@@ -109,7 +140,7 @@ def peak_bytes(program: Program, num_slots: int, output_bytes: Sequence[int]) ->
     peak = 0
     for step, ops in enumerate(program.ops):
         for site, op in enumerate(ops):
-            if op is Op.STORE:
+            if op in (Op.STORE, Op.EXTEND):
                 slots[site] = min(num_slots, slots[site] + 1)
         peak = max(peak, sum(n * size for n, size in zip(slots, output_bytes, strict=True)))
         for site, last in enumerate(program.last_reader):
@@ -121,11 +152,13 @@ def peak_bytes(program: Program, num_slots: int, output_bytes: Sequence[int]) ->
 def fit(plan: Plan, output_bytes: Sequence[int], max_bytes: int) -> Plan:
     """The plan with as few sites as possible computed always, so that one pass keeps at most ``max_bytes``.
 
-    The last sites are given up first: what is skipped early in the network also spares the norms in front of it.
+    The last sites are given up first: what is skipped early in the network also spares the norms in front of it. Where sites
+    lie within others (``SKIP``) they are given up all together.
     """
     kept = len(output_bytes)
+    nested = any(action is Action.SKIP for row in plan.actions for action in row)
     while kept and peak_bytes(lower(plan), plan.num_slots, output_bytes) > max_bytes:
-        kept -= 1
+        kept = 0 if nested else kept - 1
         rows = (row[:kept] + (Action.COMPUTE,) * (len(row) - kept) for row in plan.actions)
-        plan = Plan(tuple(rows), plan.forecast_order)
+        plan = replace(plan, actions=tuple(rows))
     return plan

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sostenuto.cost import Cost
+from sostenuto.cost import Carried, DryRun
 from sostenuto.plan import Action, Op
 
 _ACTION_OF = {
@@ -15,6 +15,10 @@ _ACTION_OF = {
     Op.STORE: Action.COMPUTE,
     Op.REUSE: Action.REUSE,
     Op.FORECAST: Action.FORECAST,
+    Op.EXTEND: Action.FORECAST,
+    Op.PARTIAL: Action.PARTIAL,
+    Op.SKIP: Action.SKIP,
+    Op.DECIDE: Action.COMPUTE,  # a call that failed before the decision
 }
 
 
@@ -51,7 +55,7 @@ class Statistics:
 class Record:
     """Notes of the generation under way, cheap to take; :meth:`statistics` makes sense of them afterwards."""
 
-    calls: list[tuple[int, int, int, tuple[Op, ...]]] = field(default_factory=list)  # step, pass, signature, ops
+    calls: list[tuple[int, int, int, Carried]] = field(default_factory=list)  # step, pass, signature, what it did
     bytes_peak: int = 0
 
     def note_bytes(self, num_bytes: int) -> None:
@@ -63,24 +67,23 @@ class Record:
         """Most denoiser calls in one step."""
         return 1 + max((pass_index for _, pass_index, *_ in self.calls), default=-1)
 
-    def statistics(self, cost_of: Callable[[int], Cost]) -> Statistics:
-        """Count everything, with the cost of a call by its signature."""
+    def statistics(self, dry_runs: Sequence[DryRun]) -> Statistics:
+        """Count everything, with the dry run of a call by its signature."""
         macs = uncached = 0
         actions: Counter[str] = Counter()
-        for _, _, signature, ops in self.calls:
-            cost = cost_of(signature)
-            uncached += cost.macs
-            macs += cost.macs - sum(m for m, op in zip(cost.site_macs, ops, strict=True) if op >= Op.REUSE)
-            actions.update(_ACTION_OF[op].value for op in ops)
+        for _, _, signature, carried in self.calls:
+            uncached += dry_runs[signature].cost.macs
+            macs += dry_runs[signature].macs(carried)
+            actions.update(_names(carried.ops))
         return Statistics(
             num_steps=len({step for step, *_ in self.calls}),
             num_passes=self.num_passes,
-            actions={action.value: actions[action.value] for action in Action},
+            actions={action.value: actions[action.value] for action in Action if action is not Action.SKIP},
             macs=macs,
             macs_uncached=uncached,
             ideal_speedup=uncached / macs if macs else 1.0,
             cache_bytes_peak=self.bytes_peak,
-            plan=[_names(ops) for _, pass_index, _, ops in self.calls if pass_index == 0],
+            plan=[_names(carried.ops) for _, pass_index, _, carried in self.calls if pass_index == 0],
         )
 
 

@@ -1,4 +1,4 @@
-"""One tapped branch: what replaces ``forward`` of its submodule and of the norm in front of it."""
+"""What replaces ``forward`` of tapped modules: of a residual branch and of the norm in front of it."""
 
 from __future__ import annotations
 
@@ -13,37 +13,142 @@ from sostenuto.errors import EngineError
 from sostenuto.plan import Op
 
 
-class Tap:
-    """Carries out one op at one site. ``op``, ``slots`` and ``weights`` are set by the engine before each denoiser call.
+class Attachment:
+    """Replaces ``forward`` of some modules, on these instances alone, and restores it."""
 
-    ``op`` is a plain integer that the compiler sees as a constant: one graph for each combination of ops, whatever the
-    step. The weights of a forecast change every step and are therefore a tensor.
-    """
-
-    def __init__(self, site: Site, denoiser: nn.Module) -> None:
-        self.site = site
-        self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
-        self.reached = False
-        self.slots: list[torch.Tensor | None] = []  # newest first
-        self.weights: torch.Tensor | None = None
-        self._module = denoiser.get_submodule(site.id)
-        self._norm = denoiser.get_submodule(site.norm) if site.norm else None
+    def __init__(self) -> None:
         self._restore: list[Callable[[], None]] = []
 
+    def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The modules whose ``forward`` is replaced, each with the replacement."""
+        return []
+
     def attach(self) -> None:
-        """Replace the ``forward`` of the branch and of its norm, on these instances alone."""
-        self.op = Op.OUTSIDE
-        self._restore.append(_replace_forward(self._module, self._branch(self._module.forward)))
-        if self._norm is not None:
-            self._restore.append(_replace_forward(self._norm, self._narrow(self._norm.forward)))
+        """Replace every ``forward``."""
+        for module, forward in self.replacements():
+            self._restore.append(replace_forward(module, forward))
 
     def detach(self) -> None:
         """Take every replacement away, last first."""
         while self._restore:
             self._restore.pop()()
+
+
+class Tap(Attachment):
+    """Carries out one op at one site; the base of all taps, itself a site that no module stands for (the output).
+
+    ``op``, ``slots``, ``weights`` and ``tokens`` are set by the engine before each denoiser call. ``op`` is a plain integer
+    that the compiler sees as a constant: one graph for each combination of ops, whatever the step. What changes every step
+    (the weights of a forecast, the chosen tokens) is a tensor.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
+        self.reached = False
+        self.slots: list[torch.Tensor | None] = []  # newest first
+        self.weights: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
+
+    def watched(self) -> tuple[nn.Module, nn.Module] | None:
+        """The modules at whose beginning and end the site begins and ends."""
+        return None
+
+    def attach(self) -> None:
+        """Replace the ``forward`` of what is tapped."""
+        super().attach()
+        self.op = Op.OUTSIDE
+
+    def detach(self) -> None:
+        """Restore what was there; whoever still holds a replacement computes."""
+        super().detach()
         self.op = Op.COMPUTE
 
-    def _branch(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def reset(self) -> None:
+        """Let go of everything that belongs to a call."""
+        self.op, self.slots, self.weights, self.tokens = Op.OUTSIDE, [], None, None
+
+    def store(self, output: torch.Tensor) -> None:
+        """Keep an output as the newest."""
+        slot = self.slots[0]
+        if slot is None:  # only outside of torch.compile, which is given its slots beforehand
+            slot = self.slots[0] = empty_slot(output.shape, output.dtype, output.device)
+        slot.copy_(output.detach())
+
+    def filled(self, op: int) -> torch.Tensor:
+        """What stands in for the output of a skipped site."""
+        if op == Op.REUSE:
+            return kept(self.slots[0])
+        assert self.weights is not None
+        if op == Op.FORECAST:
+            return combine(self.slots, self.weights)
+        output = combine(self.slots[1:], self.weights)  # EXTEND: the newest slot is for the forecast itself
+        self.store(output)
+        return output
+
+    def outside(self) -> EngineError:
+        """The error of a call that the engine doesn't know of."""
+        return EngineError(
+            f"{self.site.id} was called outside of a denoiser call that sostenuto sees: compile or wrap the denoiser "
+            "first and enable afterwards"
+        )
+
+
+class Observer(Attachment):
+    """Listens to the output of a module that a selector wants to see; ``seen`` is a list while it listens."""
+
+    def __init__(self, path: str, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.path = path
+        self.seen: list[torch.Tensor] | None = None
+        self._module = denoiser.get_submodule(path)
+
+    def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The module."""
+        compute = self._module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = compute(*args, **kwargs)
+            if self.seen is not None:
+                self.seen[:] = [output.detach()]
+            return output
+
+        return [(self._module, forward)]
+
+    def newest(self) -> torch.Tensor:
+        """What the module returned in this call.
+
+        Raises:
+            EngineError: the call never reached the module.
+        """
+        if not self.seen:
+            raise EngineError(f"a call of the denoiser never reached {self.path}: the method can't score its tokens")
+        return self.seen[0]
+
+
+class BranchTap(Tap):
+    """The tap of one residual branch of a block, with the norm in front of it."""
+
+    def __init__(self, site: Site, denoiser: nn.Module) -> None:
+        super().__init__(site)
+        self.module = denoiser.get_submodule(site.id)
+        self.norm = denoiser.get_submodule(site.norm) if site.norm else None
+
+    def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The branch and its norm."""
+        found = [(self.module, self.branch(self.module.forward))]
+        if self.norm is not None:
+            found.append((self.norm, self.narrow(self.norm.forward)))
+        return found
+
+    def watched(self) -> tuple[nn.Module, nn.Module]:
+        """The branch."""
+        return self.module, self.module
+
+    def branch(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """What stands in for the branch's ``forward``."""
+
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             op = self.op
             if not torch.compiler.is_compiling():
@@ -52,40 +157,75 @@ class Tap:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 output = compute(*args, **kwargs)
-                slot = self.slots[0]
-                if slot is None:  # only outside of torch.compile, which is given its slots beforehand
-                    slot = self.slots[0] = empty_slot(output.shape, output.dtype, output.device)
-                slot.copy_(output.detach())
+                self.store(output)
                 return output
-            if op == Op.REUSE:
-                return kept(self.slots[0])
-            if op == Op.FORECAST:
-                return self._forecast()
-            raise EngineError(
-                f"{self.site.id} was called outside of a denoiser call that sostenuto sees: compile or wrap the denoiser "
-                "first and enable afterwards"
-            )
+            if op == Op.PARTIAL:
+                return self.partial(compute, args, kwargs)
+            if op == Op.OUTSIDE:
+                raise self.outside()
+            return self.filled(op)
 
         return forward
 
-    def _narrow(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def partial(
+        self, compute: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run the branch for the chosen tokens; the others keep their last output."""
+        slot, tokens = kept(self.slots[0]), self.tokens
+        assert tokens is not None
+        if self.norm is None:  # else the norm has picked the tokens already
+            hidden_states, args, kwargs = first_argument(args, kwargs)
+            args = (pick(hidden_states, tokens), *args)
+        output = compute(*args, **kwargs)
+        if tokens.ndim == 1:
+            slot.index_copy_(1, tokens, output.detach())
+        else:
+            slot.scatter_(1, tokens[..., None].expand_as(output), output.detach())
+        return slot
+
+    def narrow(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for the ``forward`` of the norm in front."""
+
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.op >= Op.REUSE:
+            op = self.op
+            if op == Op.REUSE or op == Op.FORECAST or op == Op.EXTEND:
                 hidden_states = hidden_states[:, :1]  # the branch is skipped: only the norm's other outputs are read
+            elif op == Op.PARTIAL:
+                assert self.tokens is not None
+                hidden_states = pick(hidden_states, self.tokens)
             return compute(hidden_states, *args, **kwargs)
 
         return forward
 
-    def _forecast(self) -> torch.Tensor:
-        # output = Σ_j w_j · kept_j, newest first; the weights sum to 1
-        weights = self.weights
-        assert weights is not None
-        if weights.shape[0] == 2:  # one pass over memory: older + w₀·(newest − older)
-            return torch.lerp(kept(self.slots[1]), kept(self.slots[0]), weights[0])
-        output = kept(self.slots[0]) * weights[0]
-        for index in range(1, weights.shape[0]):
-            output = torch.addcmul(output, kept(self.slots[index]), weights[index])
-        return output
+
+def first_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "hidden_states"
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The first argument of a call, by place or by name, and the remaining ones."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
+def pick(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The chosen tokens ``[k]`` (of every row) or ``[batch, k]`` of ``[batch, tokens, channels]``."""
+    if tokens.ndim == 1:
+        return hidden_states.index_select(1, tokens)
+    return hidden_states.gather(1, tokens[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def combine(slots: list[torch.Tensor | None], weights: torch.Tensor) -> torch.Tensor:
+    """``Σ_j weights[j] · slots[j]``, newest first; the weights sum to 1.
+
+    More than two are summed in float32: the weights of high orders are large and alternate in sign.
+    """
+    newest = kept(slots[0])
+    if weights.shape[0] == 2:  # one pass over memory: older + w₀·(newest − older)
+        return torch.lerp(kept(slots[1]), newest, weights[0])
+    output = newest.float() * weights[0]
+    for index in range(1, weights.shape[0]):
+        output = torch.addcmul(output, kept(slots[index]).float(), weights[index])
+    return output.to(newest.dtype)
 
 
 def empty_slot(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -101,7 +241,8 @@ def kept(slot: torch.Tensor | None) -> torch.Tensor:
     return slot
 
 
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Replace ``forward`` on an instance; returns the function that restores what was there."""
     had_own = "forward" in module.__dict__
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

@@ -120,8 +120,8 @@ def _prove_plan(handle: Handle) -> None:
         return
     assert handle._record is not None
     first = min(step for step, *_ in handle._record.calls)  # image to image begins in the middle, and computes there
-    for step, _, _, ops in handle._record.calls:
-        for site, action, op in zip(handle.sites, plan.actions[step], ops, strict=True):
-            skipped = op >= Op.REUSE
+    for step, _, _, carried in handle._record.calls:
+        for site, action, op in zip(handle.sites, plan.actions[step], carried.ops, strict=True):
+            skipped = op not in (Op.COMPUTE, Op.STORE)
             if skipped != (action is not Action.COMPUTE) and step != first:
                 raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {op.name.lower()}")

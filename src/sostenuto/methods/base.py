@@ -8,9 +8,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from sostenuto.anatomy import Site
+from sostenuto.anatomy import Site, SiteKind, inspect
+from sostenuto.block_tap import BlocksTap
+from sostenuto.correct import TimeShifter
 from sostenuto.errors import MethodError
 from sostenuto.plan import Action, Plan
+from sostenuto.state import Policy, Selector
+from sostenuto.tap import BranchTap, Tap
 
 
 @dataclass(frozen=True)
@@ -37,22 +41,38 @@ class Facts:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. A method with nothing to skip keeps :meth:`plan`, one that corrects nothing :meth:`noise_scale`."""
+    """Base of all methods. A method overrides the hooks that are its answer to where, when, how and correct.
+
+    Attributes:
+        name: what users type.
+        paper: where it was published.
+        summary: one line.
+        calibrated: whether it needs a calibration for each model and sampler.
+        compiles: whether it works on a compiled denoiser; what decides on data while the network runs doesn't.
+        state: what it keeps, per token, in words.
+    """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     calibrated: ClassVar[bool] = False
+    compiles: ClassVar[bool] = True
+    state: ClassVar[str] = "nothing"
 
     @property
     def skips(self) -> bool:
         """Whether the method decides what is skipped."""
-        return type(self).plan is not Method.plan
+        return type(self).plan is not Method.plan or type(self).policy is not Method.policy
 
     @property
     def scales_noise(self) -> bool:
         """Whether the method scales the predicted noise."""
         return type(self).noise_scale is not Method.noise_scale
+
+    @property
+    def shifts_time(self) -> bool:
+        """Whether the method changes the timestep that the denoiser is given."""
+        return type(self).time_shifter is not Method.time_shifter
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> Method:
         """The method ready for this denoiser: parameters that depend on the model filled in, what doesn't fit refused.
@@ -62,8 +82,34 @@ class Method:
         """
         return self
 
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """Where: the sites that are tapped, in the order in which they run; by default all branches."""
+        return inspect(denoiser)
+
+    def tap(self, site: Site, denoiser: nn.Module) -> Tap:
+        """What carries out the actions at a site."""
+        if site.kind is SiteKind.BLOCKS:
+            return BlocksTap(site, denoiser)
+        return Tap(site) if site.kind is SiteKind.OUTPUT else BranchTap(site, denoiser)
+
     def plan(self, facts: Facts) -> Plan | None:
-        """The plan of a generation, or ``None`` where every step is computed."""
+        """When, known before the first step: the plan of a generation, or ``None`` where every step is computed."""
+        return None
+
+    def policy(self, facts: Facts) -> Policy | None:
+        """When, decided at run time: one policy for each pass; the method then has one site, of blocks, and no plan."""
+        return None
+
+    def selector(self, facts: Facts) -> Selector | None:
+        """How partial sites choose their tokens: one selector for each pass."""
+        return None
+
+    def observed(self, denoiser: nn.Module) -> list[str]:
+        """Paths of the modules whose outputs the selector wants to see at computed steps."""
+        return []
+
+    def time_shifter(self, facts: Facts) -> TimeShifter | None:
+        """What changes the timestep that the denoiser is given, or ``None``."""
         return None
 
     def noise_scale(self, facts: Facts) -> Sequence[float] | None:
@@ -73,16 +119,17 @@ class Method:
     def __or__(self, other: Method) -> Combination:
         if not isinstance(other, Method):
             return NotImplemented
-        return Combination((*_parts(self), *_parts(other)))
+        return Combination((*parts(self), *parts(other)))
 
 
-def _parts(method: Method) -> tuple[Method, ...]:
+def parts(method: Method) -> tuple[Method, ...]:
+    """The members of a combination, or the method itself."""
     return method.methods if isinstance(method, Combination) else (method,)
 
 
 @dataclass(frozen=True)
 class Combination(Method):
-    """Several methods at once, written ``A | B``: at most one of them skips, at most one of them scales the noise."""
+    """Several methods at once, written ``A | B``: at most one of them skips, one scales the noise, one shifts the timestep."""
 
     methods: tuple[Method, ...] = ()
 
@@ -90,16 +137,49 @@ class Combination(Method):
         for verb, members in (
             ("decides what is skipped", [m for m in self.methods if m.skips]),
             ("scales the noise", [m for m in self.methods if m.scales_noise]),
+            ("shifts the timestep", [m for m in self.methods if m.shifts_time]),
         ):
             if len(members) > 1:
                 names = " | ".join(type(m).__name__ for m in members)
                 raise MethodError(f"{names} can't be combined: each {verb}; keep one of them")
 
+    @property
+    def skips(self) -> bool:
+        """Whether one of them decides what is skipped."""
+        return any(method.skips for method in self.methods)
+
+    @property
+    def scales_noise(self) -> bool:
+        """Whether one of them scales the predicted noise."""
+        return any(method.scales_noise for method in self.methods)
+
+    @property
+    def _skipping(self) -> Method:
+        return next((method for method in self.methods if method.skips), Method())
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> Combination:  # noqa: D102
         return Combination(tuple(method.prepare(denoiser, scheduler) for method in self.methods))
 
+    def sites(self, denoiser: nn.Module) -> list[Site]:  # noqa: D102
+        return self._skipping.sites(denoiser)
+
+    def tap(self, site: Site, denoiser: nn.Module) -> Tap:  # noqa: D102
+        return self._skipping.tap(site, denoiser)
+
     def plan(self, facts: Facts) -> Plan | None:  # noqa: D102
-        return next((m.plan(facts) for m in self.methods if m.skips), None)
+        return self._skipping.plan(facts)
+
+    def policy(self, facts: Facts) -> Policy | None:  # noqa: D102
+        return self._skipping.policy(facts)
+
+    def selector(self, facts: Facts) -> Selector | None:  # noqa: D102
+        return self._skipping.selector(facts)
+
+    def observed(self, denoiser: nn.Module) -> list[str]:  # noqa: D102
+        return self._skipping.observed(denoiser)
+
+    def time_shifter(self, facts: Facts) -> TimeShifter | None:  # noqa: D102
+        return next((m.time_shifter(facts) for m in self.methods if m.shifts_time), None)
 
     def noise_scale(self, facts: Facts) -> Sequence[float] | None:  # noqa: D102
         return next((m.noise_scale(facts) for m in self.methods if m.scales_noise), None)

@@ -1,0 +1,115 @@
+"""What one pass of one generation keeps, and what decides within it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sostenuto.cost import TensorSpec
+from sostenuto.plan import Program, Weights
+
+
+@dataclass(frozen=True)
+class Call:
+    """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included."""
+
+    inner: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    signature: int
+    latents: torch.Tensor
+
+
+class Policy(Protocol):
+    """Decides at every step of one pass, once its site is reached, whether the site is skipped. One object per pass."""
+
+    forecast_order: int
+    """How the gap is filled: 0 last value, 1 linear, …"""
+
+    def skips(self, step: int, num_steps: int, signal: torch.Tensor, computed: Sequence[int]) -> bool:
+        """Whether the site is skipped at ``step``.
+
+        Args:
+            step: position in sampling order.
+            num_steps: steps of the generation.
+            signal: what the site's tap watches, of the current step.
+            computed: the steps at which the site was computed, newest first; empty: it will be computed in any case.
+        """
+        ...
+
+
+class Selector(Protocol):
+    """Chooses the tokens that partial sites run. One object per pass."""
+
+    def observe(self, step: int, seen: Mapping[str, torch.Tensor]) -> None:
+        """Take in the outputs of the observed modules at a step at which features were stored, by module path."""
+        ...
+
+    def computed(self, site: int) -> None:
+        """The site with this index was computed for all tokens."""
+        ...
+
+    def select(self, step: int, site: int, shape: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
+        """Indices ``[num_tokens]`` or ``[batch, num_tokens]`` (int64) of the tokens to run.
+
+        Args:
+            step: position in sampling order.
+            site: index of the site.
+            shape: of the site's output, ``[batch, tokens, channels]``.
+            num_tokens: how many, at least one and fewer than all.
+            device: where the indices are needed.
+        """
+        ...
+
+
+class PassState:
+    """The kept features of one pass (such as the conditional one) of one generation."""
+
+    def __init__(
+        self,
+        program: Program,
+        num_sites: int,
+        num_slots: int,
+        policy: Policy | None = None,
+        selector: Selector | None = None,
+    ) -> None:
+        self.program, self.policy, self.selector = program, policy, selector
+        self.last_step = -1
+        self.latents: TensorSpec | None = None
+        self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
+        self.decided: list[int] = []  # steps at which the policy had its site computed, newest first
+        self.template: Any = None  # the last computed output of the denoiser, without its prediction
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of kept features."""
+        return sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
+
+    def make_room(self, site: int) -> list[torch.Tensor | None]:
+        """The site's slots with the oldest one in front, to be overwritten."""
+        slots = self.slots[site]
+        slots.insert(0, slots.pop())
+        return slots
+
+    def clear(self, site: int) -> None:
+        """Free what a site keeps; in place, since its tap holds the same list."""
+        self.slots[site][:] = [None] * len(self.slots[site])
+
+
+class ForecastWeights:
+    """The weights of one call's forecasts as tensors, made once for each combination of steps."""
+
+    def __init__(self, weights: Weights, step: int) -> None:
+        self._weights, self._step = weights, step
+        self._made: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def __call__(self, read: tuple[int, ...], newest: torch.Tensor) -> torch.Tensor:
+        """The weights of the outputs kept at the steps ``read``; in float32 where more than two are summed."""
+        dtype = newest.dtype if len(read) == 2 else torch.float32
+        if (read, dtype) not in self._made:
+            values = self._weights(read, self._step)
+            self._made[read, dtype] = torch.tensor(values, dtype=dtype, device=newest.device)
+        return self._made[read, dtype]
