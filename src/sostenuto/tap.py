@@ -241,8 +241,23 @@ def kept(slot: torch.Tensor | None) -> torch.Tensor:
     return slot
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+class Replacement:
+    """A function in the place of a module's ``forward``, which says why the module can't be copied now."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
+
+
+def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
     """Replace ``forward`` on an instance; returns the function that restores what was there."""
+    forward = Replacement(function)
     had_own = "forward" in module.__dict__
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

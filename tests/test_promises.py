@@ -1,0 +1,165 @@
+"""What every method promises: one matrix, method by promise, on tiny networks with random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sostenuto
+from conftest import sample_loop
+from promise_cases import CASES, Case, build, new_scheduler
+
+STEPS = 6
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def model(case):
+    return build(case)
+
+
+def run(model, case, **kwargs):
+    return sample_loop(model, new_scheduler(case), STEPS, **kwargs)[0]
+
+
+def cached(model, case, method=None, **kwargs):
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, method or case.method(), scheduler=scheduler) as handle:
+        latents = sample_loop(model, scheduler, STEPS, **kwargs)[0]
+        return latents, handle.stats
+
+
+def test_it_skips_something(model, case):
+    latents, stats = cached(model, case)
+    assert torch.isfinite(latents).all()
+    if case.skips:
+        assert stats.ideal_speedup > 1.02
+        assert not torch.equal(latents, run(model, case))
+
+
+def test_disabled_is_bit_identical_and_leaves_no_trace(model, case):
+    before = run(model, case)
+    names = {name: set(vars(module)) for name, module in model.named_modules()}
+    cached(model, case)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+    assert torch.equal(run(model, case), before)
+
+
+def test_all_computed_is_bit_identical(model, case):
+    if case.neutral is None:
+        pytest.skip("the method has no setting that computes everything")
+    assert torch.equal(cached(model, case, case.neutral())[0], run(model, case))
+
+
+@pytest.mark.parametrize("separate_guidance", [False, True])
+def test_all_computed_agrees_with_guidance_fused_or_in_two_calls(model, case, separate_guidance):
+    if case.neutral is None:
+        pytest.skip("the method has no setting that computes everything")
+    plain = run(model, case, separate_guidance=separate_guidance)
+    assert torch.equal(cached(model, case, case.neutral(), separate_guidance=separate_guidance)[0], plain)
+
+
+def test_two_generations_in_a_row_equal_two_fresh_ones(model, case):
+    fresh = [cached(model, case, seed=seed)[0] for seed in (1, 2)]
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler):
+        rows = [sample_loop(model, scheduler, STEPS, seed=seed)[0] for seed in (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(fresh, rows, strict=True))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, STEPS - 1])
+def test_an_interrupted_generation_leaves_nothing_stale(model, case, stop_at):
+    fresh = cached(model, case, seed=2)[0]
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler):
+        with pytest.raises(KeyboardInterrupt):
+            sample_loop(model, scheduler, STEPS, seed=1, stop_at=stop_at)
+        assert torch.equal(sample_loop(model, scheduler, STEPS, seed=2)[0], fresh)
+
+
+def test_an_exception_inside_a_block_leaves_nothing_stale(model, case):
+    fresh = cached(model, case, seed=2)[0]
+    scheduler = new_scheduler(case)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("inside a block")
+
+    with sostenuto.enable(model, case.method(), scheduler=scheduler):
+        hook = case.inner_module(model).register_forward_pre_hook(fail)
+        with contextlib.suppress(RuntimeError):  # a method that skips the block from then on never comes to fail
+            sample_loop(model, scheduler, STEPS, seed=1)
+        hook.remove()
+        assert torch.equal(sample_loop(model, scheduler, STEPS, seed=2)[0], fresh)
+
+
+def test_separate_passes_do_not_see_each_other(model, case):
+    """With the same conditioning's value in both passes the two would mix unnoticed; here each equals its own run."""
+    guided, _ = cached(model, case, separate_guidance=True)
+    again, stats = cached(model, case, separate_guidance=True)
+    assert torch.equal(guided, again)
+    assert stats.num_passes == 2
+
+
+def test_the_batch_may_change_between_generations(model, case):
+    fresh = {batch: cached(model, case, batch=batch)[0] for batch in (1, 2, 4)}
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler):
+        for batch in (2, 4, 1, 2):
+            assert torch.equal(sample_loop(model, scheduler, STEPS, batch=batch)[0], fresh[batch])
+
+
+def test_bfloat16_state(model, case):
+    model.to(torch.bfloat16)
+    full = cached(model, case, dtype=torch.bfloat16)
+    assert full[0].dtype == torch.bfloat16
+    assert torch.isfinite(full[0].float()).all()
+    model.float()
+    wide = cached(model, case)
+    if wide[1].cache_bytes_peak:
+        assert full[1].cache_bytes_peak * 2 == wide[1].cache_bytes_peak
+
+
+def test_statistics_equal_an_independent_count_of_what_ran(model, case):
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler) as handle:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            sample_loop(model, scheduler, STEPS)
+        stats = handle.stats
+    executed = counter.get_total_flops() // 2
+    assert stats.macs == executed
+    assert len(stats.plan) == stats.num_steps == STEPS
+
+
+def test_copies_and_pickles_are_refused_while_enabled_and_free_afterwards(model, case):
+    with sostenuto.enable(model, case.method(), scheduler=new_scheduler(case)):
+        for refuse in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(sostenuto.EngineError, match="disable it first"):
+                refuse(model)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(run(twin, case), run(model, case))
+
+
+def test_a_compiled_denoiser_gives_the_same_or_is_refused(model, case):
+    method = case.method()
+    torch._dynamo.reset()
+    eager = cached(model, case)[0]
+    model.compile(backend="aot_eager", fullgraph=True)
+    if not all(part.compiles for part in sostenuto.methods.base.parts(method)):
+        with pytest.raises(sostenuto.MethodError, match="compiled"):
+            sostenuto.enable(model, method, scheduler=new_scheduler(case))
+        assert not any("sostenuto" in name for module in model.modules() for name in vars(module))
+        return
+    torch.testing.assert_close(cached(model, case)[0], eager, rtol=1e-4, atol=1e-4)
