@@ -14,7 +14,7 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import FORA, PAB, EBCache, EpsilonScaling, NoCache, available_methods
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FORA",
+    "PAB",
     "Action",
     "AlreadyEnabledError",
     "Anatomy",
