@@ -9,8 +9,9 @@ from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.none import NoCache
 from sostenuto.methods.pab import PAB
+from sostenuto.methods.smoothcache import SmoothCache
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, PAB, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, PAB, SmoothCache, EpsilonScaling)
 
 __all__ = [
     "FORA",
@@ -20,6 +21,7 @@ __all__ = [
     "EpsilonScaling",
     "Method",
     "NoCache",
+    "SmoothCache",
     "available_methods",
     "by_name",
 ]
