@@ -1,7 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.calibrations import EBCalibration, SmoothCacheCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -14,7 +14,7 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import FORA, PAB, EBCache, EpsilonScaling, NoCache, SmoothCache, available_methods
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FORA",
+    "PAB",
     "Action",
     "AlreadyEnabledError",
     "Anatomy",
@@ -41,6 +42,8 @@ __all__ = [
     "Plan",
     "Site",
     "SiteKind",
+    "SmoothCache",
+    "SmoothCacheCalibration",
     "SostenutoError",
     "StepState",
     "TableError",

@@ -16,6 +16,8 @@ class SiteKind(Enum):
 
     SELF_ATTENTION = "self-attention"
     CROSS_ATTENTION = "cross-attention"
+    TEMPORAL_ATTENTION = "temporal-attention"
+    JOINT_ATTENTION = "joint-attention"
     MLP = "mlp"
     BLOCKS = "blocks"
     """A range of whole blocks."""
@@ -99,6 +101,14 @@ _ANATOMIES: dict[str, Anatomy] = {
         branches=(
             Branch(SiteKind.SELF_ATTENTION, "attn1", norm="norm1"),
             Branch(SiteKind.MLP, "ff", norm="norm3"),
+        ),
+    ),
+    "PixArtTransformer2DModel": Anatomy(
+        blocks="transformer_blocks",
+        branches=(
+            Branch(SiteKind.SELF_ATTENTION, "attn1", norm="norm1"),
+            Branch(SiteKind.CROSS_ATTENTION, "attn2"),  # reads the residual stream itself
+            Branch(SiteKind.MLP, "ff", norm="norm2"),
         ),
     ),
 }

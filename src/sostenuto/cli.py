@@ -71,7 +71,7 @@ class ModelChoice:
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
-    """A cache table for the method (eb)."""
+    """A cache table for the method, where it takes one."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -96,13 +96,15 @@ class ModelChoice:
     def method_object(self) -> Any:
         """The method with its table."""
         from sostenuto.errors import MethodError
-        from sostenuto.methods import EBCache, by_name
+        from sostenuto.methods import by_name
+        from sostenuto.methods.tabled import TableMethod
 
+        method = by_name(self.method)
         if self.table is None:
-            return by_name(self.method)
-        if self.method != "eb":
-            raise MethodError(f"--table is for the method eb, not {self.method}")
-        return EBCache(self.table)
+            return method
+        if not isinstance(method, TableMethod):
+            raise MethodError(f"--table is for a method that has a table, not for {self.method}")
+        return type(method)(self.table)
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""
@@ -167,7 +169,7 @@ class Calibrate:
     target_fraction: float = 0.6
     """Share of the uncached multiply-accumulates that the table may cost."""
     forecast_order: int = 1
-    """How reused branches are filled: 0 last value, 1 linear extrapolation."""
+    """How reused branches are filled (eb): 0 last value, 1 linear extrapolation."""
     num_samples: int = 8
     search_images: int = 200
     """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
@@ -178,23 +180,28 @@ class Calibrate:
 
     def run(self) -> None:
         """Calibrate and save."""
+        import inspect
+
         import torch
 
         import sostenuto
+        from sostenuto.calibrations import available_calibrations
+        from sostenuto.errors import MethodError
 
+        calibration = available_calibrations().get(self.choice.method)
+        if calibration is None:
+            raise MethodError(f"the method {self.choice.method!r} has no calibration")
+        takes = inspect.signature(calibration).parameters
+        options = {name: value for name, value in vars(self).items() if name in takes}
         pipe, extra = self.choice.pipeline(), {}
-        if self.choice.model == "demo" and self.search_images:
+        if self.choice.model == "demo" and self.search_images and "eps_scale_grid" in takes:
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
         table = sostenuto.calibrate(
             pipe,
-            sostenuto.EBCalibration(
-                target_fraction=self.target_fraction,
-                forecast_order=self.forecast_order,
-                eps_scale_grid=self.eps_scale_grid,
-            ),
+            calibration(**options),
             self.choice.sample(),
             num_inference_steps=self.choice.num_inference_steps,
             num_samples=self.num_samples,

@@ -195,6 +195,18 @@ class CacheTable:
             macs_fraction=None,
         )
 
+    def filled(self, forecast_order: int) -> CacheTable:
+        """The table with its skipped branches filled by a polynomial of this degree: 0 last value, 1 linear, …"""
+        gap = Action.FORECAST if forecast_order else Action.REUSE
+        skipped = (Action.REUSE, Action.FORECAST)
+        actions = tuple(
+            state
+            if isinstance(state, StepState)
+            else {site: gap if action in skipped else action for site, action in state.items()}
+            for state in self.actions
+        )
+        return replace(self, actions=actions, forecast_order=forecast_order)
+
     def strip(self) -> str:
         """One letter per step: ``·`` compute, ``a`` reuse attention, ``m`` reuse MLP, ``B`` reuse both, ``?`` per site."""
         letters = dict(zip(StepState, "·amB", strict=True))

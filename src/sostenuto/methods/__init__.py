@@ -8,10 +8,23 @@ from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.none import NoCache
+from sostenuto.methods.pab import PAB
+from sostenuto.methods.smoothcache import SmoothCache
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, PAB, SmoothCache, EpsilonScaling)
 
-__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+__all__ = [
+    "FORA",
+    "PAB",
+    "Combination",
+    "EBCache",
+    "EpsilonScaling",
+    "Method",
+    "NoCache",
+    "SmoothCache",
+    "available_methods",
+    "by_name",
+]
 
 
 def available_methods() -> dict[str, type[Method]]:

@@ -39,6 +39,31 @@ class FORA(Method):
             raise MethodError(f"FORA's anchor must be 'end' or 'start', not {self.anchor!r}")
         check_forecast_order(self.forecast_order)
 
+    @classmethod
+    def dit_xl_2(cls) -> FORA:
+        """DiT-XL/2 256², DDIM with 50 steps: N = 3 (N = 2 to 5 were also published)."""
+        return cls(interval=3)
+
+    @classmethod
+    def pixart_alpha(cls) -> FORA:
+        """PixArt-α 256², DPM-Solver++ with 20 steps: N = 3 (N = 2 to 4 were published)."""
+        return cls(interval=3)
+
+    @classmethod
+    def flux_dev(cls) -> FORA:
+        """FLUX.1-dev, 50 steps: N = 3 (also 6), counted from the first step: 17 computed, as the published FLOPs tell."""
+        return cls(interval=3, anchor="start")
+
+    @classmethod
+    def hunyuan_video(cls) -> FORA:
+        """HunyuanVideo, 50 steps: N = 5, counted from the first step: 10 computed, as the published FLOPs tell."""
+        return cls(interval=5, anchor="start")
+
+    @classmethod
+    def qwen_image(cls) -> FORA:
+        """Qwen-Image, 50 steps: N = 4 (also 6), counted from the first step: 13 computed, as the published FLOPs tell."""
+        return cls(interval=4, anchor="start")
+
     def plan(self, facts: Facts) -> Plan:
         """Compute at the first step and at every multiple of the interval."""
         last = facts.num_steps - 1

@@ -1,0 +1,57 @@
+"""What methods share whose plan is a calibrated cache table: loading it, and refusing one that doesn't fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
+from sostenuto.methods.base import Facts, Method
+from sostenuto.plan import Plan
+from sostenuto.table import CacheTable
+from sostenuto.tables import shipped_table
+
+
+@dataclass(frozen=True)
+class TableMethod(Method):
+    """Base of the methods that carry out a :class:`~sostenuto.table.CacheTable`.
+
+    Attributes:
+        table: the table, or its file; by default the one that ships for this method and model, where there is one.
+        forecast_order: how skipped branches are filled: 0 with the last value, 1 by linear extrapolation, …; by default
+            the table's.
+    """
+
+    table: CacheTable | str | Path | None = None
+    forecast_order: int | None = field(default=None, kw_only=True)
+
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.table is not None and not isinstance(self.table, (CacheTable, str, Path)):
+            raise MethodError(f"{type(self).__name__}'s table is a CacheTable or the path of one, not {self.table!r}")
+        if self.forecast_order is not None:
+            check_forecast_order(self.forecast_order)
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> TableMethod:
+        """Load the table and refuse one that was made for something else."""
+        table = shipped_table(denoiser, scheduler, self.name) if self.table is None else loaded(self.table)
+        table.check(denoiser, scheduler)
+        if self.forecast_order is not None:
+            table = table.filled(self.forecast_order)
+        return replace(self, table=table)
+
+    def plan(self, facts: Facts) -> Plan:
+        """The table's actions at this network's sites."""
+        assert isinstance(self.table, CacheTable)
+        self.table.check_steps(facts.timesteps)
+        return self.table.plan(facts.sites)
+
+
+def loaded(table: CacheTable | str | Path) -> CacheTable:
+    """The table itself, read from its file where that is what is given."""
+    return table if isinstance(table, CacheTable) else CacheTable.load(table)
