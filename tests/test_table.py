@@ -3,12 +3,14 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import build_tiny
-from sostenuto import CacheTable, StepState, TableError, inspect
-from sostenuto.plan import Action
+import sostenuto
+from conftest import build_tiny, sample_loop
+from sostenuto import CacheTable, EBCache, StepState, TableError, inspect
+from sostenuto.plan import Action, Op
 
 C, A, M, B = StepState
 GOOD = CacheTable(
@@ -163,3 +165,46 @@ def test_other_timesteps_are_refused_with_the_step():
     with pytest.raises(TableError, match="step 1"):
         GOOD.check_steps([800.0, 610.0, 400.0, 200.0, 0.0])
     GOOD.check_steps([800.0, 600.0, 400.0, 200.0, 0.0])
+
+
+def test_a_stack_filled_table_keeps_one_tensor_and_costs_less(tiny, scheduler):
+    actions = (C, C, B, B, A, C, B, C)
+    results = {}
+    for fill in ("branches", "stack"):
+        with sostenuto.enable(tiny, EBCache(CacheTable(actions, fill=fill)), scheduler=scheduler) as handle:
+            latents, _ = sample_loop(tiny, scheduler, len(actions))
+            results[fill] = latents, handle.stats
+    (_, branches), (latents, stack) = results["branches"], results["stack"]
+    assert stack.macs < branches.macs
+    assert stack.cache_bytes_peak < branches.cache_bytes_peak
+    assert torch.isfinite(latents).all()
+    assert [row[-1] for row in stack.plan] == [
+        "compute",
+        "compute",
+        "reuse",
+        "reuse",
+        "compute",
+        "compute",
+        "reuse",
+        "compute",
+    ]
+    assert stack.plan[2][:-1] == ["skip"] * 6
+
+
+def test_a_stack_filled_step_is_exact_up_to_rounding_with_identical_inputs(tiny, scheduler):
+    gaps = []
+
+    def driver(tick, prober):
+        *branches, _ = prober.handle.sites
+        fresh = prober.run([Op.COMPUTE] * len(branches) + [Op.STORE]).sample
+        filled = prober.run([Op.SKIP] * len(branches) + [Op.REUSE]).sample
+        gaps.append((fresh - filled).abs().max() / fresh.abs().max())
+        return (fresh,)
+
+    with sostenuto.enable(tiny, EBCache(CacheTable((C, B, C), fill="stack")), scheduler=scheduler) as handle:
+        handle.driver = driver
+        scheduler.set_timesteps(3)
+        for timestep in scheduler.timesteps:
+            tiny(torch.randn(2, 2, 8, 8), timestep.expand(2), torch.tensor([1, 2]))
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-5

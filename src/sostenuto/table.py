@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.anatomy import Site
+from sostenuto.anatomy import Site, SiteKind, block_range, inspect
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
 from sostenuto.forecast import check_forecast_order
@@ -71,6 +71,8 @@ class CacheTable:
         method: name of the method that made it.
         eps_scale: factor of the predicted noise, one per step.
         forecast_order: how reused branches are filled: 0 last value, 1 linear extrapolation, …
+        fill: what is kept for a step that reuses everything: the outputs of its ``"branches"``, as in the papers, or one
+            tensor, what the whole ``"stack"`` of blocks adds to its input: the step then costs next to nothing.
         model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was made for; empty: any.
         scheduler: ``class``, ``prediction_type`` and ``timesteps`` of the scheduler it was made for; empty: any.
         calibration: how it was made.
@@ -81,6 +83,7 @@ class CacheTable:
     method: str = "eb"
     eps_scale: tuple[float, ...] = ()
     forecast_order: int = 0
+    fill: Literal["branches", "stack"] = "branches"
     model: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +105,8 @@ class CacheTable:
             raise TableError(
                 "step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)"
             )
+        if self.fill not in ("branches", "stack"):
+            raise TableError(f"fill must be 'branches' or 'stack', not {self.fill!r}")
         try:
             check_forecast_order(self.forecast_order)
             scale = check_noise_scale(1.0 if self.eps_scale == () else self.eps_scale, self.num_inference_steps)
@@ -114,23 +119,35 @@ class CacheTable:
         """Number of steps."""
         return len(self.actions)
 
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """The sites that the table is about: all branches, and after them the whole stack where it is kept as one."""
+        sites = inspect(denoiser)
+        if self.fill == "stack" and StepState.REUSE_BOTH in self.actions:
+            sites.append(block_range(denoiser, 0, sites[-1].block))
+        return sites
+
     def plan(self, sites: Sequence[Site]) -> Plan:
-        """The plan for a network with these sites.
+        """The plan for a network with these sites, see :meth:`sites`.
 
         Raises:
             TableError: a step names a site that the network lacks, or leaves one out.
         """
         gap = Action.FORECAST if self.forecast_order else Action.REUSE
-        ids = {site.id for site in sites}
+        stack = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
+        ids = {site.id for site in sites if site is not stack}
         rows = []
         for step, state in enumerate(self.actions):
+            if state is StepState.REUSE_BOTH and stack is not None:
+                rows.append(tuple(gap if site is stack else Action.SKIP for site in sites))
+                continue
             if isinstance(state, StepState):
-                rows.append(tuple(gap if state.skips(site) else Action.COMPUTE for site in sites))
+                skipped = [site is not stack and state.skips(site) for site in sites]
+                rows.append(tuple(gap if skip else Action.COMPUTE for skip in skipped))
                 continue
             if set(state) != ids:
                 odd = sorted(set(state) ^ ids)[0]
                 raise TableError(f"step {step} of the cache table and the network disagree about site {odd!r}")
-            rows.append(tuple(state[site.id] for site in sites))
+            rows.append(tuple(Action.COMPUTE if site is stack else state[site.id] for site in sites))
         return Plan(tuple(rows), forecast_order=max(1, self.forecast_order))
 
     def check(self, denoiser: nn.Module, scheduler: Any) -> None:
@@ -226,6 +243,7 @@ class CacheTable:
             "num_inference_steps": self.num_inference_steps,
             "eps_scale": self.eps_scale[0] if len(set(self.eps_scale)) == 1 else list(self.eps_scale),
             "forecast_order": self.forecast_order,
+            "fill": self.fill,
             "actions": actions,
             "model": dict(self.model),
             "scheduler": dict(self.scheduler),
@@ -342,6 +360,7 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         method=method,
         eps_scale=tuple(float(s) for s in _in_sampling_order(scales, order)),
         forecast_order=forecast_order,
+        fill=content.get("fill", "branches"),
         macs_fraction=fraction,
         **maps,
     )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sostenuto.anatomy import Site
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
@@ -44,6 +45,11 @@ class TableMethod(Method):
         if self.forecast_order is not None:
             table = table.filled(self.forecast_order)
         return replace(self, table=table)
+
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """The table's."""
+        assert isinstance(self.table, CacheTable)
+        return self.table.sites(denoiser)
 
     def plan(self, facts: Facts) -> Plan:
         """The table's actions at this network's sites."""
