@@ -158,7 +158,7 @@ class Handle:
         if self._record is None:
             raise EngineError("no statistics: the denoiser has not been called since sostenuto was enabled")
         with self._dry():
-            return self._record.statistics(self._dry_runs)
+            return self._record.statistics(self._dry_runs, self.sites)
 
     @property
     def predicted_cache_bytes(self) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sostenuto.anatomy import Site
 from sostenuto.cost import Carried, DryRun
 from sostenuto.plan import Action, Op
 
@@ -34,7 +35,10 @@ class Statistics:
         macs_uncached: the same had every call been computed.
         ideal_speedup: ``macs_uncached / macs``.
         cache_bytes_peak: most bytes of kept features at one time.
-        plan: the actions carried out, ``[step][site]`` (of the first pass).
+        plan: the actions carried out, ``[step][site]`` (of the first pass); besides the actions of a plan ``"skip"``, where a
+            larger site around was reused.
+        sites: the ids of the sites.
+        site_kinds: what each of them is.
     """
 
     num_steps: int
@@ -45,6 +49,8 @@ class Statistics:
     ideal_speedup: float
     cache_bytes_peak: int
     plan: list[list[str]]
+    sites: list[str]
+    site_kinds: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain data, ready for JSON."""
@@ -67,8 +73,8 @@ class Record:
         """Most denoiser calls in one step."""
         return 1 + max((pass_index for _, pass_index, *_ in self.calls), default=-1)
 
-    def statistics(self, dry_runs: Sequence[DryRun]) -> Statistics:
-        """Count everything, with the dry run of a call by its signature."""
+    def statistics(self, dry_runs: Sequence[DryRun], sites: Sequence[Site]) -> Statistics:
+        """Count everything, with the dry run of a call by its signature and the sites that the ops belong to."""
         macs = uncached = 0
         actions: Counter[str] = Counter()
         for _, _, signature, carried in self.calls:
@@ -84,6 +90,8 @@ class Record:
             ideal_speedup=uncached / macs if macs else 1.0,
             cache_bytes_peak=self.bytes_peak,
             plan=[_names(carried.ops) for _, pass_index, _, carried in self.calls if pass_index == 0],
+            sites=[site.id for site in sites],
+            site_kinds=[site.kind.value for site in sites],
         )
 
 

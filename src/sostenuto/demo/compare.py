@@ -21,7 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -71,7 +71,7 @@ class Entry:
         name: shown in table and pictures.
         method: what is enabled.
         num_inference_steps: steps of the sampler.
-        solver: ``"ddpm"`` or ``"dpm-solver++"``.
+        solver: ``"ddpm"``, ``"ddim"`` or ``"dpm-solver++"``.
         reference: name of the uncached row that runs on the same noise, for PSNR; ``None`` where none does.
     """
 
@@ -104,6 +104,7 @@ class Row:
     cache_bytes_peak: int
     frechet_distance_per_seed: list[float] = field(default_factory=list)
     plan: list[list[str]] = field(default_factory=list)
+    site_kinds: list[str] = field(default_factory=list)
     eps_scale: list[float] = field(default_factory=list)
 
 
@@ -193,9 +194,14 @@ def compare(folder: Path, settings: Settings, show: bool = True) -> dict[str, An
     """
     folder.mkdir(parents=True, exist_ok=True)
     pipe, judge = load_demo_pipeline(), Judge()
-    light, strong = _tables(folder, pipe, judge, settings, show)
+    return run_entries(folder, entries(*_tables(folder, pipe, judge, settings, show)), settings, show)
+
+
+def run_entries(folder: Path, todo: Sequence[Entry], settings: Settings, show: bool = True) -> dict[str, Any]:
+    """Sample what is missing of the given rows, the first of which is the one that speed is measured against."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe, judge = load_demo_pipeline(), Judge()
     _check_folder(folder, settings)
-    todo = entries(light, strong)
     batches = list(_batches(settings))
     with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
         for number, (seed, start, labels) in enumerate(batches):
@@ -262,10 +268,13 @@ def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
     return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
 
 
+_SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+
+
 def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: torch.Tensor, path: Path) -> None:
     base = pipe.scheduler
-    if entry.solver == "dpm-solver++":
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(base.config)
+    if entry.solver != "ddpm":
+        pipe.scheduler = _SOLVERS[entry.solver].from_config(base.config)
     try:
         with sostenuto.enable(pipe, entry.method) as handle:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
@@ -339,6 +348,7 @@ def _results(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Jud
                 cache_bytes_peak=own.stats["cache_bytes_peak"],
                 frechet_distance_per_seed=[v.frechet_distance for v in verdicts],
                 plan=own.stats["plan"],
+                site_kinds=own.stats["site_kinds"],
                 eps_scale=list(_noise_scale(entry)),
                 **mean,
             )

@@ -17,7 +17,8 @@ from matplotlib.ticker import FormatStrFormatter
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
 INK, MUTED, ACCENT, WARM = "#1f2430", "#8a90a0", "#2f6fdb", "#d9822b"
-_SHADES = {"compute": "#2f6fdb", "reuse": "#e8ecf5", "forecast": "#f3cf9f", "partial": "#9cc3a5"}
+_SHADES = {"compute": "#2f6fdb", "reuse": "#e8ecf5", "forecast": "#f3cf9f", "partial": "#9cc3a5", "skip": "#f7f8fb"}
+_KINDS = {"self-attention": "attention", "mlp": "MLP", "blocks": "all blocks"}
 
 
 def draw_grid(axes: Axes, images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> None:
@@ -38,18 +39,20 @@ def draw_grid(axes: Axes, images: torch.Tensor, names: Sequence[str], column_lab
         spine.set_visible(False)
 
 
-def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], title: str) -> None:
-    """The actions carried out, one column per step, one line per site (attention and MLP of block 0 at the top)."""
+def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], kinds: Sequence[str], title: str) -> None:
+    """The actions carried out, one column per step, one line per site; sites of a kind together, block 0 at the top."""
     codes = list(_SHADES)
-    matrix = [[codes.index(action) for action in step] for step in plan]
+    order = sorted(range(len(kinds)), key=lambda site: list(dict.fromkeys(kinds)).index(kinds[site]))
+    matrix = [[codes.index(step[site]) for step in plan] for site in order]
     palette = ListedColormap([_SHADES[code] for code in codes])
-    grid = torch.tensor(matrix).T
-    # Attention rows above, MLP rows below: the table decides by branch.
-    grid = torch.cat([grid[0::2], grid[1::2]])
-    half = grid.shape[0] / 2
-    axes.pcolormesh(grid.flip(0), cmap=palette, vmin=-0.5, vmax=len(codes) - 0.5, edgecolors="white", linewidth=0.3)
-    axes.set_yticks([half / 2, half * 1.5], ["MLP", "attention"], fontsize=8, color=INK)
-    axes.axhline(half, color="white", linewidth=2)
+    axes.pcolormesh(matrix, cmap=palette, vmin=-0.5, vmax=len(codes) - 0.5, edgecolors="white", linewidth=0.3)
+    axes.invert_yaxis()
+    ticks: dict[str, float] = {}
+    for kind in dict.fromkeys(kinds):
+        lines = [line for line, site in enumerate(order) if kinds[site] == kind]
+        ticks[_KINDS.get(kind, kind)] = (lines[0] + lines[-1] + 1) / 2
+        axes.axhline(lines[0], color="white", linewidth=2)
+    axes.set_yticks(list(ticks.values()), list(ticks), fontsize=8, color=INK)
     axes.set_title(title, fontsize=9, loc="left", color=INK)
     axes.set_xlabel("step (noise → image)", fontsize=8, color=INK)
     axes.tick_params(labelsize=8, length=0)
@@ -108,7 +111,9 @@ def plans_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     cached = [row for row in rows if any(action != "compute" for step in row["plan"] for action in step)]
     figure = Figure(figsize=(11, 1.35 * len(cached)), layout="constrained")
     for axes, row in zip(figure.subplots(len(cached), 1, squeeze=False)[:, 0], cached, strict=True):
-        draw_plan(axes, row["plan"], f"{row['name']} — {row['ideal_speedup']:.2f}× by multiply-accumulates")
+        draw_plan(
+            axes, row["plan"], row["site_kinds"], f"{row['name']} — {row['ideal_speedup']:.2f}× by multiply-accumulates"
+        )
     return figure
 
 
@@ -127,7 +132,7 @@ def poster(results: dict[str, Any], images: torch.Tensor, names: Sequence[str], 
     left, right = bottom.subfigures(1, 2, squeeze=False, width_ratios=[1, 1.1])[0]
     strips = [row for row in results["rows"] if row["method"] == "eb" and row["name"].startswith("EB")]
     for axes, row in zip(left.subplots(len(strips), 1, squeeze=False)[:, 0], strips, strict=True):
-        draw_plan(axes, row["plan"], row["name"])
+        draw_plan(axes, row["plan"], row["site_kinds"], row["name"])
     draw_frontier(right.subplots(), results["rows"], results["floor"])
     return figure
 
