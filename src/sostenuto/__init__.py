@@ -14,7 +14,17 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import (
+    FORA,
+    ABCache,
+    EBCache,
+    EpsilonScaling,
+    Forecast,
+    NoCache,
+    TaylorSeer,
+    TimeShift,
+    available_methods,
+)
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -23,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FORA",
+    "ABCache",
     "Action",
     "AlreadyEnabledError",
     "Anatomy",
@@ -34,6 +45,7 @@ __all__ = [
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
+    "Forecast",
     "Handle",
     "InputError",
     "MethodError",
@@ -44,6 +56,8 @@ __all__ = [
     "SostenutoError",
     "StepState",
     "TableError",
+    "TaylorSeer",
+    "TimeShift",
     "VerificationError",
     "available_methods",
     "calibrate",

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from sostenuto.errors import MethodError
+from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
+from sostenuto.methods.forecast import Forecast
 from sostenuto.methods.none import NoCache
+from sostenuto.methods.taylorseer import TaylorSeer
+from sostenuto.methods.time_shift import TimeShift
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, TaylorSeer, ABCache, Forecast, EpsilonScaling, TimeShift)
 
-__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+__all__ = [
+    "FORA",
+    "ABCache",
+    "Combination",
+    "EBCache",
+    "EpsilonScaling",
+    "Forecast",
+    "Method",
+    "NoCache",
+    "TaylorSeer",
+    "TimeShift",
+    "available_methods",
+    "by_name",
+]
 
 
 def available_methods() -> dict[str, type[Method]]:
