@@ -14,7 +14,19 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, PAB, EBCache, EpsilonScaling, NoCache, SmoothCache, available_methods
+from sostenuto.methods import (
+    FORA,
+    PAB,
+    ABCache,
+    EBCache,
+    EpsilonScaling,
+    Forecast,
+    NoCache,
+    SmoothCache,
+    TaylorSeer,
+    TimeShift,
+    available_methods,
+)
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -24,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FORA",
     "PAB",
+    "ABCache",
     "Action",
     "AlreadyEnabledError",
     "Anatomy",
@@ -35,6 +48,7 @@ __all__ = [
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
+    "Forecast",
     "Handle",
     "InputError",
     "MethodError",
@@ -47,6 +61,8 @@ __all__ = [
     "SostenutoError",
     "StepState",
     "TableError",
+    "TaylorSeer",
+    "TimeShift",
     "VerificationError",
     "available_methods",
     "calibrate",

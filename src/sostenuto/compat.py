@@ -82,6 +82,12 @@ def config_of(denoiser: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(items, default=str))
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler's noise levels are those of flow matching, ``x = (1 − σ) x₀ + σ ε``."""
+    config = getattr(scheduler, "config", None)
+    return "FlowMatch" in type(scheduler).__name__ or bool(getattr(config, "use_flow_sigmas", False))
+
+
 def noise_channels(denoiser: nn.Module, latents: torch.Tensor) -> int:
     """Number of channels of the predicted noise; further output channels hold a learned variance."""
     config = getattr(unwrapped(denoiser), "config", None)

@@ -74,6 +74,11 @@ class Handle:
                     f"{type(part).__name__} decides while the network runs, which a compiled denoiser can't: use the "
                     "denoiser uncompiled, or a method with a plan"
                 )
+            if part.refines and not self.method.skips:
+                raise MethodError(
+                    f"{type(part).__name__} fills the gaps that another method leaves: combine it with one that skips, such "
+                    f"as FORA(3) | {type(part).__name__}()"
+                )
         self.sites = self.method.sites(self._denoiser)
         self._scheduler = scheduler
         self._clock = Clock(scheduler)
@@ -241,7 +246,7 @@ class Handle:
     def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
         self._passes = {}
-        facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler())
+        facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler(), tick.step)
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")

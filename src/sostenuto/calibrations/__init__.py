@@ -12,16 +12,12 @@ from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 
-_CALIBRATIONS: tuple[type[Calibration], ...] = (EBCalibration, SmoothCacheCalibration)
+_CALIBRATIONS: tuple[type[Calibration], ...] = (
+    EBCalibration,
+    SmoothCacheCalibration,
+)
 
-__all__ = [
-    "Calibration",
-    "EBCalibration",
-    "Settings",
-    "SmoothCacheCalibration",
-    "available_calibrations",
-    "calibrate",
-]
+__all__ = ["Calibration", "EBCalibration", "Settings", "SmoothCacheCalibration", "available_calibrations", "calibrate"]
 
 
 def available_calibrations() -> dict[str, type[Calibration]]:

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from sostenuto.errors import MethodError
+from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
+from sostenuto.methods.forecast import Forecast
 from sostenuto.methods.none import NoCache
 from sostenuto.methods.pab import PAB
 from sostenuto.methods.smoothcache import SmoothCache
+from sostenuto.methods.taylorseer import TaylorSeer
+from sostenuto.methods.time_shift import TimeShift
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, PAB, SmoothCache, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (
+    NoCache,
+    EBCache,
+    ABCache,
+    FORA,
+    PAB,
+    SmoothCache,
+    TaylorSeer,
+    EpsilonScaling,
+    TimeShift,
+    Forecast,
+)
 
 __all__ = [
     "FORA",
     "PAB",
+    "ABCache",
     "Combination",
     "EBCache",
     "EpsilonScaling",
+    "Forecast",
     "Method",
     "NoCache",
     "SmoothCache",
+    "TaylorSeer",
+    "TimeShift",
     "available_methods",
     "by_name",
 ]

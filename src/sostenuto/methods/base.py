@@ -25,13 +25,15 @@ class Facts:
         sites: the sites of the denoiser, in the order in which they run.
         timesteps: the scheduler's timesteps in sampling order.
         denoiser: the network, for checks only.
-        scheduler: the scheduler, for checks only.
+        scheduler: the scheduler.
+        first_step: the step that the generation begins at, above 0 where a pipeline leaves out the noisiest ones.
     """
 
     sites: Sequence[Site]
     timesteps: tuple[float, ...]
     denoiser: nn.Module
     scheduler: Any
+    first_step: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -74,6 +76,11 @@ class Method:
         """Whether the method changes the timestep that the denoiser is given."""
         return type(self).time_shifter is not Method.time_shifter
 
+    @property
+    def refines(self) -> bool:
+        """Whether the method changes how another one fills its gaps."""
+        return type(self).refine is not Method.refine
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> Method:
         """The method ready for this denoiser: parameters that depend on the model filled in, what doesn't fit refused.
 
@@ -95,6 +102,10 @@ class Method:
     def plan(self, facts: Facts) -> Plan | None:
         """When, known before the first step: the plan of a generation, or ``None`` where every step is computed."""
         return None
+
+    def refine(self, plan: Plan) -> Plan:
+        """How, for the gaps of the method that this one is combined with: that method's plan, filled in another way."""
+        return plan
 
     def policy(self, facts: Facts) -> Policy | None:
         """When, decided at run time: one policy for each pass; the method then has one site, of blocks, and no plan."""
@@ -129,7 +140,7 @@ def parts(method: Method) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class Combination(Method):
-    """Several methods at once, written ``A | B``: at most one of them skips, one scales the noise, one shifts the timestep."""
+    """Several methods at once, written ``A | B``: at most one that skips, one that scales the noise, and so on."""
 
     methods: tuple[Method, ...] = ()
 
@@ -138,6 +149,7 @@ class Combination(Method):
             ("decides what is skipped", [m for m in self.methods if m.skips]),
             ("scales the noise", [m for m in self.methods if m.scales_noise]),
             ("shifts the timestep", [m for m in self.methods if m.shifts_time]),
+            ("says how gaps are filled", [m for m in self.methods if m.refines]),
         ):
             if len(members) > 1:
                 names = " | ".join(type(m).__name__ for m in members)
@@ -154,6 +166,11 @@ class Combination(Method):
         return any(method.scales_noise for method in self.methods)
 
     @property
+    def refines(self) -> bool:
+        """Whether one of them changes how gaps are filled."""
+        return any(method.refines for method in self.methods)
+
+    @property
     def _skipping(self) -> Method:
         return next((method for method in self.methods if method.skips), Method())
 
@@ -167,7 +184,20 @@ class Combination(Method):
         return self._skipping.tap(site, denoiser)
 
     def plan(self, facts: Facts) -> Plan | None:  # noqa: D102
-        return self._skipping.plan(facts)
+        plan = self._skipping.plan(facts)
+        if plan is not None:
+            return self.refine(plan)
+        if self.refines and self._skipping.policy(facts) is not None:
+            raise MethodError(
+                f"{type(self._skipping).__name__} decides while the network runs and fills its gaps itself: "
+                "use its own options in place of a forecaster"
+            )
+        return None
+
+    def refine(self, plan: Plan) -> Plan:  # noqa: D102
+        for method in self.methods:
+            plan = method.refine(plan)
+        return plan
 
     def policy(self, facts: Facts) -> Policy | None:  # noqa: D102
         return self._skipping.policy(facts)
@@ -192,3 +222,25 @@ def whole_steps(facts: Facts, skip: Sequence[bool], forecast_order: int = 0) -> 
         tuple((gap if skipped else Action.COMPUTE,) * len(facts.sites) for skipped in skip),
         forecast_order=max(1, forecast_order),
     )
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Refuse a parameter that is no whole number in its range.
+
+    Raises:
+        MethodError: with the parameter, the range and the value.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
+        return
+    span = f"of {least} or more" if most is None else f"from {least} to {most}"
+    raise MethodError(f"{name} must be a whole number {span}, not {value!r}")
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a parameter that is none of the known words.
+
+    Raises:
+        MethodError: with the parameter, the words and the value.
+    """
+    if value not in known:
+        raise MethodError(f"{name} must be one of {', '.join(known)}, not {value!r}")
