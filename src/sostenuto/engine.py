@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect as python_inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,75 +14,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sostenuto import compat
 from sostenuto.anatomy import anatomy_of, inspect
 from sostenuto.clock import Clock, Tick
-from sostenuto.correct import check_noise_scale, check_predicts_noise, scale_noise
-from sostenuto.cost import Cost, TensorSpec, measure, spec
+from sostenuto.correct import Conversion, check_noise_scale, conversions, scale_noise
+from sostenuto.cost import Cost, measure, spec
 from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, MethodError
 from sostenuto.forecast import lagrange_weights
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Op, Plan, Program, fit, lower, peak_bytes
+from sostenuto.probe import Call, PassState, Prober
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Tap, empty_slot, kept
 
 _ATTRIBUTE = "_sostenuto_handle"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included."""
-
-    inner: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    signature: int
-    latents: torch.Tensor
-
-
-class PassState:
-    """The kept features of one pass (such as the conditional one) of one generation."""
-
-    def __init__(self, program: Program, num_sites: int, num_slots: int) -> None:
-        self.program = program
-        self.last_step = -1
-        self.latents: TensorSpec | None = None
-        self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of kept features."""
-        return sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
-
-    def clear(self, site: int) -> None:
-        """Free what a site keeps; in place, since its tap holds the same list."""
-        self.slots[site][:] = [None] * len(self.slots[site])
-
-
-@dataclass(frozen=True)
-class Prober:
-    """Runs one denoiser call under ops of the caller's choice, any number of times: the tool of calibration and proofs."""
-
-    handle: Handle
-    tick: Tick
-    state: PassState
-    call: Call
-
-    def run(self, ops: Sequence[Op], history: Sequence[tuple[int, ...]] | None = None) -> Any:
-        """The denoiser's output with these ops; ``STORE`` keeps outputs for later runs and steps."""
-        return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the denoiser's batch."""
-        return self.call.latents.shape[0]
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of the predicted noise in the denoiser's output."""
-        return compat.noise_channels(self.handle._denoiser, self.call.latents)
-
-    def cost(self) -> Cost:
-        """What the call costs when everything is computed."""
-        return self.handle._cost(self.call.signature)
 
 
 class Handle:
@@ -110,6 +52,7 @@ class Handle:
         self._detach: list[Callable[[], None]] = []
         self._plan: Plan | None = None
         self._noise_scale: tuple[float, ...] | None = None
+        self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
         self._costs: list[tuple[Any, Cost | None]] = []  # arguments as specs, the cost once asked for
@@ -235,15 +178,23 @@ class Handle:
         if tick.new_generation:
             self._begin(tick, call)
         output = self._step(tick, call)
-        scale = 1.0 if self._noise_scale is None else self._noise_scale[tick.step]
+        return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+
+    def _scaled(self, tick: Tick, call: Call, output: Any, scale: float) -> Any:
         if scale == 1.0:
             return output
-        channels = compat.noise_channels(self._denoiser, latents)
-        return compat.map_output(output, lambda noise: scale_noise(noise, scale, channels))
+        conversion = self._conversion(tick)
+        return compat.map_output(output, lambda prediction: scale_noise(prediction, scale, call.latents, conversion))
+
+    def _conversion(self, tick: Tick) -> Conversion:
+        """How the noise follows from what the network predicts at this step."""
+        if self._conversions is None:
+            self._conversions = conversions(self._scheduler(), tick.timesteps)
+        return self._conversions[tick.step]
 
     def _begin(self, tick: Tick, call: Call) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
-        self._passes = {}
+        self._passes, self._conversions = {}, None
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler())
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
@@ -253,7 +204,7 @@ class Handle:
             plan = fit(plan, sizes, self._max_cache_bytes)
         scale = self.method.noise_scale(facts)
         if scale is not None and any(factor != 1 for factor in scale):
-            check_predicts_noise(facts.scheduler)
+            self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._plan = plan
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
         self._record, self._generation_signature = Record(), call.signature
@@ -267,12 +218,17 @@ class Handle:
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:
-            program = state.program
-            output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
-            for index, last in enumerate(program.last_reader):
-                if last == tick.step:
-                    state.clear(index)
+            output = self._follow(tick, state, call)
         state.last_step = tick.step
+        return output
+
+    def _follow(self, tick: Tick, state: PassState, call: Call) -> Any:
+        """Carry out the step of the plan."""
+        program = state.program
+        output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
+        for index, last in enumerate(program.last_reader):
+            if last == tick.step:
+                state.clear(index)
         return output
 
     def _fresh_pass(self, tick: Tick) -> PassState:
