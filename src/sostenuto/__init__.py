@@ -1,7 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.calibrations import EBCalibration, FEBCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -14,7 +14,7 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import FORA, EBCache, EpsilonScaling, FEBCache, NoCache, available_methods
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -34,6 +34,8 @@ __all__ = [
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
+    "FEBCache",
+    "FEBCalibration",
     "Handle",
     "InputError",
     "MethodError",

@@ -71,7 +71,7 @@ class ModelChoice:
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
-    """A cache table for the method (eb)."""
+    """A cache table for the method, where it takes one."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -96,13 +96,15 @@ class ModelChoice:
     def method_object(self) -> Any:
         """The method with its table."""
         from sostenuto.errors import MethodError
-        from sostenuto.methods import EBCache, by_name
+        from sostenuto.methods import by_name
+        from sostenuto.methods.tabled import TableMethod
 
+        method = by_name(self.method)
         if self.table is None:
-            return by_name(self.method)
-        if self.method != "eb":
-            raise MethodError(f"--table is for the method eb, not {self.method}")
-        return EBCache(self.table)
+            return method
+        if not isinstance(method, TableMethod):
+            raise MethodError(f"--table is for a method that takes a table, not for {self.method}")
+        return type(method)(self.table)
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""
@@ -164,15 +166,15 @@ class Calibrate:
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
-    target_fraction: float = 0.6
+    target_fraction: float | None = None
     """Share of the uncached multiply-accumulates that the table may cost."""
-    forecast_order: int = 1
+    forecast_order: int | None = None
     """How reused branches are filled: 0 last value, 1 linear extrapolation."""
     num_samples: int = 8
     search_images: int = 200
-    """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
-    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
-    """Values of the noise scale to try."""
+    """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
+    eps_scale_grid: tuple[float, ...] | None = None
+    """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     json: Path | None = None
     """Also write the table's summary to this file."""
 
@@ -182,19 +184,16 @@ class Calibrate:
 
         import sostenuto
 
+        calibration = self.calibration()
         pipe, extra = self.choice.pipeline(), {}
-        if self.choice.model == "demo" and self.search_images:
+        if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
         table = sostenuto.calibrate(
             pipe,
-            sostenuto.EBCalibration(
-                target_fraction=self.target_fraction,
-                forecast_order=self.forecast_order,
-                eps_scale_grid=self.eps_scale_grid,
-            ),
+            calibration,
             self.choice.sample(),
             num_inference_steps=self.choice.num_inference_steps,
             num_samples=self.num_samples,
@@ -203,9 +202,33 @@ class Calibrate:
             **extra,
         )
         table.save(self.output)
-        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": table.eps_scale[0]})
-        print(f"{self.output}: {table.macs_fraction:.2f} of the multiply-accumulates, b = {table.eps_scale[0]:g}")
+        b = sorted(set(table.eps_scale))
+        scale: Any = b[0] if len(b) == 1 else list(table.eps_scale)
+        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": scale})
+        cost = f"{table.macs_fraction:.2f} of the multiply-accumulates, " if table.macs_fraction else ""
+        print(f"{self.output}: {cost}b = {b[0]:.4g}" + (f" … {b[-1]:.4g}" if len(b) > 1 else ""))
         print(table.strip())
+
+    def calibration(self) -> Any:
+        """The calibration of the method, with the options that were given."""
+        import inspect
+
+        from sostenuto.calibrations import available_calibrations
+        from sostenuto.errors import MethodError
+
+        known = available_calibrations()
+        if self.choice.method not in known:
+            raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
+        kind = known[self.choice.method]
+        names = ("target_fraction", "forecast_order", "eps_scale_grid")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        takes = inspect.signature(kind).parameters
+        for name in given:
+            if name not in takes:
+                raise MethodError(
+                    f"the calibration of {self.choice.method} has no --{name.replace('_', '-')}: leave it out"
+                )
+        return kind(**given)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,23 @@ from sostenuto.errors import MethodError
 from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
+from sostenuto.methods.feb import FEBCache
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.none import NoCache
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FEBCache, FORA, EpsilonScaling)
 
-__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+__all__ = [
+    "FORA",
+    "Combination",
+    "EBCache",
+    "EpsilonScaling",
+    "FEBCache",
+    "Method",
+    "NoCache",
+    "available_methods",
+    "by_name",
+]
 
 
 def available_methods() -> dict[str, type[Method]]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import nn
+from dataclasses import dataclass
+from typing import ClassVar
 
 from sostenuto.correct import check_noise_scale
-from sostenuto.errors import MethodError
-from sostenuto.forecast import check_forecast_order
-from sostenuto.methods.base import Facts, Method
-from sostenuto.plan import Plan
+from sostenuto.methods.base import Facts
+from sostenuto.methods.tabled import TableMethod
 from sostenuto.table import CacheTable
-from sostenuto.tables import shipped_table
 
 
 @dataclass(frozen=True)
-class EBCache(Method):
+class EBCache(TableMethod):
     """EB-Cache (arXiv 2503.07120): at each step compute all, reuse attention, or reuse attention and MLP; then ``ε ← b·ε``.
 
     All blocks share the step's state, as in the paper. Branch outputs are kept before their gate, so that gates and shifts
@@ -33,47 +27,16 @@ class EBCache(Method):
             from the last two computed ones; by default the table's.
     """
 
-    table: CacheTable | str | Path | None = None
-    eps_scale: float | tuple[float, ...] | None = None
-    forecast_order: int | None = None
-
     name: ClassVar[str] = "eb"
     paper: ClassVar[str] = "arXiv 2503.07120"
     summary: ClassVar[str] = "calibrated table of reuse per step and branch, predicted noise scaled"
-    calibrated: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.table is not None and not isinstance(self.table, (CacheTable, str, Path)):
-            raise MethodError(f"EBCache's table is a CacheTable or the path of one, not {self.table!r}")
-        if self.eps_scale is not None:
-            check_noise_scale(self.eps_scale)
-        if self.forecast_order is not None:
-            check_forecast_order(self.forecast_order)
 
     @property
     def scales_noise(self) -> bool:
-        """Unless every factor is 1."""
-        if self.eps_scale is not None:
-            return any(s != 1 for s in check_noise_scale(self.eps_scale))
-        return not isinstance(self.table, CacheTable) or any(s != 1 for s in self.table.eps_scale)
-
-    def prepare(self, denoiser: nn.Module, scheduler: Any) -> EBCache:
-        """Load the table and refuse one that was made for something else."""
-        table = self.table
-        if table is None:
-            table = shipped_table(denoiser, scheduler)
-        elif not isinstance(table, CacheTable):
-            table = CacheTable.load(table)
-        table.check(denoiser, scheduler)
-        if self.forecast_order is not None:
-            table = replace(table, forecast_order=self.forecast_order)
-        return replace(self, table=table)
-
-    def plan(self, facts: Facts) -> Plan:
-        """The table's actions at this network's sites."""
-        assert isinstance(self.table, CacheTable)
-        self.table.check_steps(facts.timesteps)
-        return self.table.plan(facts.sites)
+        """Unless every factor is 1, here or in the table."""
+        if self.eps_scale is None and isinstance(self.table, CacheTable):
+            return any(s != 1 for s in self.table.eps_scale)
+        return super().scales_noise
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """b at every step."""

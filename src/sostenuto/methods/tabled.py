@@ -1,0 +1,66 @@
+"""What methods share whose plan is a calibrated cache table: loading it, and refusing one that doesn't fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from sostenuto.correct import check_noise_scale
+from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
+from sostenuto.methods.base import Facts, Method
+from sostenuto.plan import Plan
+from sostenuto.table import CacheTable
+from sostenuto.tables import shipped_table
+
+
+@dataclass(frozen=True)
+class TableMethod(Method):
+    """Base of the methods that carry out a :class:`~sostenuto.table.CacheTable` and scale the predicted noise.
+
+    Attributes:
+        table: the table, or its file; by default the one that ships for this method and model, where there is one.
+        eps_scale: factors of the predicted noise, one number or one per step, instead of the method's own.
+        forecast_order: how reused branches are filled: 0 with the last value, 1 by linear extrapolation, …; by default the
+            table's.
+    """
+
+    table: CacheTable | str | Path | None = None
+    eps_scale: float | tuple[float, ...] | None = None
+    forecast_order: int | None = None
+
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.table is not None and not isinstance(self.table, (CacheTable, str, Path)):
+            raise MethodError(f"{type(self).__name__}'s table is a CacheTable or the path of one, not {self.table!r}")
+        if self.eps_scale is not None:
+            check_noise_scale(self.eps_scale)
+        if self.forecast_order is not None:
+            check_forecast_order(self.forecast_order)
+
+    @property
+    def scales_noise(self) -> bool:
+        """Unless every factor is 1."""
+        return self.eps_scale is None or any(s != 1 for s in check_noise_scale(self.eps_scale))
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> TableMethod:
+        """Load the table and refuse one that was made for something else."""
+        table = self.table
+        if table is None:
+            table = shipped_table(denoiser, scheduler, self.name)
+        elif not isinstance(table, CacheTable):
+            table = CacheTable.load(table)
+        table.check(denoiser, scheduler)
+        if self.forecast_order is not None:
+            table = replace(table, forecast_order=self.forecast_order)
+        return replace(self, table=table)
+
+    def plan(self, facts: Facts) -> Plan:
+        """The table's actions at this network's sites."""
+        assert isinstance(self.table, CacheTable)
+        self.table.check_steps(facts.timesteps)
+        return self.table.plan(facts.sites)
