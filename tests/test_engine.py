@@ -257,17 +257,18 @@ def test_noise_scale_multiplies_noise_and_leaves_learned_variance_alone(schedule
     assert torch.equal(scaled[0][:, 2:], stock[0][:, 2:])
 
 
-def test_scaling_what_is_not_noise_is_refused(tiny):
-    velocity = DDIMScheduler(prediction_type="v_prediction")
+def test_scaling_what_holds_no_known_noise_is_refused(tiny):
+    unknown = DDIMScheduler()
+    unknown.register_to_config(prediction_type="trigflow")
     with (
-        sostenuto.enable(tiny, EpsilonScaling(1.01), scheduler=velocity),
-        pytest.raises(MethodError, match="v_prediction"),
+        sostenuto.enable(tiny, EpsilonScaling(1.01), scheduler=unknown),
+        pytest.raises(MethodError, match="expects trigflow"),
     ):
-        sample_loop(tiny, velocity, 2)
-    with sostenuto.enable(tiny, EpsilonScaling(1.0) | FORA(2), scheduler=velocity):
-        velocity.set_timesteps(2)
+        sample_loop(tiny, unknown, 2)
+    with sostenuto.enable(tiny, EpsilonScaling(1.0) | FORA(2), scheduler=unknown):
+        unknown.set_timesteps(2)
         with torch.no_grad():
-            tiny(torch.randn(1, 2, 8, 8), velocity.timesteps[:1], torch.tensor([1]))
+            tiny(torch.randn(1, 2, 8, 8), unknown.timesteps[:1], torch.tensor([1]))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "x", True, (), [0.9, None]])

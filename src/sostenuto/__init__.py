@@ -1,7 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, SmoothCacheCalibration, calibrate
+from sostenuto.calibrations import EBCalibration, FEBCalibration, SmoothCacheCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -20,6 +20,7 @@ from sostenuto.methods import (
     ABCache,
     EBCache,
     EpsilonScaling,
+    FEBCache,
     Forecast,
     NoCache,
     SmoothCache,
@@ -48,6 +49,8 @@ __all__ = [
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
+    "FEBCache",
+    "FEBCalibration",
     "Forecast",
     "Handle",
     "InputError",

@@ -103,7 +103,7 @@ class ModelChoice:
         if self.table is None:
             return method
         if not isinstance(method, TableMethod):
-            raise MethodError(f"--table is for a method that has a table, not for {self.method}")
+            raise MethodError(f"--table is for a method that takes a table, not for {self.method}")
         return type(method)(self.table)
 
     def sample(self, output_type: str = "pt") -> Any:
@@ -166,42 +166,35 @@ class Calibrate:
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
-    target_fraction: float = 0.6
+    target_fraction: float | None = None
     """Share of the uncached multiply-accumulates that the table may cost."""
-    forecast_order: int = 1
-    """How reused branches are filled (eb): 0 last value, 1 linear extrapolation."""
+    forecast_order: int | None = None
+    """How reused branches are filled: 0 last value, 1 linear extrapolation."""
     num_samples: int = 8
     search_images: int = 200
-    """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
-    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
-    """Values of the noise scale to try."""
+    """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
+    eps_scale_grid: tuple[float, ...] | None = None
+    """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     json: Path | None = None
     """Also write the table's summary to this file."""
 
     def run(self) -> None:
         """Calibrate and save."""
-        import inspect
 
         import torch
 
         import sostenuto
-        from sostenuto.calibrations import available_calibrations
-        from sostenuto.errors import MethodError
 
-        calibration = available_calibrations().get(self.choice.method)
-        if calibration is None:
-            raise MethodError(f"the method {self.choice.method!r} has no calibration")
-        takes = inspect.signature(calibration).parameters
-        options = {name: value for name, value in vars(self).items() if name in takes}
+        calibration = self.calibration()
         pipe, extra = self.choice.pipeline(), {}
-        if self.choice.model == "demo" and self.search_images and "eps_scale_grid" in takes:
+        if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
         table = sostenuto.calibrate(
             pipe,
-            calibration(**options),
+            calibration,
             self.choice.sample(),
             num_inference_steps=self.choice.num_inference_steps,
             num_samples=self.num_samples,
@@ -210,9 +203,33 @@ class Calibrate:
             **extra,
         )
         table.save(self.output)
-        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": table.eps_scale[0]})
-        print(f"{self.output}: {table.macs_fraction:.2f} of the multiply-accumulates, b = {table.eps_scale[0]:g}")
+        b = sorted(set(table.eps_scale))
+        scale: Any = b[0] if len(b) == 1 else list(table.eps_scale)
+        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": scale})
+        cost = f"{table.macs_fraction:.2f} of the multiply-accumulates, " if table.macs_fraction else ""
+        print(f"{self.output}: {cost}b = {b[0]:.4g}" + (f" … {b[-1]:.4g}" if len(b) > 1 else ""))
         print(table.strip())
+
+    def calibration(self) -> Any:
+        """The calibration of the method, with the options that were given."""
+        import inspect
+
+        from sostenuto.calibrations import available_calibrations
+        from sostenuto.errors import MethodError
+
+        known = available_calibrations()
+        if self.choice.method not in known:
+            raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
+        kind = known[self.choice.method]
+        names = ("target_fraction", "forecast_order", "eps_scale_grid")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        takes = inspect.signature(kind).parameters
+        for name in given:
+            if name not in takes:
+                raise MethodError(
+                    f"the calibration of {self.choice.method} has no --{name.replace('_', '-')}: leave it out"
+                )
+        return kind(**given)
 
 
 @dataclass(frozen=True)

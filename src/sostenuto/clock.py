@@ -29,6 +29,16 @@ class Tick:
     timesteps: tuple[float, ...]
     new_generation: bool
 
+    @property
+    def tau(self) -> float:
+        """Normalised time τ of the step, from 1 (the noisiest) to 0 (the last)."""
+        return normalized_times(self.num_steps)[self.step]
+
+
+def normalized_times(num_steps: int) -> tuple[float, ...]:
+    """τ of every step in sampling order: 1 at the noisiest, 0 at the last, evenly spaced over the steps."""
+    return tuple(1 - step / max(1, num_steps - 1) for step in range(num_steps))
+
 
 _MOST_PASSES = 4
 

@@ -88,12 +88,6 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(getattr(config, "use_flow_sigmas", False))
 
 
-def noise_channels(denoiser: nn.Module, latents: torch.Tensor) -> int:
-    """Number of channels of the predicted noise; further output channels hold a learned variance."""
-    config = getattr(unwrapped(denoiser), "config", None)
-    return int(getattr(config, "in_channels", None) or latents.shape[1])
-
-
 def map_output(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A denoiser's output (tensor, tuple, or diffusers' output object) with its first tensor mapped."""
     if isinstance(output, torch.Tensor):

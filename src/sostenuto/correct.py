@@ -1,14 +1,17 @@
-"""What is corrected: the predicted noise is scaled, the timestep that the denoiser is given is shifted."""
+"""What is corrected: the predicted noise is scaled, whatever the network predicts; the timestep it is given is shifted."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from sostenuto.errors import MethodError
+
+_PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
 
 
 class TimeShifter(Protocol):
@@ -49,35 +52,182 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     return values
 
 
-def check_predicts_noise(scheduler: Any) -> None:
-    """Refuse to scale what isn't noise.
+# --- what the network predicts -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the noise follows from a network's prediction y at one step: ``ε = weight · y + latent_weight · x_t``.
+
+    With ``x_t = α·x₀ + σ·ε``, and ``α² + σ² = 1`` for diffusion, ``α + σ = 1`` for flow matching:
+
+    ============  ==============  ========  ===============
+    prediction    y               weight    latent_weight
+    ============  ==============  ========  ===============
+    epsilon       ε               1         0
+    v_prediction  α·ε − σ·x₀      α         σ
+    sample        x₀              −α / σ    1 / σ
+    flow          ε − x₀          α         1
+    ============  ==============  ========  ===============
+    """
+
+    weight: float = 1.0
+    latent_weight: float = 0.0
+
+    @classmethod
+    def of(cls, prediction: str, alpha: float, sigma: float) -> Conversion:
+        """The conversion of a kind of prediction (a row of the table) at one noise level."""
+        if prediction == "v_prediction":
+            return cls(alpha, sigma)
+        if prediction == "sample":
+            return cls(-alpha / sigma, 1 / sigma)
+        return cls(alpha, 1.0) if prediction == "flow" else cls()
+
+    def to_noise(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The noise ε in a prediction; ``latents`` is x_t."""
+        if self.latent_weight == 0:
+            return prediction
+        return self.weight * prediction + self.latent_weight * latents
+
+    def from_noise(self, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The prediction that says the noise is ε; where x_t holds no clean sample there is none, and it divides by 0."""
+        if self.latent_weight == 0:
+            return noise
+        return (noise - self.latent_weight * latents) / self.weight
+
+    def scale(self, prediction: torch.Tensor, latents: torch.Tensor, factor: float) -> torch.Tensor:
+        """The prediction with its noise multiplied by ``factor`` and its x₀ rebuilt from that.
+
+        ``from_noise(factor · to_noise(y))`` in one: ``b·y − (1 − b)·(latent_weight / weight)·x_t``. Where x_t is nothing but
+        noise, as at the first step of a flow, ε is x_t whatever the network says: the prediction is left as it is.
+        """
+        if self.latent_weight == 0:
+            return prediction * factor
+        if abs(self.weight) < _PURE_NOISE:
+            return prediction
+        shift = (factor - 1) * self.latent_weight / self.weight
+        return prediction * factor + latents.to(prediction.dtype) * shift
+
+
+def predicts(scheduler: Any) -> str:
+    """What the scheduler is given: ``"epsilon"``, ``"v_prediction"``, ``"sample"``, ``"flow"``, or another kind's own name."""
+    kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    if kind is None:
+        return "flow" if "FlowMatch" in type(scheduler).__name__ else "epsilon"
+    return {"flow_prediction": "flow", "original_sample": "sample"}.get(str(kind), str(kind))
+
+
+def conversions(scheduler: Any, timesteps: Sequence[float]) -> tuple[Conversion, ...]:
+    """One conversion per step.
 
     Raises:
-        MethodError: the scheduler is told velocity, the clean sample or a flow instead of ε.
+        MethodError: the scheduler is given something whose noise is not known.
+    """
+    kind = predicts(scheduler)
+    if kind == "epsilon":
+        return (Conversion(),) * len(timesteps)
+    if kind not in ("v_prediction", "sample", "flow"):
+        raise MethodError(
+            f"this {type(scheduler).__name__} expects {kind}, whose noise is not known: use eps_scale=1 (no scaling)"
+        )
+    return tuple(Conversion.of(kind, alpha, sigma) for alpha, sigma in noise_levels(scheduler, timesteps))
+
+
+def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """α and σ of every step in ``x_t = α·x₀ + σ·ε``, where x_t is what the denoiser is given.
+
+    Schedulers that keep ``x₀ + σ·ε`` (such as Euler) scale it to unit variance before the denoiser sees it.
+
+    Raises:
+        MethodError: the scheduler's noise levels are not known.
     """
     config = getattr(scheduler, "config", None)
-    kind = getattr(config, "prediction_type", None)
-    if kind is None and "FlowMatch" in type(scheduler).__name__:
-        kind = "flow"
-    if kind not in (None, "epsilon"):
+    flow = predicts(scheduler) == "flow"
+    sigmas, alphas_cumprod = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    # Preconditioned inputs, midpoints between the listed steps, and flows that run the other way have levels of their own.
+    unusual = any(hasattr(scheduler, name) for name in ("precondition_inputs", "sigmas_interpol", "mid_point_sigma"))
+    unusual = unusual or getattr(config, "invert_sigmas", False) or getattr(config, "use_flow_sigmas", flow) != flow
+    if unusual or (sigmas if flow else alphas_cumprod) is None:
         raise MethodError(
-            f"the noise scale is for ε-prediction, this {type(scheduler).__name__} expects {kind}: use eps_scale=1"
+            f"the noise levels of a {type(scheduler).__name__} set up like this are not known: use another scheduler, or "
+            "eps_scale=1 (no scaling)"
         )
+    if sigmas is None:
+        shares = torch.as_tensor(alphas_cumprod).tolist()
+        return tuple((math.sqrt(shares[int(t)]), math.sqrt(1 - shares[int(t)])) for t in timesteps)
+    values = torch.as_tensor(sigmas).tolist()[: len(timesteps)]
+    if flow:
+        return tuple((1 - sigma, sigma) for sigma in values)
+    return tuple((1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)) for ratio in values)
 
 
-def scale_noise(prediction: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
-    """Multiply the predicted noise by ``scale``; channels past the first ``channels`` (learned variance) are left alone.
+# --- scaling -----------------------------------------------------------------------------------------------------
 
-    EB-Cache (arXiv 2503.07120) writes ``b·ε`` with b < 1, Epsilon Scaling (arXiv 2308.15321) ``ε/λ`` with λ > 1. Guidance is
-    linear in the predictions, so scaling each of them equals scaling the guided one.
+
+def without_variance(prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """The part of a prediction that has the latents' shape: without a learned variance.
+
+    Raises:
+        MethodError: the shapes differ in more than one dimension.
+    """
+    dim, size = _shared(prediction, latents)
+    return prediction.narrow(dim, 0, size)
+
+
+def predicted_noise(prediction: torch.Tensor, latents: torch.Tensor, conversion: Conversion) -> torch.Tensor:
+    """The noise ε in a prediction, without a learned variance.
+
+    Raises:
+        MethodError: the shapes differ in more than one dimension.
+    """
+    dim, size = _shared(prediction, latents)
+    return conversion.to_noise(prediction.narrow(dim, 0, size), latents.narrow(dim, 0, size))
+
+
+def keep_variance(prediction: torch.Tensor, computed: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """A forecast with the learned variance, where there is one, of an output that was computed."""
+    dim, size = _shared(computed, latents)
+    rest = computed.shape[dim] - size
+    if rest == 0:
+        return prediction
+    return torch.cat([prediction.narrow(dim, 0, size), computed.narrow(dim, size, rest)], dim=dim)
+
+
+def scale_noise(
+    prediction: torch.Tensor, scale: float, latents: torch.Tensor, conversion: Conversion | None = None
+) -> torch.Tensor:
+    """Multiply the predicted noise by ``scale``; what the prediction holds besides (a learned variance) is left alone.
+
+    EB-Cache (arXiv 2503.07120) writes ``b·ε`` with b < 1, Epsilon Scaling (arXiv 2308.15321) ``ε/λ`` with λ > 1. For a given
+    x_t this is an affine map of the prediction, and guidance is a sum of predictions whose weights add up to 1: scaling each
+    of them equals scaling the guided one.
 
     Args:
-        prediction: ε, ``[batch, channels or more, …]``.
+        prediction: what the denoiser returned, of the latents' shape except for a learned variance.
         scale: the factor.
-        channels: number of noise channels.
+        latents: x_t, what the denoiser was given.
+        conversion: how the noise follows from the prediction; by default it is the noise.
+
+    Raises:
+        MethodError: the shapes differ in more than one dimension.
     """
     if scale == 1.0:
         return prediction  # bit-identical to no corrector at all
-    if prediction.shape[1] == channels:
-        return prediction * scale
-    return torch.cat([prediction[:, :channels] * scale, prediction[:, channels:]], dim=1)
+    dim, size = _shared(prediction, latents)
+    scaled = (conversion or Conversion()).scale(prediction.narrow(dim, 0, size), latents.narrow(dim, 0, size), scale)
+    if size == prediction.shape[dim]:
+        return scaled
+    return torch.cat([scaled, prediction.narrow(dim, size, prediction.shape[dim] - size)], dim=dim)
+
+
+def _shared(prediction: torch.Tensor, latents: torch.Tensor) -> tuple[int, int]:
+    """The dimension in which one of them holds more (a learned variance; an appended condition), and how much both hold."""
+    pairs = enumerate(zip(prediction.shape, latents.shape, strict=False))
+    differing = [dim for dim, (ours, theirs) in pairs if ours != theirs] or [1]
+    if prediction.ndim != latents.ndim or len(differing) > 1:
+        raise MethodError(
+            f"a prediction of shape {tuple(prediction.shape)} for latents of shape {tuple(latents.shape)} can't be scaled: "
+            "use eps_scale=1 (no scaling)"
+        )
+    dim = differing[0]
+    return dim, min(prediction.shape[dim], latents.shape[dim])

@@ -6,7 +6,6 @@ import inspect as python_inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,46 +17,19 @@ from sostenuto import compat
 from sostenuto.anatomy import SiteKind, anatomy_of
 from sostenuto.block_tap import BlocksTap
 from sostenuto.clock import Clock, Tick
-from sostenuto.correct import TimeShifter, check_noise_scale, check_predicts_noise, scale_noise
+from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, keep_variance, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, spec
 from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, MethodError
 from sostenuto.forecast import lagrange_weights
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Op, Plan, Program, fit, lower, peak_bytes
+from sostenuto.probe import Prober
 from sostenuto.state import Call, ForecastWeights, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer, empty_slot, kept
 
 _ATTRIBUTE = "_sostenuto_handle"
-
-
-@dataclass(frozen=True)
-class Prober:
-    """Runs one denoiser call under ops of the caller's choice, any number of times: the tool of calibration and proofs."""
-
-    handle: Handle
-    tick: Tick
-    state: PassState
-    call: Call
-
-    def run(self, ops: Sequence[Op], history: Sequence[tuple[int, ...]] | None = None) -> Any:
-        """The denoiser's output with these ops; ``STORE`` keeps outputs for later runs and steps."""
-        return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the denoiser's batch."""
-        return self.call.latents.shape[0]
-
-    @property
-    def noise_channels(self) -> int:
-        """Channels of the predicted noise in the denoiser's output."""
-        return compat.noise_channels(self.handle._denoiser, self.call.latents)
-
-    def cost(self) -> Cost:
-        """What the call costs when everything is computed."""
-        return self.handle._cost(self.call.signature)
 
 
 class Handle:
@@ -98,6 +70,7 @@ class Handle:
         self._plan: Plan | None = None
         self._shifter: TimeShifter | None = None
         self._noise_scale: tuple[float, ...] | None = None
+        self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
         self._dry_runs: list[DryRun] = []
@@ -237,22 +210,30 @@ class Handle:
         if tick.new_generation:
             self._begin(call)
         output = self._step(tick, call)
-        scale = 1.0 if self._noise_scale is None else self._noise_scale[tick.step]
+        return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+
+    def _scaled(self, tick: Tick, call: Call, output: Any, scale: float) -> Any:
         if scale == 1.0:
             return output
-        channels = compat.noise_channels(self._denoiser, latents)
-        return compat.map_output(output, lambda noise: scale_noise(noise, scale, channels))
+        conversion = self._conversion(tick)
+        return compat.map_output(output, lambda prediction: scale_noise(prediction, scale, call.latents, conversion))
+
+    def _conversion(self, tick: Tick) -> Conversion:
+        """How the noise follows from what the network predicts at this step."""
+        if self._conversions is None:
+            self._conversions = conversions(self._scheduler(), tick.timesteps)
+        return self._conversions[tick.step]
 
     def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
-        self._passes = {}
+        self._passes, self._conversions = {}, None
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler(), tick.step)
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
         scale = self.method.noise_scale(facts)
         if scale is not None and any(factor != 1 for factor in scale):
-            check_predicts_noise(facts.scheduler)
+            self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
 
@@ -285,12 +266,17 @@ class Handle:
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:
-            program = state.program
-            output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
-            for index, last in enumerate(program.last_reader):
-                if last == tick.step:
-                    state.clear(index)
+            output = self._follow(tick, state, call)
         state.last_step = tick.step
+        return output
+
+    def _follow(self, tick: Tick, state: PassState, call: Call) -> Any:
+        """Carry out the step of the plan."""
+        program = state.program
+        output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
+        for index, last in enumerate(program.last_reader):
+            if last == tick.step:
+                state.clear(index)
         return output
 
     def _fresh_pass(self, tick: Tick) -> PassState:
@@ -397,13 +383,10 @@ class Handle:
                 state.template = compat.map_output(output, lambda prediction: prediction[:0])
             return output
         newest, op = kept(tap.slots[1 if tap.op == Op.EXTEND else 0]), tap.op
-        prediction = tap.filled(op).clone()
-        channels = compat.noise_channels(self._denoiser, call.latents)
-        if newest.shape[1] > channels and op != Op.REUSE:  # a learned variance is not extrapolated
-            prediction[:, channels:] = newest[:, channels:]
-            if op == Op.EXTEND:
-                tap.store(prediction)
-        return compat.map_output(state.template, lambda _: prediction)
+        prediction = keep_variance(tap.filled(op), newest, call.latents)
+        if op == Op.EXTEND:
+            tap.store(prediction)
+        return compat.map_output(state.template, lambda _: prediction.clone())
 
     def _check_reached(self) -> None:
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]

@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sostenuto import compat
 from sostenuto.clock import Tick
-from sostenuto.engine import Handle, Prober, enable
+from sostenuto.engine import Handle, enable
 from sostenuto.errors import VerificationError
 from sostenuto.methods import NoCache, by_name
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action, Op
+from sostenuto.probe import Prober
 
 
 def verify(

@@ -8,16 +8,26 @@ import torch
 
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.calibrations.eb import EBCalibration
+from sostenuto.calibrations.feb import FEBCalibration
 from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 
 _CALIBRATIONS: tuple[type[Calibration], ...] = (
     EBCalibration,
+    FEBCalibration,
     SmoothCacheCalibration,
 )
 
-__all__ = ["Calibration", "EBCalibration", "Settings", "SmoothCacheCalibration", "available_calibrations", "calibrate"]
+__all__ = [
+    "Calibration",
+    "EBCalibration",
+    "FEBCalibration",
+    "Settings",
+    "SmoothCacheCalibration",
+    "available_calibrations",
+    "calibrate",
+]
 
 
 def available_calibrations() -> dict[str, type[Calibration]]:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from sostenuto import compat
-from sostenuto.clock import Tick
-from sostenuto.correct import check_noise_scale, scale_noise
+from sostenuto.clock import Tick, normalized_times
+from sostenuto.correct import check_noise_scale
 from sostenuto.cost import Cost
-from sostenuto.engine import Handle, Prober
+from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.plan import Op
+from sostenuto.probe import Prober
 from sostenuto.table import StepActions, StepState
 
 CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
@@ -32,8 +32,8 @@ class Algorithm1Options:
             multiply-accumulates; ``None`` takes δ as it is.
         norm: ``"rms"`` (of the noise channels of each sample), ``"mean_abs"``, or ``"raw"``, the Euclidean norm.
         criterion: ``"vector_gap"``, the norm of the difference between the cached and the uncached prediction, or
-            ``"norm_gap"``, the paper's difference of norms with the cached prediction scaled by b. The second does not see a
-            stale direction: taken alone it lets attention grow stale until images collapse.
+            ``"norm_gap"``, the paper's difference of the norms of ε with the cached one scaled by b. The second does not see
+            a stale direction: taken alone it lets attention grow stale until images collapse.
         max_consecutive_reuse: most steps in a row for which a branch may be reused; ``None``: no bound.
         aggregation: ``"batch_mean"`` thresholds the mean over the samples, ``"vote"`` takes the majority of the samples'
             own decisions, ties to less reuse.
@@ -99,6 +99,22 @@ class Algorithm1Options:
             if getattr(self, name) not in known:
                 raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
+    def candidates_at(self, tau: float) -> tuple[StepState, ...]:
+        """The states that are tried at normalised time τ, deepest reuse first."""
+        return self.candidates
+
+    def curve_at(self, tau: float) -> float:
+        """The shape of b over τ, which ``eps_scale`` and every value of the grid multiply; EB-Cache's b is constant."""
+        return 1.0
+
+    def noise_scale_at(self, tau: float) -> float:
+        """b at normalised time τ while calibrating."""
+        return self.eps_scale * self.curve_at(tau)
+
+    def noise_scales(self, multiplier: float, num_steps: int) -> tuple[float, ...]:
+        """b at every step for one value of the grid."""
+        return tuple(multiplier * self.curve_at(tau) for tau in normalized_times(num_steps))
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -133,13 +149,11 @@ class Algorithm1:
         else:  # the passes of a step share its state
             state = self.trace.states[-1]
             output = self._run(tick, prober, state)
-        return compat.map_output(
-            output, lambda eps: scale_noise(eps, self._scale(tick, eps, prober), prober.noise_channels)
-        )
+        return prober.scaled(output, self._scale(tick, output, prober))
 
-    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
-        """The factor of the prediction that the trajectory advances with."""
-        return self.options.eps_scale
+    def _scale(self, tick: Tick, output: Any, prober: Prober) -> float:
+        """The factor of the predicted noise that the trajectory advances with."""
+        return self.options.noise_scale_at(tick.tau)
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         options, last = self.options, tick.num_steps - self.options.last_computed
@@ -147,16 +161,14 @@ class Algorithm1:
             self.trace.norms.append({})
             self.trace.cost = self.trace.cost or prober.cost()
             return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
-        fresh = compat.first_tensor(self._run(tick, prober, StepState.COMPUTE, keep=False))
-        tau = 1 - tick.step / max(1, tick.num_steps - 1)
-        threshold = self.kappa * (options.delta[0] + options.delta[1] * tau)
+        fresh = self._run(tick, prober, StepState.COMPUTE, keep=False)
+        threshold = self.kappa * (options.delta[0] + options.delta[1] * tick.tau)
         measured: dict[str, float] = {}
         chosen = StepState.COMPUTE
-        for candidate in options.candidates:
+        for candidate in options.candidates_at(tick.tau):
             if not self._may(candidate):
                 continue
-            cached = compat.first_tensor(self._run(tick, prober, candidate, keep=False))
-            gaps = self._gap(fresh, cached, prober)
+            gaps = self._gap(tick, fresh, self._run(tick, prober, candidate, keep=False), prober)
             measured[candidate.value] = gaps.mean().item()
             if options.aggregation == "batch_mean":
                 accepted = measured[candidate.value] < threshold
@@ -168,7 +180,7 @@ class Algorithm1:
         self.trace.norms.append(measured)
         output = self._run(tick, prober, chosen)
         if options.advance == "no_cache":
-            output = compat.map_output(output, lambda _: fresh)
+            output = fresh
         return chosen, output
 
     def _may(self, state: StepState) -> bool:
@@ -202,12 +214,13 @@ class Algorithm1:
         if tick.pass_index == 0:
             self.idle = {group: self.idle.get(group, 0) + 1 for group in state.groups}
 
-    def _gap(self, fresh: torch.Tensor, cached: torch.Tensor, prober: Prober) -> torch.Tensor:
+    def _gap(self, tick: Tick, fresh: Any, cached: Any, prober: Prober) -> torch.Tensor:
         """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""
-        fresh, cached = (p[:, : prober.noise_channels].flatten(1).float() for p in (fresh, cached))
+        norm = self.options.norm
         if self.options.criterion == "vector_gap":
-            return _norm(fresh - cached, self.options.norm)
-        return (_norm(fresh, self.options.norm) - _norm(self.options.eps_scale * cached, self.options.norm)).abs()
+            return _norm(prober.prediction(fresh).float() - prober.prediction(cached).float(), norm)
+        scale = self.options.noise_scale_at(tick.tau)
+        return (_norm(prober.noise(fresh).float(), norm) - _norm(scale * prober.noise(cached).float(), norm)).abs()
 
 
 class NormMatch(Algorithm1):
@@ -226,9 +239,8 @@ class NormMatch(Algorithm1):
         assert isinstance(state, StepState)
         return state, self._run(tick, prober, state)
 
-    def _scale(self, tick: Tick, prediction: torch.Tensor, prober: Prober) -> float:
-        noise = prediction[:, : prober.noise_channels].flatten(1).float()
-        norm = _norm(noise, self.options.norm).mean().item()
+    def _scale(self, tick: Tick, output: Any, prober: Prober) -> float:
+        norm = _norm(prober.noise(output).float(), self.options.norm).mean().item()
         scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
         self.norms.setdefault(tick.step, []).append(norm)
         self.scales.setdefault(tick.step, []).append(scale)
@@ -236,6 +248,7 @@ class NormMatch(Algorithm1):
 
 
 def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
+    values = values.flatten(1)
     if norm == "raw":
         return values.norm(dim=1)
     return values.square().mean(1).sqrt() if norm == "rms" else values.abs().mean(1)

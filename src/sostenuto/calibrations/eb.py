@@ -29,7 +29,7 @@ class EBCalibration(Algorithm1Options, Calibration):
         return _calibrate(self, settings)
 
 
-def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
+def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     target, scheduler, num_samples = settings.target, settings.scheduler, settings.num_samples
     num_inference_steps, score, score_sample = settings.num_inference_steps, settings.score, settings.score_sample
     facts: dict[str, Any] = {}
@@ -54,7 +54,8 @@ def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
         states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)
         table = CacheTable(
             actions=tuple(states),
-            eps_scale=(options.eps_scale,) * len(states),
+            method=options.method,
+            eps_scale=options.noise_scales(options.eps_scale, len(states)),
             forecast_order=options.forecast_order,
             model=facts["model"],
             scheduler=facts["scheduler"],
@@ -64,6 +65,7 @@ def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
                 "kappa": kappa,
                 "threshold": [kappa * d for d in options.delta],
                 "norm": options.norm,
+                "multiplier": options.eps_scale,
                 "norms": traces[0].norms,
                 "options": _plain(options),
             },
@@ -90,7 +92,9 @@ def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
             return table
         scores: dict[float, float] = {}
         for scale in grid:
-            with enable(target, EBCache(table, eps_scale=scale), scheduler=scheduler):
+            with enable(
+                target, EBCache(table, options.noise_scales(scale, table.num_inference_steps)), scheduler=scheduler
+            ):
                 noise = settings.fresh_generator()
                 scores[scale] = score(
                     (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
@@ -99,8 +103,12 @@ def _calibrate(options: Algorithm1Options, settings: Settings) -> CacheTable:
     best = min(scores, key=scores.__getitem__)
     return replace(
         table,
-        eps_scale=(best,) * table.num_inference_steps,
-        calibration={**table.calibration, "scores": {f"{scale:g}": value for scale, value in scores.items()}},
+        eps_scale=options.noise_scales(best, table.num_inference_steps),
+        calibration={
+            **table.calibration,
+            "multiplier": best,
+            "scores": {f"{scale:g}": value for scale, value in scores.items()},
+        },
     )
 
 

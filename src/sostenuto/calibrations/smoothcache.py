@@ -11,11 +11,12 @@ import torch
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
-from sostenuto.engine import Handle, Prober, enable
+from sostenuto.engine import Handle, enable
 from sostenuto.errors import MethodError
 from sostenuto.methods import NoCache, SmoothCache
 from sostenuto.methods.smoothcache import GroupBy, ReuseErrors, check_options
 from sostenuto.plan import Op
+from sostenuto.probe import Prober
 from sostenuto.progress import progress
 from sostenuto.table import CacheTable, StepState
 

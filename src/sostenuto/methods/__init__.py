@@ -7,6 +7,7 @@ from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
+from sostenuto.methods.feb import FEBCache
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.forecast import Forecast
 from sostenuto.methods.none import NoCache
@@ -18,6 +19,7 @@ from sostenuto.methods.time_shift import TimeShift
 _METHODS: tuple[type[Method], ...] = (
     NoCache,
     EBCache,
+    FEBCache,
     ABCache,
     FORA,
     PAB,
@@ -35,6 +37,7 @@ __all__ = [
     "Combination",
     "EBCache",
     "EpsilonScaling",
+    "FEBCache",
     "Forecast",
     "Method",
     "NoCache",

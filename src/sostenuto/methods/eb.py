@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from sostenuto.correct import check_noise_scale
 from sostenuto.methods.base import Facts
-from sostenuto.methods.tabled import TableMethod
+from sostenuto.methods.tabled import ScaledTableMethod
 from sostenuto.table import CacheTable
 
 
 @dataclass(frozen=True)
-class EBCache(TableMethod):
+class EBCache(ScaledTableMethod):
     """EB-Cache (arXiv 2503.07120): at each step compute all, reuse attention, or reuse attention and MLP; then ``ε ← b·ε``.
 
     All blocks share the step's state, as in the paper. Branch outputs are kept before their gate, so that gates and shifts
@@ -27,23 +27,16 @@ class EBCache(TableMethod):
             from the last two computed ones; by default the table's.
     """
 
-    eps_scale: float | tuple[float, ...] | None = None
-
     name: ClassVar[str] = "eb"
     paper: ClassVar[str] = "arXiv 2503.07120"
     summary: ClassVar[str] = "calibrated table of reuse per step and branch, predicted noise scaled"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eps_scale is not None:
-            check_noise_scale(self.eps_scale)
-
     @property
     def scales_noise(self) -> bool:
-        """Unless every factor is 1."""
-        if self.eps_scale is not None:
-            return any(s != 1 for s in check_noise_scale(self.eps_scale))
-        return not isinstance(self.table, CacheTable) or any(s != 1 for s in self.table.eps_scale)
+        """Unless every factor is 1, here or in the table."""
+        if self.eps_scale is None and isinstance(self.table, CacheTable):
+            return any(s != 1 for s in self.table.eps_scale)
+        return super().scales_noise
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """b at every step."""

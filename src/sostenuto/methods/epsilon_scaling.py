@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from sostenuto.clock import normalized_times
 from sostenuto.correct import check_noise_scale
+from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
+
+if TYPE_CHECKING:
+    from sostenuto.analysis import NormCurves
 
 
 @dataclass(frozen=True)
 class EpsilonScaling(Method):
     """Epsilon Scaling (arXiv 2308.15321, equation 14): ``ε ← ε / λ``, against the over-prediction of noise while sampling.
 
-    Applied to the denoiser's output, hence to all of the update (x₀ and direction), after the guidance in effect.
+    Applied to the denoiser's output, hence to all of the update (x₀ and direction), after the guidance in effect. A network
+    that predicts velocity, x₀ or a flow has its noise scaled and its x₀ rebuilt from that.
 
     Attributes:
         scale: λ, one number or one per step in sampling order; above 1 takes noise away less strongly. EB-Cache's b is 1/λ.
+        end: λ at the last step, towards which ``scale`` then goes linearly from the first; ``None``: λ as given.
     """
 
     scale: float | tuple[float, ...] = 1.005
+    end: float | None = None
 
     name: ClassVar[str] = "epsilon-scaling"
     paper: ClassVar[str] = "arXiv 2308.15321"
@@ -28,7 +37,111 @@ class EpsilonScaling(Method):
 
     def __post_init__(self) -> None:
         check_noise_scale(self.scale)
+        if self.end is not None:
+            check_noise_scale((self.end,))
+            if not isinstance(self.scale, (int, float)):
+                raise MethodError(
+                    "EpsilonScaling goes from one number to end: give one scale, or one per step and no end"
+                )
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """1/λ for every step."""
-        return [1 / scale for scale in check_noise_scale(self.scale, facts.num_steps)]
+        if self.end is None:
+            return [1 / scale for scale in check_noise_scale(self.scale, facts.num_steps)]
+        assert isinstance(self.scale, (int, float))
+        return [1 / (self.end + (self.scale - self.end) * tau) for tau in normalized_times(facts.num_steps)]
+
+    # --- schedules -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def linear(cls, start: float, end: float) -> EpsilonScaling:
+        """The paper's ``λ(t) = k·t + b``, for any number of steps: from ``start`` (noisiest) to ``end`` (last step).
+
+        Over the descending index t = S−1 … 0, ``start = k·(S − 1) + b`` and ``end = b``. The authors' code gives the mean
+        λ̄ instead: ``start, end = λ̄ ± k·(S − 1)/2``.
+        """
+        return cls(start, end)
+
+    @classmethod
+    def measured(
+        cls,
+        curves: NormCurves,
+        kind: Literal["per_step", "cumulative"] = "per_step",
+        window: int = 5,
+    ) -> EpsilonScaling:
+        """λ(t) from measured norms of the noise, for the number of steps they were measured with.
+
+        The ratio of the norms, sampling chain over noised real data, is what all steps so far have done together. Its
+        logarithm is smoothed by a running mean, in a window that is symmetric and therefore shrinks at the ends.
+
+        Args:
+            curves: what :func:`sostenuto.analysis.noise_norm_curves` returns.
+            kind: ``"per_step"``, as in the paper, takes the factor by which the ratio grows at each step, so that the
+                product up to a step is its ratio; ``"cumulative"`` takes the ratio itself, which brings every single
+                prediction to the norm that it has on real data.
+            window: steps in a running mean, odd, 1 for no smoothing.
+
+        Raises:
+            MethodError: an option makes no sense, or a ratio is not a finite number above 0.
+        """
+        if kind not in ("per_step", "cumulative"):
+            raise MethodError(f"kind must be 'per_step' or 'cumulative', not {kind!r}")
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1 or window % 2 == 0:
+            raise MethodError(f"window must be an odd whole number of 1 or more, not {window!r}")
+        for step, ratio in enumerate(curves.ratios):
+            if not (math.isfinite(ratio) and ratio > 0):
+                raise MethodError(
+                    f"the ratio of the norms is {ratio} at step {step}: measure on a model whose noise is finite"
+                )
+        ratios = _smoothed([math.log(ratio) for ratio in curves.ratios], window // 2)
+        if kind == "per_step":
+            ratios = [ratio - before for ratio, before in zip(ratios, [0.0, *ratios], strict=False)]
+        return cls(tuple(math.exp(ratio) for ratio in ratios))
+
+    # --- published values, arXiv 2308.15321 and its code ---------------------------------------------------------
+
+    @classmethod
+    def cifar10(cls) -> EpsilonScaling:
+        """ADM on CIFAR-10, unconditional, 100 steps: λ = 1.017."""
+        return cls(1.017)
+
+    @classmethod
+    def lsun_tower(cls) -> EpsilonScaling:
+        """ADM on LSUN tower 64², 100 steps: λ = 1.006."""
+        return cls(1.006)
+
+    @classmethod
+    def ffhq_128(cls) -> EpsilonScaling:
+        """ADM on FFHQ 128², 100 steps: λ = 1.005."""
+        return cls(1.005)
+
+    @classmethod
+    def imagenet_64(cls) -> EpsilonScaling:
+        """ADM on ImageNet 64², class-conditional, 100 steps: λ = 1.006."""
+        return cls(1.006)
+
+    @classmethod
+    def imagenet_128(cls) -> EpsilonScaling:
+        """ADM on ImageNet 128² with classifier guidance, 100 steps: λ = 1.004."""
+        return cls(1.004)
+
+    @classmethod
+    def celeba_ddim(cls) -> EpsilonScaling:
+        """DDIM on CelebA: λ = 1.0012."""
+        return cls(1.0012)
+
+    @classmethod
+    def edm_cifar10_conditional(cls) -> EpsilonScaling:
+        """EDM on CIFAR-10, conditional, 35 network calls: λ = 1.0006."""
+        return cls(1.0006)
+
+    @classmethod
+    def edm_cifar10_unconditional(cls) -> EpsilonScaling:
+        """EDM on CIFAR-10, unconditional, 13 network calls: λ = 1.0048."""
+        return cls(1.0048)
+
+
+def _smoothed(values: Sequence[float], reach: int) -> list[float]:
+    last = len(values) - 1
+    windows = [min(reach, p, last - p) for p in range(len(values))]
+    return [sum(values[p - w : p + w + 1]) / (2 * w + 1) for p, w in enumerate(windows)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from sostenuto.anatomy import Site
+from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
@@ -56,6 +57,27 @@ class TableMethod(Method):
         assert isinstance(self.table, CacheTable)
         self.table.check_steps(facts.timesteps)
         return self.table.plan(facts.sites)
+
+
+@dataclass(frozen=True)
+class ScaledTableMethod(TableMethod):
+    """Base of the methods that also scale the predicted noise.
+
+    Attributes:
+        eps_scale: factors of the predicted noise, one number or one per step, instead of the method's own.
+    """
+
+    eps_scale: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eps_scale is not None:
+            check_noise_scale(self.eps_scale)
+
+    @property
+    def scales_noise(self) -> bool:
+        """Unless every factor is 1."""
+        return self.eps_scale is None or any(s != 1 for s in check_noise_scale(self.eps_scale))
 
 
 def loaded(table: CacheTable | str | Path) -> CacheTable:

@@ -1,0 +1,64 @@
+"""The tool of calibrations and proofs: one denoiser call under way, to be run at will."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sostenuto import compat
+from sostenuto.clock import Tick
+from sostenuto.correct import predicted_noise, without_variance
+from sostenuto.cost import Cost
+from sostenuto.plan import Op
+from sostenuto.state import Call, PassState
+
+if TYPE_CHECKING:
+    from sostenuto.engine import Handle
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Runs one denoiser call under ops of the caller's choice, any number of times: the tool of calibration and proofs."""
+
+    handle: Handle
+    tick: Tick
+    state: PassState
+    call: Call
+
+    def run(self, ops: Sequence[Op], history: Sequence[tuple[int, ...]] | None = None) -> Any:
+        """The denoiser's output with these ops; ``STORE`` keeps outputs for later runs and steps."""
+        return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the denoiser's batch."""
+        return self.call.latents.shape[0]
+
+    def follow(self) -> Any:
+        """The denoiser's output as the method's plan has it; no factor of the noise is applied yet."""
+        return self.handle._follow(self.tick, self.state, self.call)
+
+    def with_latents(self, latents: torch.Tensor) -> Prober:
+        """The same call with other latents of the same shape; the kept features stay those of this generation."""
+        name, args, kwargs = self.handle._names[0], self.call.args, self.call.kwargs
+        args, kwargs = ((latents, *args[1:]), kwargs) if args else (args, {**kwargs, name: latents})
+        return replace(self, call=replace(self.call, args=args, kwargs=kwargs, latents=latents))
+
+    def prediction(self, output: Any) -> torch.Tensor:
+        """What an output of this call predicts, without a learned variance."""
+        return without_variance(compat.first_tensor(output), self.call.latents)
+
+    def noise(self, output: Any) -> torch.Tensor:
+        """The noise ε that an output of this call predicts, also where the network predicts something else."""
+        return predicted_noise(compat.first_tensor(output), self.call.latents, self.handle._conversion(self.tick))
+
+    def scaled(self, output: Any, scale: float) -> Any:
+        """An output of this call with its noise multiplied by ``scale``."""
+        return self.handle._scaled(self.tick, self.call, output, scale)
+
+    def cost(self) -> Cost:
+        """What the call costs when everything is computed."""
+        return self.handle._cost(self.call.signature)
