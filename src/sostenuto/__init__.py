@@ -1,7 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.calibrations import EBCalibration, MagCacheCalibration, TeaCacheCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -14,7 +14,19 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import (
+    FORA,
+    DBCache,
+    DeltaDiT,
+    EBCache,
+    EpsilonScaling,
+    MagCache,
+    MagCacheRatios,
+    NoCache,
+    TeaCache,
+    TeaCacheFit,
+    available_methods,
+)
 from sostenuto.plan import Action, Plan
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -30,12 +42,17 @@ __all__ = [
     "Branch",
     "CacheTable",
     "ClockError",
+    "DBCache",
+    "DeltaDiT",
     "EBCache",
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
     "Handle",
     "InputError",
+    "MagCache",
+    "MagCacheCalibration",
+    "MagCacheRatios",
     "MethodError",
     "NoCache",
     "Plan",
@@ -44,6 +61,9 @@ __all__ = [
     "SostenutoError",
     "StepState",
     "TableError",
+    "TeaCache",
+    "TeaCacheCalibration",
+    "TeaCacheFit",
     "VerificationError",
     "available_methods",
     "calibrate",

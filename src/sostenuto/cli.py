@@ -71,7 +71,7 @@ class ModelChoice:
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
-    """A cache table for the method (eb)."""
+    """What "sostenuto calibrate" made for the method."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -96,13 +96,15 @@ class ModelChoice:
     def method_object(self) -> Any:
         """The method with its table."""
         from sostenuto.errors import MethodError
-        from sostenuto.methods import EBCache, by_name
+        from sostenuto.methods import available_methods, by_name
 
+        method = by_name(self.method)
         if self.table is None:
-            return by_name(self.method)
-        if self.method != "eb":
-            raise MethodError(f"--table is for the method eb, not {self.method}")
-        return EBCache(self.table)
+            return method
+        if not method.calibrated:
+            raise MethodError(f"--table is for calibrated methods, {self.method} takes no table")
+        make: Any = available_methods()[self.method]
+        return make(self.table)  # what was calibrated is the first parameter of all of them
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""
@@ -160,41 +162,47 @@ class Generate:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Make a cache table for a model and sampler."""
+    """Measure what a method needs for a model and sampler: a cache table, a polynomial, …"""
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
     target_fraction: float = 0.6
-    """Share of the uncached multiply-accumulates that the table may cost."""
+    """Share of the uncached multiply-accumulates that a generation may cost, where that is calibrated."""
     forecast_order: int = 1
-    """How reused branches are filled: 0 last value, 1 linear extrapolation."""
+    """eb: how reused branches are filled: 0 last value, 1 linear extrapolation."""
     num_samples: int = 8
     search_images: int = 200
-    """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
+    """eb, on the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
-    """Values of the noise scale to try."""
+    """eb: values of the noise scale to try."""
     json: Path | None = None
-    """Also write the table's summary to this file."""
+    """Also write a summary to this file."""
 
     def run(self) -> None:
         """Calibrate and save."""
         import torch
 
         import sostenuto
+        from sostenuto.calibrations import available_calibrations
 
         pipe, extra = self.choice.pipeline(), {}
-        if self.choice.model == "demo" and self.search_images:
-            from sostenuto.demo.compare import demo_sample
-            from sostenuto.demo.judge import Judge
-
-            extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
-        table = sostenuto.calibrate(
-            pipe,
-            sostenuto.EBCalibration(
+        calibration: Any = available_calibrations().get(self.choice.method)
+        if self.choice.method == "eb":
+            calibration = sostenuto.EBCalibration(
                 target_fraction=self.target_fraction,
                 forecast_order=self.forecast_order,
                 eps_scale_grid=self.eps_scale_grid,
-            ),
+            )
+            if self.choice.model == "demo" and self.search_images:
+                from sostenuto.demo.compare import demo_sample
+                from sostenuto.demo.judge import Judge
+
+                extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+        elif calibration is not None:
+            calibration = calibration.at_cost(self.target_fraction)
+        made = sostenuto.calibrate(
+            pipe,
+            calibration or self.choice.method,
             self.choice.sample(),
             num_inference_steps=self.choice.num_inference_steps,
             num_samples=self.num_samples,
@@ -202,10 +210,14 @@ class Calibrate:
             show_progress=True,
             **extra,
         )
-        table.save(self.output)
-        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": table.eps_scale[0]})
-        print(f"{self.output}: {table.macs_fraction:.2f} of the multiply-accumulates, b = {table.eps_scale[0]:g}")
-        print(table.strip())
+        made.save(self.output)
+        if not isinstance(made, sostenuto.CacheTable):
+            write_json(self.json, made.values)
+            print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in made.values.items()))
+            return
+        write_json(self.json, {"macs_fraction": made.macs_fraction, "eps_scale": made.eps_scale[0]})
+        print(f"{self.output}: {made.macs_fraction:.2f} of the multiply-accumulates, b = {made.eps_scale[0]:g}")
+        print(made.strip())
 
 
 @dataclass(frozen=True)

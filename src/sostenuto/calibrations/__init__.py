@@ -8,12 +8,22 @@ import torch
 
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.calibrations.eb import EBCalibration
+from sostenuto.calibrations.magcache import MagCacheCalibration
+from sostenuto.calibrations.teacache import TeaCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 
-_CALIBRATIONS: tuple[type[Calibration], ...] = (EBCalibration,)
+_CALIBRATIONS: tuple[type[Calibration], ...] = (EBCalibration, MagCacheCalibration, TeaCacheCalibration)
 
-__all__ = ["Calibration", "EBCalibration", "Settings", "available_calibrations", "calibrate"]
+__all__ = [
+    "Calibration",
+    "EBCalibration",
+    "MagCacheCalibration",
+    "Settings",
+    "TeaCacheCalibration",
+    "available_calibrations",
+    "calibrate",
+]
 
 
 def available_calibrations() -> dict[str, type[Calibration]]:

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Combination, Method
+from sostenuto.methods.dbcache import DBCache
+from sostenuto.methods.delta_dit import DeltaDiT
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
+from sostenuto.methods.magcache import MagCache, MagCacheRatios
 from sostenuto.methods.none import NoCache
+from sostenuto.methods.teacache import TeaCache, TeaCacheFit
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, DeltaDiT, TeaCache, DBCache, MagCache, EpsilonScaling)
 
-__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+__all__ = [
+    "FORA",
+    "Combination",
+    "DBCache",
+    "DeltaDiT",
+    "EBCache",
+    "EpsilonScaling",
+    "MagCache",
+    "MagCacheRatios",
+    "Method",
+    "NoCache",
+    "TeaCache",
+    "TeaCacheFit",
+    "available_methods",
+    "by_name",
+]
 
 
 def available_methods() -> dict[str, type[Method]]:
