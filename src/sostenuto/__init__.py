@@ -1,7 +1,14 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, FEBCalibration, SmoothCacheCalibration, calibrate
+from sostenuto.calibrations import (
+    EBCalibration,
+    FEBCalibration,
+    MagCacheCalibration,
+    SmoothCacheCalibration,
+    TeaCacheCalibration,
+    calibrate,
+)
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -18,13 +25,19 @@ from sostenuto.methods import (
     FORA,
     PAB,
     ABCache,
+    DBCache,
+    DeltaDiT,
     EBCache,
     EpsilonScaling,
     FEBCache,
     Forecast,
+    MagCache,
+    MagCacheRatios,
     NoCache,
     SmoothCache,
     TaylorSeer,
+    TeaCache,
+    TeaCacheFit,
     TimeShift,
     available_methods,
 )
@@ -45,6 +58,8 @@ __all__ = [
     "Branch",
     "CacheTable",
     "ClockError",
+    "DBCache",
+    "DeltaDiT",
     "EBCache",
     "EBCalibration",
     "EngineError",
@@ -54,6 +69,9 @@ __all__ = [
     "Forecast",
     "Handle",
     "InputError",
+    "MagCache",
+    "MagCacheCalibration",
+    "MagCacheRatios",
     "MethodError",
     "NoCache",
     "Plan",
@@ -65,6 +83,9 @@ __all__ = [
     "StepState",
     "TableError",
     "TaylorSeer",
+    "TeaCache",
+    "TeaCacheCalibration",
+    "TeaCacheFit",
     "TimeShift",
     "VerificationError",
     "available_methods",

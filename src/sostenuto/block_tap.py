@@ -82,7 +82,7 @@ class BlocksTap(Tap):
                 assert self.decide is not None
                 self.op = int(self.decide(self._signal(compute, hidden_states, args, kwargs)))
             op = self.op
-            if op == Op.COMPUTE:
+            if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 self._entry = hidden_states
@@ -96,7 +96,7 @@ class BlocksTap(Tap):
     def _later(self, compute: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             op = self.op
-            if op == Op.COMPUTE:
+            if op == Op.COMPUTE or op == Op.SKIP:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 output = compute(*args, **kwargs)

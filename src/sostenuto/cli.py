@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,7 @@ class ModelChoice:
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
-    """A cache table for the method, where it takes one."""
+    """What "sostenuto calibrate" made for the method."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -96,15 +97,15 @@ class ModelChoice:
     def method_object(self) -> Any:
         """The method with its table."""
         from sostenuto.errors import MethodError
-        from sostenuto.methods import by_name
-        from sostenuto.methods.tabled import TableMethod
+        from sostenuto.methods import available_methods, by_name
 
         method = by_name(self.method)
         if self.table is None:
             return method
-        if not isinstance(method, TableMethod):
-            raise MethodError(f"--table is for a method that takes a table, not for {self.method}")
-        return type(method)(self.table)
+        if not method.calibrated:
+            raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
+        make: Any = available_methods()[self.method]
+        return make(self.table)  # what was calibrated is the first parameter of all of them
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""
@@ -162,7 +163,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Make a cache table for a model and sampler."""
+    """Measure what a method needs for a model and sampler: a cache table, a polynomial, …"""
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
@@ -176,11 +177,10 @@ class Calibrate:
     eps_scale_grid: tuple[float, ...] | None = None
     """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     json: Path | None = None
-    """Also write the table's summary to this file."""
+    """Also write a summary to this file."""
 
     def run(self) -> None:
         """Calibrate and save."""
-
         import torch
 
         import sostenuto
@@ -192,7 +192,7 @@ class Calibrate:
             from sostenuto.demo.judge import Judge
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
-        table = sostenuto.calibrate(
+        made = sostenuto.calibrate(
             pipe,
             calibration,
             self.choice.sample(),
@@ -202,13 +202,14 @@ class Calibrate:
             show_progress=True,
             **extra,
         )
-        table.save(self.output)
-        b = sorted(set(table.eps_scale))
-        scale: Any = b[0] if len(b) == 1 else list(table.eps_scale)
-        write_json(self.json, {"macs_fraction": table.macs_fraction, "eps_scale": scale})
-        cost = f"{table.macs_fraction:.2f} of the multiply-accumulates, " if table.macs_fraction else ""
-        print(f"{self.output}: {cost}b = {b[0]:.4g}" + (f" … {b[-1]:.4g}" if len(b) > 1 else ""))
-        print(table.strip())
+        made.save(self.output)
+        if isinstance(made, sostenuto.CacheTable):
+            values: dict[str, Any] = {"macs_fraction": made.macs_fraction, "eps_scale": _short(made.eps_scale)}
+            print(made.strip())
+        else:
+            values = made.values
+        write_json(self.json, values)
+        print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
 
     def calibration(self) -> Any:
         """The calibration of the method, with the options that were given."""
@@ -224,6 +225,9 @@ class Calibrate:
         names = ("target_fraction", "forecast_order", "eps_scale_grid")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         takes = inspect.signature(kind).parameters
+        target = given.pop("target_fraction", None) if "target_fraction" not in takes else None
+        if target is not None:
+            return kind.at_cost(target)
         for name in given:
             if name not in takes:
                 raise MethodError(
@@ -310,6 +314,11 @@ def _verify(pipe: Any, choice: ModelChoice, method: Any) -> dict[str, Any]:
         f"multiply-accumulates, and {proved['steps']} steps of {proved['passes']} pass(es) ran as planned"
     )
     return proved
+
+
+def _short(values: Sequence[float]) -> float | list[float]:
+    """One number where all are the same."""
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
 def _contact_sheet(rows: list[list[Any]]) -> Any:

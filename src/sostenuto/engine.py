@@ -148,7 +148,7 @@ class Handle:
         sizes = [output.num_bytes for output in self._cost(self._generation_signature).site_outputs]
         policy = self.method.policy(self._facts)
         if policy is not None:
-            return sum(sizes) * (policy.forecast_order + 1)
+            return sum(sizes) * (policy.forecast_order + 2)  # one for its signal, which is as large as an output
         return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes)
 
     def _cost(self, signature: int) -> Cost:

@@ -40,6 +40,11 @@ class Policy(Protocol):
         """
         ...
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the signals that it keeps from step to step."""
+        ...
+
 
 class Selector(Protocol):
     """Chooses the tokens that partial sites run. One object per pass."""
@@ -85,8 +90,9 @@ class PassState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of kept features."""
-        return sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
+        """Bytes of kept features and signals."""
+        slots = sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
+        return slots + (0 if self.policy is None else self.policy.num_bytes)
 
     def make_room(self, site: int) -> list[torch.Tensor | None]:
         """The site's slots with the oldest one in front, to be overwritten."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,14 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from sostenuto import compat
 from sostenuto.anatomy import Site, SiteKind, block_range, inspect
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
 from sostenuto.forecast import check_forecast_order
+from sostenuto.measured import check_made_for, check_timesteps, is_number, read_json, table_file
 from sostenuto.plan import Action, Plan
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
-_MAX_BYTES = 64 * 2**20  # a table of a thousand steps and sites is a few megabytes; more is not a table
 _MAX_STEPS = 10_000
 
 
@@ -54,12 +52,6 @@ _GROUPS = {
 _NPY_STATES = (StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH, StepState.REUSE_MLP)
 
 StepActions = StepState | Mapping[str, Action]
-
-
-def fingerprint(denoiser: nn.Module) -> str:
-    """sha256 of a denoiser's configuration: tables made for one network are refused by another."""
-    text = json.dumps(compat.config_of(denoiser), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -156,23 +148,7 @@ class CacheTable:
         Raises:
             TableError: with both names and the remedy.
         """
-        own = fingerprint(denoiser)
-        known = self.model.get("fingerprint")
-        if known and known != own:
-            raise TableError(
-                f"the cache table was made for {self.model.get('class', 'another network')} ({known[:12]}…), this is a "
-                f"{type(denoiser).__name__} ({own[:12]}…): calibrate one for it with sostenuto.calibrate"
-            )
-        made_for = self.scheduler.get("class")
-        if made_for and type(scheduler).__name__ != made_for:
-            raise TableError(
-                f"the cache table was made with {made_for}, this is {type(scheduler).__name__}: "
-                "calibrate one for it with sostenuto.calibrate, or use that scheduler"
-            )
-        wanted = self.scheduler.get("prediction_type")
-        given = getattr(getattr(scheduler, "config", None), "prediction_type", wanted)
-        if wanted and given != wanted:
-            raise TableError(f"the cache table was made for {wanted}-prediction, this scheduler expects {given}")
+        check_made_for("cache table", self.model, self.scheduler, denoiser, scheduler)
 
     def check_steps(self, timesteps: Sequence[float]) -> None:
         """Refuse a generation of another length or with other timesteps.
@@ -186,13 +162,8 @@ class CacheTable:
                 f"num_inference_steps={self.num_inference_steps}, calibrate again, or use table.resample({len(timesteps)})"
             )
         own = self.scheduler.get("timesteps")
-        pairs = enumerate(zip(own or (), timesteps, strict=False))
-        odd = next((step for step, (a, b) in pairs if abs(a - b) > 1e-3 * max(1.0, abs(a))), None)
-        if own and odd is not None:
-            raise TableError(
-                f"the cache table was made for timestep {own[odd]:g} at step {odd}, the sampler uses {timesteps[odd]:g}: "
-                "set the scheduler as it was (timestep_spacing), or calibrate again"
-            )
+        if own:
+            check_timesteps("cache table", own, timesteps)
 
     def resample(self, num_inference_steps: int) -> CacheTable:
         """The table stretched or squeezed to another number of steps, by position in the trajectory; step 0 computes."""
@@ -264,19 +235,10 @@ class CacheTable:
         Raises:
             TableError: the file can't be read or its content is wrong; the message names the field and value.
         """
-        if not isinstance(path, (str, Path)):
-            raise TableError(f"a cache table is loaded from a path, not from {path!r}")
-        path = Path(path)
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise TableError(f"{path} has {path.stat().st_size} bytes: that is no cache table")
-            if path.suffix == ".npy":
-                return _from_npy(path, order or "timestep_index")
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except TableError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise TableError(f"{path} can't be read as a cache table: {error}") from None
+        path = table_file(path, "cache table")
+        if path.suffix == ".npy":
+            return _from_npy(path, order or "timestep_index")
+        content = read_json(path, "cache table")
         try:
             return _from_json(content, order)
         except TableError as error:
@@ -326,7 +288,7 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         raise TableError(f"num_inference_steps is {steps!r}, but there are {len(actions)} actions")
     states = [_state(entry, step) for step, entry in enumerate(actions)]
     scale = content.get("eps_scale", 1.0)
-    if not _is_number(scale) and not (isinstance(scale, list) and scale and all(map(_is_number, scale))):
+    if not is_number(scale) and not (isinstance(scale, list) and scale and all(map(is_number, scale))):
         raise TableError("eps_scale must be a number or one number per step")
     if isinstance(scale, list) and len(scale) != len(states):
         raise TableError(f"eps_scale has {len(scale)} entries for {len(states)} steps")
@@ -341,7 +303,7 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         raise TableError(f"forecast_order must be a whole number, not {forecast_order!r}")
     if not isinstance(method, str):
         raise TableError(f"method must be a name, not {method!r}")
-    if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
+    if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
         raise TableError(f"macs_fraction must be above 0 and at most 1, not {fraction!r}")
     maps = {name: content.get(name, {}) for name in ("model", "scheduler", "calibration")}
     for name, value in maps.items():
@@ -349,7 +311,7 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
             raise TableError(f"the field {name!r} must be an object")
     timesteps = maps["scheduler"].get("timesteps")
     if timesteps is not None:
-        if not isinstance(timesteps, list) or len(timesteps) != len(states) or not all(map(_is_number, timesteps)):
+        if not isinstance(timesteps, list) or len(timesteps) != len(states) or not all(map(is_number, timesteps)):
             raise TableError("scheduler.timesteps must be one number per step")
         maps["scheduler"] = {**maps["scheduler"], "timesteps": _in_sampling_order(timesteps, order)}
     known = maps["model"].get("fingerprint")
@@ -364,10 +326,6 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         macs_fraction=fraction,
         **maps,
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _state(entry: Any, step: int) -> StepActions:

@@ -9,7 +9,9 @@ import torch
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.calibrations.feb import FEBCalibration
+from sostenuto.calibrations.magcache import MagCacheCalibration
 from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
+from sostenuto.calibrations.teacache import TeaCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 
@@ -17,14 +19,18 @@ _CALIBRATIONS: tuple[type[Calibration], ...] = (
     EBCalibration,
     FEBCalibration,
     SmoothCacheCalibration,
+    TeaCacheCalibration,
+    MagCacheCalibration,
 )
 
 __all__ = [
     "Calibration",
     "EBCalibration",
     "FEBCalibration",
+    "MagCacheCalibration",
     "Settings",
     "SmoothCacheCalibration",
+    "TeaCacheCalibration",
     "available_calibrations",
     "calibrate",
 ]

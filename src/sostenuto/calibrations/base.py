@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from sostenuto.anatomy import Site
+from sostenuto.anatomy import Site, num_blocks
+from sostenuto.clock import Tick
 from sostenuto.cost import Cost
-from sostenuto.engine import Handle
+from sostenuto.engine import Handle, Prober, enable
 from sostenuto.errors import MethodError
+from sostenuto.measured import fingerprint
+from sostenuto.methods.base import Method
 from sostenuto.plan import Action
-from sostenuto.table import CacheTable, fingerprint
+from sostenuto.progress import progress
+from sostenuto.table import CacheTable
 
 Sample = Callable[..., Any]
 Score = Callable[[Any], float]
@@ -58,6 +62,11 @@ class Calibration:
 
     method: ClassVar[str] = ""
 
+    @classmethod
+    def at_cost(cls, fraction: float) -> Calibration:
+        """The calibration for this share of the uncached multiply-accumulates, where the method's cost is a choice."""
+        return cls()
+
     def run(self, settings: Settings) -> Any:
         """Measure and return what the method needs, such as a :class:`~sostenuto.table.CacheTable`."""
         raise NotImplementedError
@@ -71,7 +80,7 @@ def made_for(handle: Handle) -> dict[str, dict[str, Any]]:
     return {
         "model": {
             "class": type(denoiser).__name__,
-            "num_blocks": 1 + max(site.block for site in handle.sites),
+            "num_blocks": num_blocks(denoiser),
             "fingerprint": fingerprint(denoiser),
         },
         "scheduler": {
@@ -80,6 +89,61 @@ def made_for(handle: Handle) -> dict[str, dict[str, Any]]:
             "timesteps": [float(t) for t in scheduler.timesteps],
         },
     }
+
+
+def measure_uncached(
+    settings: Settings,
+    method: Method,
+    measure: Callable[[Tick, Prober], tuple[Any, Any]],
+    num_slots: int = 1,
+) -> tuple[list[list[Any]], dict[str, Any]]:
+    """Measure something at every denoiser call of as many uncached generations as the samples need.
+
+    Args:
+        settings: of the calibration.
+        method: its sites and taps are attached; its decisions are not carried out.
+        measure: makes the call by the prober; returns the denoiser's output and what it measured.
+        num_slots: outputs that a site keeps.
+
+    Returns:
+        One list per pass of each generation, in it one measurement per step; and what the result was made for, with
+        how it was made: ``{"model": …, "scheduler": …, "calibration": …}``.
+
+    Raises:
+        MethodError: a generation has another number of steps than asked for.
+    """
+    series: list[list[Any]] = []
+    samples = 0
+    noise = settings.fresh_generator()
+    with (
+        enable(settings.target, method, scheduler=settings.scheduler) as handle,
+        progress(settings.num_samples, "calibrate", settings.show_progress) as bar,
+    ):
+        handle.driver_slots = num_slots
+        while samples < settings.num_samples:
+            passes: dict[int, list[Any]] = {}
+            rows = 0
+
+            def driver(tick: Tick, prober: Prober, passes: dict[int, list[Any]] = passes) -> Any:
+                nonlocal rows
+                rows = prober.batch_size
+                output, measured = measure(tick, prober)
+                passes.setdefault(tick.pass_index, []).append(measured)
+                return output
+
+            handle.driver = driver
+            settings.generate(noise)
+            for measurements in passes.values() or [[]]:
+                if len(measurements) != settings.num_inference_steps:
+                    raise MethodError(
+                        f"sample ran {len(measurements)} steps instead of {settings.num_inference_steps}: it must pass "
+                        "num_inference_steps on, and run one whole generation"
+                    )
+            series += passes.values()
+            samples += rows
+            bar.update(rows)
+        calibration = {"num_samples": samples, "seed": settings.seed}
+        return series, {**made_for(handle), "calibration": calibration}
 
 
 def macs_fraction(table: CacheTable, sites: Sequence[Site], cost: Cost) -> float:

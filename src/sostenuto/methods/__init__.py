@@ -5,15 +5,19 @@ from __future__ import annotations
 from sostenuto.errors import MethodError
 from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
+from sostenuto.methods.dbcache import DBCache
+from sostenuto.methods.delta_dit import DeltaDiT
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.feb import FEBCache
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.forecast import Forecast
+from sostenuto.methods.magcache import MagCache, MagCacheRatios
 from sostenuto.methods.none import NoCache
 from sostenuto.methods.pab import PAB
 from sostenuto.methods.smoothcache import SmoothCache
 from sostenuto.methods.taylorseer import TaylorSeer
+from sostenuto.methods.teacache import TeaCache, TeaCacheFit
 from sostenuto.methods.time_shift import TimeShift
 
 _METHODS: tuple[type[Method], ...] = (
@@ -22,9 +26,13 @@ _METHODS: tuple[type[Method], ...] = (
     FEBCache,
     ABCache,
     FORA,
+    DeltaDiT,
     PAB,
     SmoothCache,
     TaylorSeer,
+    TeaCache,
+    DBCache,
+    MagCache,
     EpsilonScaling,
     TimeShift,
     Forecast,
@@ -35,14 +43,20 @@ __all__ = [
     "PAB",
     "ABCache",
     "Combination",
+    "DBCache",
+    "DeltaDiT",
     "EBCache",
     "EpsilonScaling",
     "FEBCache",
     "Forecast",
+    "MagCache",
+    "MagCacheRatios",
     "Method",
     "NoCache",
     "SmoothCache",
     "TaylorSeer",
+    "TeaCache",
+    "TeaCacheFit",
     "TimeShift",
     "available_methods",
     "by_name",

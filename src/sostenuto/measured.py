@@ -1,0 +1,202 @@
+"""What a calibration measured, on disk: which model and scheduler it belongs to, saved, loaded and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from sostenuto import compat
+from sostenuto.errors import TableError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_MAX_BYTES = 64 * 2**20  # a table of a thousand steps and sites is a few megabytes; more is not a table
+_VERSION = 1
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """sha256 of a denoiser's configuration: what was measured on one network is refused by another."""
+    text = json.dumps(compat.config_of(denoiser), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_made_for(
+    what: str, model: Mapping[str, Any], scheduler: Mapping[str, Any], denoiser: nn.Module, sampler: Any
+) -> None:
+    """Refuse a network or scheduler that something was not made for.
+
+    Args:
+        what: what was made, in words.
+        model: ``class`` and ``fingerprint`` of the network it was made for; empty: any.
+        scheduler: ``class`` and ``prediction_type`` of the scheduler it was made for; empty: any.
+        denoiser: the network at hand.
+        sampler: the scheduler at hand.
+
+    Raises:
+        TableError: with both names and the remedy.
+    """
+    own = fingerprint(denoiser)
+    known = model.get("fingerprint")
+    if known and known != own:
+        raise TableError(
+            f"the {what} was made for {model.get('class', 'another network')} ({known[:12]}…), this is a "
+            f"{type(denoiser).__name__} ({own[:12]}…): calibrate one for it with sostenuto.calibrate"
+        )
+    made_for = scheduler.get("class")
+    if made_for and type(sampler).__name__ != made_for:
+        raise TableError(
+            f"the {what} was made with {made_for}, this is {type(sampler).__name__}: "
+            "calibrate one for it with sostenuto.calibrate, or use that scheduler"
+        )
+    wanted = scheduler.get("prediction_type")
+    given = getattr(getattr(sampler, "config", None), "prediction_type", wanted)
+    if wanted and given != wanted:
+        raise TableError(f"the {what} was made for {wanted}-prediction, this scheduler expects {given}")
+
+
+def check_timesteps(what: str, own: Sequence[float], timesteps: Sequence[float]) -> None:
+    """Refuse a generation of another length or with other timesteps.
+
+    Raises:
+        TableError: with both numbers and the remedy.
+    """
+    if len(own) != len(timesteps):
+        raise TableError(
+            f"the {what} was made for {len(own)} steps, the sampler runs {len(timesteps)}: pass "
+            f"num_inference_steps={len(own)}, or calibrate again"
+        )
+    pairs = enumerate(zip(own, timesteps, strict=True))
+    odd = next((step for step, (a, b) in pairs if abs(a - b) > 1e-3 * max(1.0, abs(a))), None)
+    if odd is not None:
+        raise TableError(
+            f"the {what} was made for timestep {own[odd]:g} at step {odd}, the sampler uses {timesteps[odd]:g}: "
+            "set the scheduler as it was (timestep_spacing), or calibrate again"
+        )
+
+
+def table_file(path: Any, what: str) -> Path:
+    """The path of a file that exists and is no larger than such files are.
+
+    Raises:
+        TableError: it is no path, can't be read, or is too large.
+    """
+    if not isinstance(path, (str, Path)):
+        raise TableError(f"a {what} is loaded from a path, not from {path!r}")
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise TableError(f"{path} can't be read as a {what}: {error}") from None
+    if size > _MAX_BYTES:
+        raise TableError(f"{path} has {size} bytes: that is no {what}")
+    return path
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        TableError: it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TableError(f"{path} can't be read as a {what}: {error}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number of sensible size."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def check_numbers(name: str, values: Any) -> tuple[float, ...]:
+    """The values as floats.
+
+    Raises:
+        TableError: they are no sequence of finite numbers, or there are none.
+    """
+    if not isinstance(values, (list, tuple)) or not values:
+        raise TableError(f"{name} must be one or more numbers, not {values!r}")
+    for index, value in enumerate(values):
+        if not is_number(value):
+            raise TableError(f"{name} must be finite numbers, but entry {index} is {value!r}")
+    return tuple(float(value) for value in values)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Base of what a calibration measures for one method; a subclass adds the values as fields of its own.
+
+    Attributes:
+        model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was measured on; empty: any.
+        scheduler: ``class``, ``prediction_type`` and ``timesteps`` (in sampling order) of the scheduler; empty: any.
+        calibration: how it was measured.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    scheduler: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    calibration: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    format: ClassVar[str] = ""
+    what: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name in _SHARED:
+            if not isinstance(getattr(self, name), Mapping):
+                raise TableError(f"{name} must be an object, not {getattr(self, name)!r}")
+        if not isinstance(self.model.get("fingerprint", ""), str):
+            raise TableError(f"model.fingerprint must be a text, not {self.model['fingerprint']!r}")
+        if "timesteps" in self.scheduler:
+            check_numbers("scheduler.timesteps", self.scheduler["timesteps"])
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What was measured, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SHARED}
+
+    def check(self, denoiser: nn.Module, scheduler: Any) -> None:
+        """Refuse a network or scheduler that it was not measured on.
+
+        Raises:
+            TableError: with both names and the remedy.
+        """
+        check_made_for(self.what, self.model, self.scheduler, denoiser, scheduler)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        shared = {name: dict(getattr(self, name)) for name in _SHARED}
+        content = {"format": self.format, "version": _VERSION, "order": "sampling", **self.values, **shared}
+        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and validate what :meth:`save` wrote.
+
+        Raises:
+            TableError: the file can't be read or its content is wrong; the message names the field and value.
+        """
+        path = table_file(path, cls.what)
+        content = read_json(path, cls.what)
+        if not isinstance(content, dict) or content.get("format") != cls.format:
+            raise TableError(f"{path}: the field 'format' must be {cls.format!r}")
+        for name, known in (("version", _VERSION), ("order", "sampling")):
+            if content.get(name) != known:
+                raise TableError(f"{path}: {name} {content.get(name)!r} is not known, only {known!r}")
+        values = {name: value for name, value in content.items() if name not in ("format", "version", "order")}
+        odd = sorted(set(values) ^ {f.name for f in fields(cls)})
+        if odd:
+            raise TableError(f"{path}: the field {odd[0]!r} is {'unknown' if odd[0] in values else 'missing'}")
+        try:
+            return cls(**values)
+        except TableError as error:
+            raise TableError(f"{path}: {error}") from None
+
+
+_SHARED = tuple(f.name for f in fields(Measured))

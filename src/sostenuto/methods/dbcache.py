@@ -1,0 +1,142 @@
+"""DBCache: the first blocks always run and tell whether the middle ones are worth running (cache-dit); FirstBlockCache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from sostenuto.anatomy import Site, block_range, num_blocks
+from sostenuto.block_tap import BlocksTap
+from sostenuto.errors import MethodError
+from sostenuto.forecast import check_forecast_order
+from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import check_finite, check_whole
+from sostenuto.signals import relative_l1
+
+
+@dataclass(frozen=True)
+class DBCache(Method):
+    """Dual-block cache (cache-dit), and with one block in front and none behind FirstBlockCache (ParaAttention).
+
+    The front blocks always run. What they add to their input, r, is compared with r of the last computed step:
+    ``d = mean|r − r₀| / mean|r₀|``, taken in float32. While ``d < threshold`` the middle blocks are skipped and their kept
+    residual is added; the back blocks always run and correct. Each pass of a step decides for itself.
+
+    Attributes:
+        front_blocks: F_n, blocks that always run and give the signal, 1 or more.
+        back_blocks: B_n, blocks behind the skipped ones that always run, 0 or more; one block at least is left between.
+        threshold: bound of d. At 0 and below nothing is ever cached; at 1 and above everything that the counts below allow.
+        warmup: steps at the beginning that are computed, 0 or more; the first one is in any case.
+        max_cached: most steps of a generation that are cached; ``None``: no bound.
+        max_consecutive: most steps in a row that are cached, 1 or more; ``None``: no bound.
+        forecast_order: how the middle residual is filled: 0 with the last value, 1 by linear extrapolation from the last two
+            computed ones, 2 by the quadratic through three (TaylorSeer's divided differences); up to 4.
+        compare_to: the step whose r is r₀: ``"last_computed"``, or ``"previous"`` as in some ports.
+    """
+
+    front_blocks: int = 8
+    back_blocks: int = 0
+    threshold: float = 0.08
+    warmup: int = 8
+    max_cached: int | None = None
+    max_consecutive: int | None = None
+    forecast_order: int = 0
+    compare_to: Literal["last_computed", "previous"] = "last_computed"
+
+    name: ClassVar[str] = "dbcache"
+    paper: ClassVar[str] = "cache-dit"
+    summary: ClassVar[str] = "skips the middle blocks while what the first ones add hardly changes"
+    compiles: ClassVar[bool] = False
+    state: ClassVar[str] = (
+        "one residual of the middle blocks per order of the forecast and one more, one of the front blocks"
+    )
+
+    def __post_init__(self) -> None:
+        check_whole("DBCache's front_blocks", self.front_blocks, least=1)
+        check_whole("DBCache's back_blocks", self.back_blocks, least=0)
+        check_finite("DBCache's threshold", self.threshold)
+        check_whole("DBCache's warmup", self.warmup, least=0)
+        if self.max_cached is not None:
+            check_whole("DBCache's max_cached", self.max_cached, least=0)
+        if self.max_consecutive is not None:
+            check_whole("DBCache's max_consecutive", self.max_consecutive, least=1)
+        check_forecast_order(self.forecast_order)
+        if self.compare_to not in ("last_computed", "previous"):
+            raise MethodError(f"DBCache's compare_to must be 'last_computed' or 'previous', not {self.compare_to!r}")
+
+    @classmethod
+    def first_block_cache(cls, threshold: float = 0.05) -> DBCache:
+        """FirstBlockCache: F1 B0 without warm-up; 0.05 is its default, 0.08 to 0.12 are usual for FLUX."""
+        return cls(front_blocks=1, back_blocks=0, threshold=threshold, warmup=0)
+
+    @classmethod
+    def flux_dev(cls) -> DBCache:
+        """FLUX.1-dev, 50 steps: F8 B0, warm-up 4, threshold 0.08 (1.80×)."""
+        return cls(front_blocks=8, back_blocks=0, threshold=0.08, warmup=4)
+
+    @classmethod
+    def qwen_image_lightning(cls) -> DBCache:
+        """Qwen-Image-Lightning, 4 steps: F16 B16, warm-up 2, one step in a row, threshold 0.8 (1.12×)."""
+        return cls(front_blocks=16, back_blocks=16, threshold=0.8, warmup=2, max_consecutive=1)
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> DBCache:
+        """Refuse a network that has no block left between front and back."""
+        count = num_blocks(denoiser)
+        if self.front_blocks + self.back_blocks >= count:
+            raise MethodError(
+                f"DBCache's front_blocks and back_blocks are {self.front_blocks} and {self.back_blocks}, but the network has "
+                f"{count} blocks: leave one between them to be skipped"
+            )
+        return self
+
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """The residual of the middle blocks."""
+        return [block_range(denoiser, self.front_blocks, num_blocks(denoiser) - self.back_blocks - 1)]
+
+    def tap(self, site: Site, denoiser: nn.Module) -> BlocksTap:
+        """Watches what the front blocks add."""
+        return BlocksTap(site, denoiser, watch="front-residual")
+
+    def policy(self, facts: Facts) -> _Policy:
+        """Compare what the front blocks add."""
+        return _Policy(self)
+
+
+class _Policy:
+    def __init__(self, method: DBCache) -> None:
+        self._method, self.forecast_order = method, method.forecast_order
+        self._reference: torch.Tensor | None = None
+        self._cached = self._in_a_row = 0
+
+    def skips(self, step: int, num_steps: int, signal: torch.Tensor, computed: Sequence[int]) -> bool:
+        """Whether the signal is close enough and the counts allow it."""
+        caches = bool(computed) and self._may_cache(step) and self._is_close(signal)
+        self._cached += caches
+        self._in_a_row = self._in_a_row + 1 if caches else 0
+        if not caches or self._method.compare_to == "previous":
+            self._reference = signal.detach()
+        return caches
+
+    def _may_cache(self, step: int) -> bool:
+        most, most_in_a_row = self._method.max_cached, self._method.max_consecutive
+        return (
+            step >= self._method.warmup
+            and (most is None or self._cached < most)
+            and (most_in_a_row is None or self._in_a_row < most_in_a_row)
+        )
+
+    def _is_close(self, signal: torch.Tensor) -> bool:
+        threshold = self._method.threshold
+        if threshold <= 0 or threshold >= 1:  # the front residual may change by more than its own size
+            return threshold >= 1
+        assert self._reference is not None
+        return relative_l1(signal, self._reference) < threshold
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the reference."""
+        return 0 if self._reference is None else self._reference.nbytes

@@ -1,0 +1,193 @@
+"""DBCache and FirstBlockCache: decisions by hand, what they compute against an independent forward."""
+
+import pytest
+import torch
+
+import block_oracle as oracle
+import sostenuto
+from conftest import build_tiny, sample_loop
+from oracle import extrapolate
+from sostenuto import DBCache, MethodError
+from sostenuto.methods.base import Facts
+
+
+@pytest.fixture
+def four():
+    return build_tiny(4)
+
+
+def decisions(method, levels):
+    """What the policy decides on front residuals that are constant, of these levels."""
+    policy = method.policy(Facts((), (), None, None))
+    computed, skipped = [], []
+    for step, level in enumerate(levels):
+        skipped.append(policy.skips(step, len(levels), torch.full((1, 2, 3), float(level)), tuple(computed)))
+        if not skipped[-1]:
+            computed.insert(0, step)
+    return "".join("s" if skip else "c" for skip in skipped)
+
+
+LEVELS = (10, 11, 12, 13, 13, 12, 14)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # against the last computed: .1, .2, .3 → 13; 0, 1/13, 1/13
+        (dict(threshold=0.25), "csscsss"),
+        (dict(threshold=0.15), "cscsssc"),  # .1, .2 → 12; 1/12, 1/12, 0, 1/6
+        # against the previous one: .1, .0909, .0833, 0, .0769, .1667
+        (dict(threshold=0.15, compare_to="previous"), "csssssc"),
+        (dict(threshold=0.095, compare_to="previous"), "ccssssc"),
+        (dict(threshold=0.0), "ccccccc"),
+        (dict(threshold=-1.0), "ccccccc"),
+        (dict(threshold=1.0), "cssssss"),
+        (dict(threshold=2.0, warmup=3), "cccssss"),
+        (dict(threshold=2.0, max_consecutive=2), "csscssc"),
+        (dict(threshold=2.0, max_cached=3), "csssccc"),
+        (dict(threshold=2.0, max_cached=3, max_consecutive=1), "cscscsc"),
+        (dict(threshold=2.0, max_cached=0), "ccccccc"),
+    ],
+)
+def test_a_step_is_cached_while_the_front_residual_hardly_changes(options, expected):
+    assert decisions(DBCache(1, 0, **{"warmup": 0, **options}), LEVELS) == expected
+
+
+def test_what_can_not_be_compared_is_computed():
+    assert decisions(DBCache.first_block_cache(0.5), (0, 1, 1, float("nan"), 1, 1)) == "ccsccs"
+
+
+def test_the_residual_is_compared_in_float32():
+    policy = DBCache.first_block_cache(0.0079).policy(Facts((), (), None, None))
+    signals = [torch.full((4096,), value, dtype=torch.bfloat16) for value in (256.0, 258.0)]
+    assert not policy.skips(0, 3, signals[0], ())
+    assert policy.skips(1, 3, signals[1], (0,))  # 2/256 = 0.0078, where bfloat16 would sum up 4096 of them wrongly
+    assert policy.num_bytes == 2 * 4096
+
+
+def test_published_settings():
+    assert DBCache() == DBCache(8, 0, 0.08, 8, None, None, 0, "last_computed")
+    first = DBCache.first_block_cache()
+    assert (first.front_blocks, first.back_blocks, first.threshold, first.warmup) == (1, 0, 0.05, 0)
+    assert DBCache.first_block_cache(0.12).threshold == 0.12
+    assert (DBCache.flux_dev().front_blocks, DBCache.flux_dev().warmup) == (8, 4)
+    lightning = DBCache.qwen_image_lightning()
+    assert (lightning.front_blocks, lightning.back_blocks, lightning.max_consecutive) == (16, 16, 1)
+
+
+def dbcache(front, back, threshold, order=0):
+    def through(state, step, x, blocks, modulated):
+        start = x
+        for block in blocks[:front]:
+            x = block(x)
+        r, past = x - start, state.setdefault("past", [])
+        if past and (r - state["r"]).abs().sum() < threshold * state["r"].abs().sum():
+            x = x + extrapolate(past[: order + 1], step)
+        else:
+            state["r"], start = r, x
+            for block in blocks[front : len(blocks) - back]:
+                x = block(x)
+            past.insert(0, (step, x - start))
+        for block in blocks[len(blocks) - back :] if back else []:
+            x = block(x)
+        return x
+
+    return through
+
+
+@pytest.mark.parametrize(
+    ("front", "back", "threshold", "order"), [(1, 0, 0.6, 0), (2, 1, 0.7, 0), (1, 1, 0.6, 1), (1, 2, 0.6, 2)]
+)
+@pytest.mark.parametrize("separate", [False, True])
+def test_it_computes_what_the_independent_forward_computes(four, scheduler, front, back, threshold, order, separate):
+    shrink(four)
+    expected = oracle.oracle_loop(four, scheduler, dbcache(front, back, threshold, order), 10, separate)
+    method = DBCache(front, back, threshold, warmup=0, forecast_order=order)
+    with sostenuto.enable(four, method, scheduler=scheduler) as handle:
+        got, _ = sample_loop(four, scheduler, 10, separate_guidance=separate)
+        assert len(set(oracle.rows(handle))) > 1  # some steps are computed, some are not
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def shrink(model):
+    """Make the front residual change slowly, so that thresholds below 1 have something to decide."""
+    for block in model.transformer_blocks:
+        block.norm1.linear.weight.mul_(0.3)
+
+
+def test_every_pass_decides_for_itself(four, scheduler):
+    shrink(four)
+    for block in four.transformer_blocks:  # so that the two labels differ
+        block.norm1.emb.class_embedder.embedding_table.weight.mul_(6)
+    method = DBCache(1, 1, 0.6, warmup=0)
+
+    def run(labels):
+        decided = dict.fromkeys(labels, "")
+        scheduler.set_timesteps(10)
+        with torch.no_grad(), sostenuto.enable(four, method, scheduler=scheduler) as handle:
+            for index, t in enumerate(scheduler.timesteps):
+                latents = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(index // 3))
+                for label in labels:
+                    four(latents, t[None], torch.tensor([label]))
+            for _, pass_index, _, carried in handle._record.calls:
+                decided[labels[pass_index]] += "s" if carried.ops[0].is_filled else "c"
+        return decided
+
+    together = run((3, 10))
+    assert together == run((3,)) | run((10,))
+    assert together[3] != together[10]
+
+
+def test_counted_macs_are_those_of_the_real_run(four, scheduler):
+    stats = oracle.check_macs(four, scheduler, DBCache(1, 1, 2.0, warmup=2, forecast_order=1), 8, separate=True)
+    assert stats.actions == {"compute": 4, "reuse": 0, "forecast": 12, "partial": 0}
+    assert stats.cache_bytes_peak == 2 * 3 * (2 * 16 * 32 * 4)  # two passes, two residuals and a signal each
+    computed = oracle.check_macs(four, scheduler, DBCache(1, 0, 0.0), 3)
+    assert computed.macs == computed.macs_uncached  # the front runs in any case: its signal costs nothing
+
+
+def test_the_front_and_back_blocks_always_run(four, scheduler):
+    calls = [0, 0, 0, 0]
+    for index, block in enumerate(four.transformer_blocks):
+        block.attn1.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    with sostenuto.enable(four, DBCache(1, 1, 1.0, warmup=2), scheduler=scheduler):
+        sample_loop(four, scheduler, 6)
+    assert calls[0] == calls[3] == calls[1] + 4 == calls[2] + 4
+
+
+def test_a_bound_on_bytes_that_leaves_no_room_computes_everything(four, scheduler):
+    with sostenuto.enable(four, DBCache.first_block_cache(1.0), scheduler=scheduler, max_cache_bytes=4096) as handle:
+        sample_loop(four, scheduler)
+        assert handle.stats.actions["compute"] == 6
+        assert handle.stats.cache_bytes_peak == 0
+
+
+def test_promises_shared_by_all_methods(four, scheduler):
+    oracle.check_identical_when_all_is_computed(four, scheduler, DBCache(1, 1, 0.0))
+    oracle.check_interruption_leaves_nothing(four, scheduler, DBCache(2, 1, 1.0, warmup=1, max_consecutive=2))
+    oracle.check_refused_when_compiled(four, scheduler, DBCache.first_block_cache())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(front_blocks=0), "front_blocks must be a whole number of 1 or more, not 0"),
+        (dict(back_blocks=-1), "back_blocks"),
+        (dict(threshold=float("nan")), "threshold must be a finite number, not nan"),
+        (dict(warmup=1.5), "warmup"),
+        (dict(max_cached=-1), "max_cached must be a whole number of 0 or more"),
+        (dict(max_consecutive=0), "max_consecutive must be a whole number of 1 or more"),
+        (dict(forecast_order=9), "forecast_order"),
+        (dict(compare_to="first"), "compare_to must be 'last_computed' or 'previous'"),
+    ],
+)
+def test_parameters_without_meaning_are_refused(wrong, words):
+    with pytest.raises(MethodError, match=words):
+        DBCache(**wrong)
+
+
+@pytest.mark.parametrize(("front", "back"), [(4, 0), (2, 2), (8, 8)])
+def test_a_network_without_a_block_between_front_and_back_is_refused(four, scheduler, front, back):
+    with pytest.raises(MethodError, match=f"{front} and {back}, but the network has 4 blocks"):
+        sostenuto.enable(four, DBCache(front, back), scheduler=scheduler)
+    assert not any("forward" in vars(module) for module in four.modules())
