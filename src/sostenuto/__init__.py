@@ -1,7 +1,7 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.calibrations import EBCalibration, L2CCalibration, calibrate
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -14,8 +14,9 @@ from sostenuto.errors import (
     TableError,
     VerificationError,
 )
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache, available_methods
+from sostenuto.methods import FORA, L2C, EBCache, EpsilonScaling, NoCache, available_methods
 from sostenuto.plan import Action, Plan
+from sostenuto.router import Router
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FORA",
+    "L2C",
     "Action",
     "AlreadyEnabledError",
     "Anatomy",
@@ -36,9 +38,11 @@ __all__ = [
     "EpsilonScaling",
     "Handle",
     "InputError",
+    "L2CCalibration",
     "MethodError",
     "NoCache",
     "Plan",
+    "Router",
     "Site",
     "SiteKind",
     "SostenutoError",

@@ -71,7 +71,9 @@ class ModelChoice:
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
-    """A cache table for the method (eb)."""
+    """A cache table for the method (eb), or a router (l2c)."""
+    scheduler: str | None = None
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -79,7 +81,21 @@ class ModelChoice:
     seed: int = 0
 
     def pipeline(self) -> Any:
-        """The pipeline."""
+        """The pipeline with its scheduler."""
+        pipe = self._load()
+        name = self.scheduler or ("DDIMScheduler" if self.method == "l2c" else None)
+        if name is not None:
+            import diffusers
+
+            from sostenuto.errors import InputError
+
+            scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+            if scheduler is None:
+                raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    def _load(self) -> Any:
         if self.model == "demo":
             from sostenuto.demo.pipeline import load_demo_pipeline
 
@@ -96,13 +112,14 @@ class ModelChoice:
     def method_object(self) -> Any:
         """The method with its table."""
         from sostenuto.errors import MethodError
-        from sostenuto.methods import EBCache, by_name
+        from sostenuto.methods import L2C, EBCache, by_name
 
+        with_table = {"eb": EBCache, "l2c": L2C}
         if self.table is None:
             return by_name(self.method)
-        if self.method != "eb":
-            raise MethodError(f"--table is for the method eb, not {self.method}")
-        return EBCache(self.table)
+        if self.method not in with_table:
+            raise MethodError(f"--table is for the methods {', '.join(with_table)}, not {self.method}")
+        return with_table[self.method](self.table)
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""
@@ -160,7 +177,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Make a cache table for a model and sampler."""
+    """Make a cache table for a model and sampler, or train a router (l2c, the demo model)."""
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
@@ -173,11 +190,54 @@ class Calibrate:
     """On the demo model: images per value when the noise scale is searched; 0 leaves it at 1."""
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
     """Values of the noise scale to try."""
+    data: Path | None = None
+    """l2c: folder with Fashion-MNIST's four IDX files; by default where Debian's package puts them."""
+    penalty: float | None = None
+    """l2c: the paper's λ, the price of a computed branch; by default the preset for the number of steps."""
+    num_iterations: int | None = None
+    """l2c: batches to train on; by default the preset for the number of steps."""
     json: Path | None = None
     """Also write the table's summary to this file."""
 
     def run(self) -> None:
         """Calibrate and save."""
+        if self.choice.method == "l2c":
+            self._train_router()
+        else:
+            self._make_table()
+
+    def _train_router(self) -> None:
+        from dataclasses import replace
+
+        import torch
+
+        import sostenuto
+        from sostenuto.errors import MethodError
+
+        if self.choice.model != "demo":
+            raise MethodError("this command trains routers for the demo model: for another one call sostenuto.calibrate")
+        output = self.output.with_suffix(".safetensors")
+        checkpoint = output.with_suffix(".checkpoint")
+        steps = self.choice.num_inference_steps
+        given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
+        router = sostenuto.calibrate(
+            self.choice.pipeline(),
+            replace(
+                sostenuto.L2CCalibration.demo(steps, self.data),
+                checkpoint=checkpoint,
+                **{name: value for name, value in given.items() if value is not None},
+            ),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
+        )
+        router.save(output)
+        checkpoint.unlink()
+        write_json(self.json, {"dropped": router.dropped(), "training": dict(router.training)})
+        print(f"{output}: {router.dropped():.1%} of the cache steps' branches are reused at θ = 0.1")
+        print(router.strip())
+
+    def _make_table(self) -> None:
         import torch
 
         import sostenuto

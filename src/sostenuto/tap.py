@@ -33,9 +33,9 @@ class Tap:
     def attach(self) -> None:
         """Replace the ``forward`` of the branch and of its norm, on these instances alone."""
         self.op = Op.OUTSIDE
-        self._restore.append(_replace_forward(self._module, self._branch(self._module.forward)))
+        self._restore.append(replace_forward(self._module, self._branch(self._module.forward)))
         if self._norm is not None:
-            self._restore.append(_replace_forward(self._norm, self._narrow(self._norm.forward)))
+            self._restore.append(replace_forward(self._norm, self._narrow(self._norm.forward)))
 
     def detach(self) -> None:
         """Take every replacement away, last first."""
@@ -101,7 +101,8 @@ def kept(slot: torch.Tensor | None) -> torch.Tensor:
     return slot
 
 
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``forward`` in place of a module's, on this instance alone; the function returned takes it away again."""
     had_own = "forward" in module.__dict__
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

@@ -7,11 +7,22 @@ from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.fora import FORA
+from sostenuto.methods.l2c import L2C
 from sostenuto.methods.none import NoCache
 
-_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, EpsilonScaling)
+_METHODS: tuple[type[Method], ...] = (NoCache, EBCache, FORA, L2C, EpsilonScaling)
 
-__all__ = ["FORA", "Combination", "EBCache", "EpsilonScaling", "Method", "NoCache", "available_methods", "by_name"]
+__all__ = [
+    "FORA",
+    "L2C",
+    "Combination",
+    "EBCache",
+    "EpsilonScaling",
+    "Method",
+    "NoCache",
+    "available_methods",
+    "by_name",
+]
 
 
 def available_methods() -> dict[str, type[Method]]:
