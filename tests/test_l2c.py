@@ -55,6 +55,7 @@ def test_a_mask_is_a_router_whatever_the_threshold():
     mask = random_router(5).mask(0.5)
     router = Router.from_mask(mask, SITES)
     assert router.mask(0.0) == router.mask(0.99) == mask
+    assert Router.from_mask(mask[::-1], SITES, order="timestep_index") == router
     assert router.strip().splitlines() == ["".join("R·"[computed] for computed in mask[step]) for step in (2, 4)]
     with pytest.raises(TableError, match="step 3 of 5 is a full step"):
         Router.from_mask([*mask[:3], (False,) * len(SITES), mask[4]], SITES)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sostenuto
 from conftest import build_tiny
-from sostenuto import L2C, L2CCalibration, MethodError, Router, TableError
+from sostenuto import L2C, AlreadyEnabledError, L2CCalibration, MethodError, Router, TableError
 from sostenuto.calibrations.base import Settings
 from sostenuto.calibrations.l2c import _Training, gated
 from sostenuto.cli import main
@@ -240,7 +240,7 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(tiny, tmp_path):
     calibrate(tiny, num_iterations=3, checkpoint=path, **options)
     assert calibrate(tiny, num_iterations=7, checkpoint=path, **options) == unbroken
     assert calibrate(tiny, num_iterations=7, checkpoint=path, **options) == unbroken  # nothing is left to do
-    assert calibrate(tiny, num_iterations=7, seed=1, **options) != unbroken
+    assert calibrate(tiny, num_iterations=7, seed=2**62, **options) != unbroken
     with pytest.raises(MethodError, match="with other settings"):
         calibrate(tiny, seed=1, checkpoint=path, **options)
     tensors = load_file(path)
@@ -274,7 +274,10 @@ def test_what_cannot_be_trained_is_refused(tiny):
         sostenuto.calibrate(tiny, "l2c", scheduler=ddim())
     with pytest.raises(MethodError, match="not DDPMScheduler's"):
         calibrate(tiny, scheduler=DDPMScheduler())
-    with sostenuto.enable(tiny, "none", scheduler=ddim()), pytest.raises(sostenuto.AlreadyEnabledError):
+    with sostenuto.enable(build_tiny(), "none", scheduler=ddim()) as handle, pytest.raises(AlreadyEnabledError):
+        calibrate(handle._denoiser)
+    tiny.compile()
+    with pytest.raises(MethodError, match="before you compile"):
         calibrate(tiny)
     with pytest.raises(MethodError, match="needs sample"):
         sostenuto.calibrate(tiny, "eb", scheduler=ddim())

@@ -215,7 +215,9 @@ class Calibrate:
         from sostenuto.errors import MethodError
 
         if self.choice.model != "demo":
-            raise MethodError("this command trains routers for the demo model: for another one call sostenuto.calibrate")
+            raise MethodError(
+                "this command trains routers for the demo model: for another one call sostenuto.calibrate"
+            )
         output = self.output.with_suffix(".safetensors")
         checkpoint = output.with_suffix(".checkpoint")
         steps = self.choice.num_inference_steps

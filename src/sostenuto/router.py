@@ -73,17 +73,25 @@ class Router:
                 raise TableError(f"cache step {row} of the router holds a gate that is not a number")
 
     @classmethod
-    def from_mask(cls, mask: Sequence[Sequence[bool]], sites: Sequence[str], **made_for: Mapping[str, Any]) -> Router:
+    def from_mask(
+        cls,
+        mask: Sequence[Sequence[bool]],
+        sites: Sequence[str],
+        order: str = "sampling",
+        **made_for: Mapping[str, Any],
+    ) -> Router:
         """The router of a mask that is decided already.
 
         Args:
-            mask: ``[step][site]`` for all steps in sampling order, true where the branch is computed.
+            mask: ``[step][site]`` for all steps, true where the branch is computed.
             sites: the ids of the sites.
+            order: ``"sampling"``, or ``"timestep_index"`` (entry 0 is the last, cleanest step).
             made_for: ``model``, ``scheduler`` and ``training``.
 
         Raises:
-            TableError: a full step reuses, or the shape is wrong.
+            TableError: a full step reuses, or the shape or order is wrong.
         """
+        mask = in_sampling_order(list(mask), order)
         cached = cache_steps(len(mask))
         for step, row in enumerate(mask):
             if step not in cached and not all(row):

@@ -39,7 +39,7 @@ _PUBLISHED = {  # model and resolution → steps → (λ, learning rate)
     ("DiT-XL/2", 512): {50: (5e-6, 1e-3)},
     ("DiT-L/2", 256): {50: (1e-6, 1e-3), 20: (5e-6, 1e-2)},
 }
-_DEMO_PENALTY = {20: 1e-4, 50: 1e-4}
+_DEMO_PENALTY = {20: 3e-5, 50: 4.5e-6}
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class L2CCalibration(Calibration):
         return cls(
             batches(folder),
             penalty=_DEMO_PENALTY[nearest],
-            learning_rate=0.05,
-            batch_size=16,
+            learning_rate=0.1,
+            batch_size=8,
             num_iterations=100 * (num_inference_steps // 2),
         )
 
@@ -142,6 +142,8 @@ class L2CCalibration(Calibration):
                 "keyword arguments of the denoiser's call)"
             )
         with enable(settings.target, NoCache(), scheduler=settings.scheduler) as handle:
+            if handle._compiled:
+                raise MethodError("L2C trains through the denoiser as it is written: calibrate before you compile it")
             scheduler = handle._scheduler()
             if not any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
                 raise MethodError(
@@ -235,7 +237,7 @@ class _Training:
     def advance(self, gates: Gates) -> None:
         """One iteration."""
         # A generator for each iteration: a resumed run draws what an unbroken one would have drawn.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.iteration + 1)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.iteration + 1) % 2**63)
         row = int(torch.randint(len(self.steps), (), generator=generator))
         assert self.options.data is not None
         clean, arguments = self.options.data(generator, self.options.batch_size)
