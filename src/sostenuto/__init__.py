@@ -4,6 +4,7 @@ from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register
 from sostenuto.calibrations import (
     EBCalibration,
     FEBCalibration,
+    L2CCalibration,
     MagCacheCalibration,
     SmoothCacheCalibration,
     TeaCacheCalibration,
@@ -23,6 +24,7 @@ from sostenuto.errors import (
 )
 from sostenuto.methods import (
     FORA,
+    L2C,
     PAB,
     ABCache,
     DBCache,
@@ -42,6 +44,7 @@ from sostenuto.methods import (
     available_methods,
 )
 from sostenuto.plan import Action, Plan
+from sostenuto.router import Router
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
 
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FORA",
+    "L2C",
     "PAB",
     "ABCache",
     "Action",
@@ -69,12 +73,14 @@ __all__ = [
     "Forecast",
     "Handle",
     "InputError",
+    "L2CCalibration",
     "MagCache",
     "MagCacheCalibration",
     "MagCacheRatios",
     "MethodError",
     "NoCache",
     "Plan",
+    "Router",
     "Site",
     "SiteKind",
     "SmoothCache",

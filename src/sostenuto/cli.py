@@ -73,6 +73,8 @@ class ModelChoice:
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
     """What "sostenuto calibrate" made for the method."""
+    scheduler: str | None = None
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
     num_inference_steps: int = 50
     guidance_scale: float = 1.0
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -80,7 +82,21 @@ class ModelChoice:
     seed: int = 0
 
     def pipeline(self) -> Any:
-        """The pipeline."""
+        """The pipeline with its scheduler."""
+        pipe = self._load()
+        name = self.scheduler or ("DDIMScheduler" if self.method == "l2c" else None)
+        if name is not None:
+            import diffusers
+
+            from sostenuto.errors import InputError
+
+            scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+            if scheduler is None:
+                raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    def _load(self) -> Any:
         if self.model == "demo":
             from sostenuto.demo.pipeline import load_demo_pipeline
 
@@ -163,7 +179,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure what a method needs for a model and sampler: a cache table, a polynomial, …"""
+    """Measure what a method needs for a model and sampler: a cache table, a polynomial, a router (on the demo model), …"""
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = ModelChoice()
     output: Path = Path("table.json")
@@ -176,11 +192,56 @@ class Calibrate:
     """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
     eps_scale_grid: tuple[float, ...] | None = None
     """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
+    data: Path | None = None
+    """l2c: folder with Fashion-MNIST's four IDX files; by default where Debian's package puts them."""
+    penalty: float | None = None
+    """l2c: the paper's λ, the price of a computed branch; by default the preset for the number of steps."""
+    num_iterations: int | None = None
+    """l2c: batches to train on; by default the preset for the number of steps."""
     json: Path | None = None
     """Also write a summary to this file."""
 
     def run(self) -> None:
         """Calibrate and save."""
+        if self.choice.method == "l2c":
+            self._train_router()
+        else:
+            self._make_table()
+
+    def _train_router(self) -> None:
+        from dataclasses import replace
+
+        import torch
+
+        import sostenuto
+        from sostenuto.errors import MethodError
+
+        if self.choice.model != "demo":
+            raise MethodError(
+                "this command trains routers for the demo model: for another one call sostenuto.calibrate"
+            )
+        output = self.output.with_suffix(".safetensors")
+        checkpoint = output.with_suffix(".checkpoint")
+        steps = self.choice.num_inference_steps
+        given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
+        router = sostenuto.calibrate(
+            self.choice.pipeline(),
+            replace(
+                sostenuto.L2CCalibration.demo(steps, self.data),
+                checkpoint=checkpoint,
+                **{name: value for name, value in given.items() if value is not None},
+            ),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
+        )
+        router.save(output)
+        checkpoint.unlink()
+        write_json(self.json, {"dropped": router.dropped(), "training": dict(router.training)})
+        print(f"{output}: {router.dropped():.1%} of the cache steps' branches are reused at θ = 0.1")
+        print(router.strip())
+
+    def _make_table(self) -> None:
         import torch
 
         import sostenuto

@@ -265,10 +265,15 @@ def _from_npy(path: Path, order: str) -> CacheTable:
             raise TableError(
                 f"{path}: unknown action {value} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)"
             )
-    return CacheTable(tuple(_NPY_STATES[value] for value in _in_sampling_order(values, order)))
+    return CacheTable(tuple(_NPY_STATES[value] for value in in_sampling_order(values, order)))
 
 
-def _in_sampling_order(values: list[Any], order: Any) -> list[Any]:
+def in_sampling_order(values: list[Any], order: Any) -> list[Any]:
+    """Values of every step of a file with this ``order``, noisiest step first.
+
+    Raises:
+        TableError: the order is not known.
+    """
     if order == "sampling":
         return values
     if order == "timestep_index":
@@ -305,27 +310,40 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         raise TableError(f"method must be a name, not {method!r}")
     if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
         raise TableError(f"macs_fraction must be above 0 and at most 1, not {fraction!r}")
-    maps = {name: content.get(name, {}) for name in ("model", "scheduler", "calibration")}
+    calibration = content.get("calibration", {})
+    if not isinstance(calibration, dict):
+        raise TableError("the field 'calibration' must be an object")
+    return CacheTable(
+        actions=tuple(in_sampling_order(states, order)),
+        method=method,
+        eps_scale=tuple(float(s) for s in in_sampling_order(scales, order)),
+        forecast_order=forecast_order,
+        macs_fraction=fraction,
+        fill=content.get("fill", "branches"),
+        calibration=calibration,
+        **read_made_for(content, len(states), order),
+    )
+
+
+def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dict[str, dict[str, Any]]:
+    """The fields ``model`` and ``scheduler`` of a file's content, checked, with the timesteps in sampling order.
+
+    Raises:
+        TableError: a field is of the wrong kind.
+    """
+    maps = {name: content.get(name, {}) for name in ("model", "scheduler")}
     for name, value in maps.items():
         if not isinstance(value, dict):
             raise TableError(f"the field {name!r} must be an object")
     timesteps = maps["scheduler"].get("timesteps")
     if timesteps is not None:
-        if not isinstance(timesteps, list) or len(timesteps) != len(states) or not all(map(is_number, timesteps)):
+        if not isinstance(timesteps, list) or len(timesteps) != num_steps or not all(map(is_number, timesteps)):
             raise TableError("scheduler.timesteps must be one number per step")
-        maps["scheduler"] = {**maps["scheduler"], "timesteps": _in_sampling_order(timesteps, order)}
+        maps["scheduler"] = {**maps["scheduler"], "timesteps": in_sampling_order(timesteps, order)}
     known = maps["model"].get("fingerprint")
     if known is not None and not isinstance(known, str):
         raise TableError(f"model.fingerprint must be a text, not {known!r}")
-    return CacheTable(
-        actions=tuple(_in_sampling_order(states, order)),
-        method=method,
-        eps_scale=tuple(float(s) for s in _in_sampling_order(scales, order)),
-        forecast_order=forecast_order,
-        fill=content.get("fill", "branches"),
-        macs_fraction=fraction,
-        **maps,
-    )
+    return maps
 
 
 def _state(entry: Any, step: int) -> StepActions:

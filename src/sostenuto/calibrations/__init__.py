@@ -9,6 +9,7 @@ import torch
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.calibrations.feb import FEBCalibration
+from sostenuto.calibrations.l2c import L2CCalibration
 from sostenuto.calibrations.magcache import MagCacheCalibration
 from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
 from sostenuto.calibrations.teacache import TeaCacheCalibration
@@ -19,6 +20,7 @@ _CALIBRATIONS: tuple[type[Calibration], ...] = (
     EBCalibration,
     FEBCalibration,
     SmoothCacheCalibration,
+    L2CCalibration,
     TeaCacheCalibration,
     MagCacheCalibration,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "Calibration",
     "EBCalibration",
     "FEBCalibration",
+    "L2CCalibration",
     "MagCacheCalibration",
     "Settings",
     "SmoothCacheCalibration",
@@ -44,7 +47,7 @@ def available_calibrations() -> dict[str, type[Calibration]]:
 def calibrate(
     target: Any,
     method: str | type[Method] | Calibration,
-    sample: Sample,
+    sample: Sample | None = None,
     *,
     num_inference_steps: int = 50,
     num_samples: int = 8,
@@ -61,7 +64,7 @@ def calibrate(
         method: a name such as ``"eb"``, a method class, or a calibration object such as :class:`EBCalibration` with options
             of one's own.
         sample: runs one generation of the user's own kind, of any batch size: ``sample(pipe, generator,
-            num_inference_steps=…)``.
+            num_inference_steps=…)``. Calibrations that learn from data of their own (l2c) do without.
         num_inference_steps: steps of the sampler that the table is for.
         num_samples: rows of the denoiser's batch to calibrate on, 8 suffice (FEB-Cache, arXiv 2503.07120v3). ``sample`` is
             called until there are so many.
@@ -80,15 +83,9 @@ def calibrate(
         MethodError: the method has no calibration, or an option makes no sense.
         AlreadyEnabledError: a method is enabled on the model.
     """
-    known = available_calibrations()
-    if not isinstance(method, Calibration):
-        name = method if isinstance(method, str) else str(getattr(method, "name", method))
-        if name not in known:
-            raise MethodError(f"{method!r} has no calibration; {', '.join(sorted(known))} have")
-        method = known[name]()
     settings = Settings(
         target,
-        sample,
+        sample or _no_sample,
         num_inference_steps,
         num_samples,
         generator,
@@ -97,4 +94,16 @@ def calibrate(
         scheduler,
         show_progress,
     )
-    return method.run(settings)
+    if isinstance(method, Calibration):
+        return method.run(settings)
+    known = available_calibrations()
+    name = method if isinstance(method, str) else str(getattr(method, "name", method))
+    if name not in known:
+        raise MethodError(f"{method!r} has no calibration; {', '.join(sorted(known))} have")
+    return known[name].default_for(settings).run(settings)
+
+
+def _no_sample(*_: Any, **__: Any) -> Any:
+    raise MethodError(
+        "this calibration needs sample(pipe, generator, num_inference_steps=…): one generation of your kind"
+    )

@@ -67,6 +67,11 @@ class Calibration:
         """The calibration for this share of the uncached multiply-accumulates, where the method's cost is a choice."""
         return cls()
 
+    @classmethod
+    def default_for(cls, settings: Settings) -> Calibration:
+        """The options where the method is asked for by its name alone."""
+        return cls()
+
     def run(self, settings: Settings) -> Any:
         """Measure and return what the method needs, such as a :class:`~sostenuto.table.CacheTable`."""
         raise NotImplementedError

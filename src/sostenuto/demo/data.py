@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from sostenuto.demo.network import NULL_CLASS
 
 ENVIRONMENT_VARIABLE = "FASHION_MNIST"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
@@ -59,3 +63,26 @@ def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, to
     images = torch.from_numpy(read("images", 3).copy()).unsqueeze(1).float() / 127.5 - 1
     labels = torch.from_numpy(read("labels", 1).astype(np.int64))
     return images, labels
+
+
+def batches(
+    folder: str | Path | None = None, label_dropout: float = 0.1
+) -> Callable[[torch.Generator, int], tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Random batches of the training images, read at the first draw.
+
+    Args:
+        folder: the folder of the IDX files, see :func:`find_folder`.
+        label_dropout: share of labels replaced by the null class, as the denoiser was trained.
+
+    Returns:
+        ``draw(generator, batch_size)``, which returns images ``[batch, 1, 28, 28]`` and the denoiser's other arguments.
+    """
+    read = functools.cache(lambda: load("train", folder))
+
+    def draw(generator: torch.Generator, batch_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images, labels = read()
+        index = torch.randint(len(images), (batch_size,), generator=generator)
+        dropped = torch.rand(batch_size, generator=generator) < label_dropout
+        return images[index], {"class_labels": torch.where(dropped, NULL_CLASS, labels[index])}
+
+    return draw

@@ -12,6 +12,7 @@ from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.feb import FEBCache
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.forecast import Forecast
+from sostenuto.methods.l2c import L2C
 from sostenuto.methods.magcache import MagCache, MagCacheRatios
 from sostenuto.methods.none import NoCache
 from sostenuto.methods.pab import PAB
@@ -27,6 +28,7 @@ _METHODS: tuple[type[Method], ...] = (
     ABCache,
     FORA,
     DeltaDiT,
+    L2C,
     PAB,
     SmoothCache,
     TaylorSeer,
@@ -40,6 +42,7 @@ _METHODS: tuple[type[Method], ...] = (
 
 __all__ = [
     "FORA",
+    "L2C",
     "PAB",
     "ABCache",
     "Combination",
