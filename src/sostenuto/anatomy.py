@@ -21,6 +21,8 @@ class SiteKind(Enum):
     MLP = "mlp"
     BLOCKS = "blocks"
     """A range of whole blocks."""
+    DEEP = "deep"
+    """All of a U-Net that lies beyond one of its skip connections."""
     OUTPUT = "output"
     """The denoiser's output: skipping it skips the call."""
 
@@ -70,7 +72,8 @@ class Site:
         id: stable name: the tapped submodule's path, such as ``transformer_blocks.3.attn1``; of a range of blocks
             ``transformer_blocks.2-5``; of the denoiser's output ``output``.
         kind: what is tapped.
-        block: index of its block, the first one of a range; −1 for the output.
+        block: index of its block, the first one of a range; of the deep part of a U-Net the number of its skip connection;
+            −1 for the output.
         norm: path of the norm that feeds only this branch, or ``None``.
         parameters: number of parameters of the tapped submodules.
         last_block: index of the last block of a range.
@@ -139,6 +142,13 @@ def anatomy_of(denoiser: nn.Module) -> Anatomy:
     raise AnatomyError(
         f"the sites of a {type(denoiser).__name__} are not known (known: {', '.join(sorted(_ANATOMIES))}): "
         "describe them with sostenuto.register_anatomy"
+    )
+
+
+def timestep_argument(denoiser: nn.Module) -> str:
+    """Name of ``forward``'s timestep argument; ``timestep``, as everywhere in diffusers, where the class isn't known."""
+    return next(
+        (_ANATOMIES[c.__name__].timestep for c in type(denoiser).__mro__ if c.__name__ in _ANATOMIES), "timestep"
     )
 
 

@@ -60,16 +60,31 @@ def find_denoiser(target: Any) -> nn.Module:
     """The denoiser of a pipeline, or the module itself.
 
     Raises:
-        AnatomyError: the object is neither a module nor a pipeline with a transformer.
+        AnatomyError: the object is neither a module nor a pipeline with a transformer or a U-Net.
     """
     if isinstance(target, nn.Module):
         return target
-    denoiser = getattr(target, "transformer", None)
-    if isinstance(denoiser, nn.Module):
-        return denoiser
+    for name in ("transformer", "unet"):
+        denoiser = getattr(target, name, None)
+        if isinstance(denoiser, nn.Module):
+            return denoiser
     raise AnatomyError(
-        f"{type(target).__name__} has no transformer to cache: pass a diffusers pipeline that has one, or the denoiser itself"
+        f"{type(target).__name__} has no transformer or unet to cache: pass a diffusers pipeline that has one, or the "
+        "denoiser itself"
     )
+
+
+# What a network beside the denoiser (ControlNet, T2I-Adapter) adds to its features; other values at every step.
+STEPWISE_ARGUMENTS = frozenset(
+    {
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+    }
+)
 
 
 def config_of(denoiser: nn.Module) -> dict[str, Any]:
@@ -100,6 +115,11 @@ def map_output(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     raise EngineError(
         f"a denoiser that returns a {type(output).__name__} can't be corrected: return a tensor or a tuple"
     )
+
+
+def only_tensor(output: Any) -> Any:
+    """The tensor in an output that holds nothing else (diffusers' attentions return a tuple of one); else the output."""
+    return output[0] if isinstance(output, tuple) and len(output) == 1 else output
 
 
 def first_tensor(output: Any) -> torch.Tensor:

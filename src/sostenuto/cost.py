@@ -116,7 +116,7 @@ class DryRun:
 
                 def after(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
                     flops[index] += counter.get_total_flops()
-                    outputs[index] = spec(output)
+                    outputs[index] = spec(compat.only_tensor(output))
 
                 first, last = watched
                 stack.callback(first.register_forward_pre_hook(before).remove)

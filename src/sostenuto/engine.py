@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sostenuto import compat
-from sostenuto.anatomy import SiteKind, anatomy_of
+from sostenuto.anatomy import SiteKind, timestep_argument
 from sostenuto.block_tap import BlocksTap
 from sostenuto.clock import Clock, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, keep_variance, scale_noise
@@ -60,7 +60,7 @@ class Handle:
         self._names = [
             name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"
         ]
-        self._timestep_name = anatomy_of(self._denoiser).timestep
+        self._timestep_name = timestep_argument(self._denoiser)
         if self._timestep_name not in self._names:
             raise EngineError(f"{type(self._denoiser).__name__}.forward has no argument {self._timestep_name!r}")
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
@@ -148,7 +148,7 @@ class Handle:
         sizes = [output.num_bytes for output in self._cost(self._generation_signature).site_outputs]
         policy = self.method.policy(self._facts)
         if policy is not None:
-            return sum(sizes) * (policy.forecast_order + 2)  # one for its signal, which is as large as an output
+            return sum(sizes) * (policy.forecast_order + 1)
         return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes)
 
     def _cost(self, signature: int) -> Cost:
@@ -201,7 +201,8 @@ class Handle:
         latents, timestep = named.pop(self._names[0], None), named.pop(self._timestep_name, None)
         if not isinstance(latents, torch.Tensor) or timestep is None:
             raise ClockError(f"the denoiser was called without {self._names[0]} or {self._timestep_name}")
-        conditioning = [value for value in tree_leaves(named) if isinstance(value, torch.Tensor)]
+        lasting = {name: value for name, value in named.items() if name not in compat.STEPWISE_ARGUMENTS}
+        conditioning = [value for value in tree_leaves(lasting) if isinstance(value, torch.Tensor)]
         tick = self._clock.tick(timestep, latents, conditioning)
         if tick.new_generation:
             self._decide(tick)
@@ -405,7 +406,8 @@ def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cach
     """Attach a method to a pipeline's denoiser, or to a denoiser itself.
 
     Args:
-        target: a diffusers pipeline with a transformer, or the ``torch.nn.Module`` that is its denoiser. Compile it before.
+        target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
+            before.
         method: a method, a combination ``A | B``, or a name of :func:`sostenuto.available_methods`.
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last

@@ -73,7 +73,9 @@ class Tap(Attachment):
         """Keep an output as the newest."""
         slot = self.slots[0]
         if slot is None:  # only outside of torch.compile, which is given its slots beforehand
-            slot = self.slots[0] = empty_slot(output.shape, output.dtype, output.device)
+            # In the output's memory format, which decides the kernels of the convolutions that read it.
+            with torch.inference_mode(False):
+                slot = self.slots[0] = torch.empty_like(output, requires_grad=False)
         slot.copy_(output.detach())
 
     def filled(self, op: int) -> torch.Tensor:
