@@ -18,6 +18,7 @@ from sostenuto.methods import NoCache, by_name
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action, Op
 from sostenuto.probe import Prober
+from sostenuto.unet import is_unet
 
 
 def verify(
@@ -61,7 +62,9 @@ def verify(
             proved["sites"] = _prove_call(prober)
         return prober.run([Op.COMPUTE] * len(prober.handle.sites))
 
-    with enable(target, NoCache(), scheduler=scheduler) as handle:
+    # All branches of a transformer; of a U-Net, whose branches aren't known, what the method taps.
+    tapped = method if is_unet(compat.find_denoiser(target)) else NoCache()
+    with enable(target, tapped, scheduler=scheduler) as handle:
         handle.driver = prove
         sample(target, torch.Generator().manual_seed(0), num_inference_steps=num_inference_steps)
         if not proved:

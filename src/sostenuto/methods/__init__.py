@@ -6,6 +6,7 @@ from sostenuto.errors import MethodError
 from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.dbcache import DBCache
+from sostenuto.methods.deepcache import DeepCache
 from sostenuto.methods.delta_dit import DeltaDiT
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
@@ -31,6 +32,7 @@ _METHODS: tuple[type[Method], ...] = (
     L2C,
     PAB,
     SmoothCache,
+    DeepCache,
     TaylorSeer,
     TeaCache,
     DBCache,
@@ -47,6 +49,7 @@ __all__ = [
     "ABCache",
     "Combination",
     "DBCache",
+    "DeepCache",
     "DeltaDiT",
     "EBCache",
     "EpsilonScaling",
