@@ -1,7 +1,13 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
-from sostenuto.calibrations import EBCalibration, FEBCalibration, SmoothCacheCalibration, calibrate
+from sostenuto.calibrations import (
+    DiTFastAttnCalibration,
+    EBCalibration,
+    FEBCalibration,
+    SmoothCacheCalibration,
+    calibrate,
+)
 from sostenuto.engine import Handle, disable, enable
 from sostenuto.errors import (
     AlreadyEnabledError,
@@ -18,6 +24,7 @@ from sostenuto.methods import (
     FORA,
     PAB,
     ABCache,
+    DiTFastAttn,
     EBCache,
     EpsilonScaling,
     FEBCache,
@@ -45,6 +52,8 @@ __all__ = [
     "Branch",
     "CacheTable",
     "ClockError",
+    "DiTFastAttn",
+    "DiTFastAttnCalibration",
     "EBCache",
     "EBCalibration",
     "EngineError",

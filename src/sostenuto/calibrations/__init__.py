@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
+from sostenuto.calibrations.ditfastattn import DiTFastAttnCalibration
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.calibrations.feb import FEBCalibration
 from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
@@ -17,10 +18,12 @@ _CALIBRATIONS: tuple[type[Calibration], ...] = (
     EBCalibration,
     FEBCalibration,
     SmoothCacheCalibration,
+    DiTFastAttnCalibration,
 )
 
 __all__ = [
     "Calibration",
+    "DiTFastAttnCalibration",
     "EBCalibration",
     "FEBCalibration",
     "Settings",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sostenuto.errors import MethodError
 from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
+from sostenuto.methods.ditfastattn import DiTFastAttn
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.feb import FEBCache
@@ -24,6 +25,7 @@ _METHODS: tuple[type[Method], ...] = (
     FORA,
     PAB,
     SmoothCache,
+    DiTFastAttn,
     TaylorSeer,
     EpsilonScaling,
     TimeShift,
@@ -35,6 +37,7 @@ __all__ = [
     "PAB",
     "ABCache",
     "Combination",
+    "DiTFastAttn",
     "EBCache",
     "EpsilonScaling",
     "FEBCache",
