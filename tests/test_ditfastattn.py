@@ -24,7 +24,7 @@ from sostenuto import (
 from sostenuto.anatomy import inspect
 from sostenuto.attention_tap import AttentionTap, window_attention
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
-from sostenuto.cli import main
+from sostenuto.cli import ModelChoice, main
 from sostenuto.plan import Op, Plan, fit, lower, peak_bytes
 
 C, R, W, G, WG = Action.COMPUTE, Action.REUSE, Action.WINDOW, Action.SHARE, Action.WINDOW_SHARE
@@ -306,14 +306,14 @@ def test_an_interrupted_generation_leaves_nothing_to_the_next(tiny, scheduler):
 def test_one_graph_per_combination_without_a_break(scheduler):
     torch._dynamo.reset()
     counters.clear()
-    rows = tuple(dict.fromkeys(SITES[:1], row[0]) for row in ROWS)
+    rows = tuple({SITES[0]: action} for action in (C, WG, R, G, W))
     method = DiTFastAttn(CacheTable(rows), WINDOW)
     model = build_tiny(num_layers=1)
     with sostenuto.enable(model, method, scheduler=scheduler):
-        expected, _ = guided_loop(model, scheduler)
+        expected, _ = guided_loop(model, scheduler, len(rows))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with sostenuto.enable(compiled, method, scheduler=scheduler) as handle:
-        got, _ = guided_loop(compiled, scheduler)
+        got, _ = guided_loop(compiled, scheduler, len(rows))
         assert counters["stats"]["unique_graphs"] == len({carried for *_, carried in handle._record.calls})
         assert not counters["graph_break"]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -469,12 +469,12 @@ def test_the_greedy_plan_keeps_the_bound_and_takes_the_cheapest_that_does(tiny, 
 
 
 def test_the_bound_decides_between_nothing_and_the_cheapest(tiny, scheduler):
-    strict = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e-9))
+    strict = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e-9), 2)
     assert all(action is C for step in strict.actions for action in step.values())
     assert strict.macs_fraction == 1
-    loose = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9))
+    loose = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9), 2)
     assert all(action is R for step in loose.actions[1:] for action in step.values())
-    windows = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9, candidates=(W, G)))
+    windows = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9, candidates=(W, G)), 2)
     assert all(action is W for step in windows.actions[1:] for action in step.values())
 
 
@@ -483,12 +483,12 @@ def test_without_guidance_in_the_batch_nothing_is_shared_between_its_halves(tiny
     def loop(model, scheduler, num_steps):
         return sample_loop(model, scheduler, num_steps, separate_guidance=separate)
 
-    table = calibrated(tiny, scheduler, DiTFastAttnCalibration(0.3, candidates=(WG, G, W)), 3, loop)
+    table = calibrated(tiny, scheduler, DiTFastAttnCalibration(0.3, candidates=(WG, G, W)), 2, loop)
     actions = {action for step in table.actions for action in step.values()}
     assert actions <= {C, W}
     assert table.calibration["num_samples"] == 4  # two generations of two rows each, which vote
     with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
-        loop(tiny, scheduler, 3)
+        loop(tiny, scheduler, 2)
 
 
 def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler):
@@ -499,7 +499,7 @@ def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler)
         seen.append(vars(model)["_sostenuto_handle"]._record.bytes_peak)
 
     calibration = DiTFastAttnCalibration(0.3)
-    sostenuto.calibrate(tiny, calibration, sample, num_inference_steps=5, num_samples=4, scheduler=scheduler)
+    sostenuto.calibrate(tiny, calibration, sample, num_inference_steps=3, num_samples=4, scheduler=scheduler)
     assert seen == [3 * 2 * (4 * 16 * 32 * 4)]
 
 
@@ -526,10 +526,20 @@ def test_the_presets_are_the_published_ones():
     assert DiTFastAttnCalibration.open_sora(5, 50) == DiTFastAttnCalibration(0.05, 50)
 
 
-def test_the_command_line_calibrates_and_verifies(tmp_path, capsys):
-    table = str(tmp_path / "t.json")
+def test_the_command_line_calibrates_and_takes_the_table(tmp_path, capsys):
+    path = tmp_path / "t.json"
     choice = ["--method", "ditfastattn", "--num-inference-steps", "2", "--labels", "3", "--guidance-scale", "2"]
-    assert main(["calibrate", *choice, "--num-samples", "1", "--theta", "100", "--output", table]) == 0
-    assert CacheTable.load(table).method == "ditfastattn"
-    assert main(["verify", *choice, "--table", table]) == 0
+    assert main(["calibrate", *choice, "--num-samples", "1", "--theta", "100", "--output", str(path)]) == 0
+    method = ModelChoice(method="ditfastattn", table=path).method_object()
+    assert method == DiTFastAttn(path)
+    assert CacheTable.load(path).calibration["theta"] == 100
     capsys.readouterr()
+
+
+def test_verify_proves_the_plan_that_ran(tiny, scheduler):
+    def sample(model, generator, num_inference_steps):
+        return guided_loop(model, scheduler, num_inference_steps)
+
+    method = DiTFastAttn(table_of(ROWS[:3]), WINDOW)
+    proved = sostenuto.verify(tiny, method, sample, scheduler=scheduler, num_inference_steps=3)
+    assert proved["steps"] == 3
