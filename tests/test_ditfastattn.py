@@ -26,6 +26,7 @@ from sostenuto.attention_tap import AttentionTap, window_attention
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
 from sostenuto.plan import Op, Plan, fit, lower, peak_bytes
+from tiny_pixart import build_pixart, sample_pixart
 
 C, R, W, G, WG = Action.COMPUTE, Action.REUSE, Action.WINDOW, Action.SHARE, Action.WINDOW_SHARE
 SITES = [f"transformer_blocks.{index}.attn1" for index in range(3)]
@@ -249,6 +250,18 @@ def test_a_plan_gives_what_the_naive_network_gives(tiny, scheduler, conditional_
             "window+share-guidance": 3,
         }  # fmt: skip
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_pixart_self_attention_alone_is_compressed(scheduler):
+    pixart = build_pixart()
+    rows = tuple(dict.fromkeys(SITES, action) for action in (C, W, R))
+    method = DiTFastAttn(CacheTable(rows), 15)  # over all 16 tokens
+    with sostenuto.enable(pixart, method, scheduler=scheduler) as handle:
+        whole = sample_pixart(pixart, scheduler, 3)
+        assert [site.id for site in handle.sites] == SITES
+        assert handle.stats.actions["window"] == handle.stats.actions["reuse"] == 3
+    with sostenuto.enable(pixart, DiTFastAttn(CacheTable((rows[0], rows[0], rows[2]))), scheduler=scheduler):
+        torch.testing.assert_close(whole, sample_pixart(pixart, scheduler, 3))
 
 
 def test_computing_everything_is_bit_identical_to_the_stock_model(tiny, scheduler):

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from sostenuto import compat
+from sostenuto.anatomy import Site
 from sostenuto.attention_tap import ConditionalHalf, is_guided
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, enable
 from sostenuto.errors import MethodError
-from sostenuto.methods.base import Facts
+from sostenuto.methods.base import Method
 from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
 from sostenuto.plan import Action, Op, Plan, lower
 from sostenuto.probe import Prober
 from sostenuto.progress import Bar, progress
 from sostenuto.table import CacheTable
+from sostenuto.tap import Tap
 
 Loss = Literal["ratio_abs", "ratio_signed"]
 _OPS = {op.action: op for op in (Op.REUSE, Op.WINDOW | Op.SHARE, Op.WINDOW, Op.SHARE, Op.COMPUTE)}  # cheapest first
@@ -104,7 +106,7 @@ class DiTFastAttnCalibration(Calibration):
         """Search in as many generations as the samples need."""
         noise = settings.fresh_generator()
         searches: list[GreedySearch] = []
-        method = _Uncompressed(window=self.window, conditional_half=self.conditional_half)
+        method = _Taps(DiTFastAttn(window=self.window, conditional_half=self.conditional_half))
         with (
             enable(settings.target, method, scheduler=settings.scheduler) as handle,
             progress(settings.num_samples * settings.num_inference_steps, "calibrate", settings.show_progress) as bar,
@@ -139,14 +141,17 @@ class DiTFastAttnCalibration(Calibration):
             return replace(table, macs_fraction=searches[0].macs_fraction(table.plan(handle.sites)))
 
 
-class _Uncompressed(DiTFastAttn):
-    """The taps without a plan."""
+@dataclass(frozen=True)
+class _Taps(Method):
+    """The taps of a method, without its plan."""
 
-    def prepare(self, denoiser: nn.Module, scheduler: Any) -> DiTFastAttn:
-        return self
+    of: DiTFastAttn
 
-    def plan(self, facts: Facts) -> Plan | None:
-        return None
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        return self.of.sites(denoiser)
+
+    def tap(self, site: Site, denoiser: nn.Module) -> Tap:
+        return self.of.tap(site, denoiser)
 
 
 class GreedySearch:
