@@ -9,12 +9,20 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from conftest import build_tiny
-from sostenuto import FORA, CacheTable, EBCache, EpsilonScaling, NoCache, StepState
+from sostenuto import FORA, Action, CacheTable, DiTFastAttn, EBCache, EpsilonScaling, NoCache, StepState
 from sostenuto.methods.base import Method
 
 C, A, M, B = StepState
 ALL_COMPUTED = CacheTable((C,) * 6)
 TABLE = CacheTable((C, B, A, C, B, C), eps_scale=(0.98,) * 6)
+
+
+def _attention(letters: str) -> CacheTable:
+    """All three self-attentions of the tiny network compute, reuse or run over a window together."""
+    actions = {"C": Action.COMPUTE, "R": Action.REUSE, "W": Action.WINDOW}
+    return CacheTable(
+        tuple({f"transformer_blocks.{block}.attn1": actions[letter] for block in range(3)} for letter in letters)
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ CASES = [
     Case("none", NoCache, NoCache, skips=False),
     Case("eb", lambda: EBCache(TABLE), lambda: EBCache(ALL_COMPUTED)),
     Case("fora", lambda: FORA(2), lambda: FORA(1)),
+    Case("ditfastattn", lambda: DiTFastAttn(_attention("CWRWCR"), 3), lambda: DiTFastAttn(_attention("CCCCCC"), 3)),
     Case("epsilon-scaling", EpsilonScaling, lambda: EpsilonScaling(1.0), skips=False),
     Case("fora | epsilon-scaling", lambda: FORA(2) | EpsilonScaling(1.01), lambda: FORA(1) | EpsilonScaling(1.0)),
 ]

@@ -2,6 +2,7 @@
 
 from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
 from sostenuto.calibrations import (
+    DiTFastAttnCalibration,
     EBCalibration,
     FEBCalibration,
     L2CCalibration,
@@ -30,6 +31,7 @@ from sostenuto.methods import (
     DBCache,
     DeepCache,
     DeltaDiT,
+    DiTFastAttn,
     EBCache,
     EpsilonScaling,
     FEBCache,
@@ -66,6 +68,8 @@ __all__ = [
     "DBCache",
     "DeepCache",
     "DeltaDiT",
+    "DiTFastAttn",
+    "DiTFastAttnCalibration",
     "EBCache",
     "EBCalibration",
     "EngineError",

@@ -187,6 +187,10 @@ class Calibrate:
     """Share of the uncached multiply-accumulates that the table may cost."""
     forecast_order: int | None = None
     """How reused branches are filled: 0 last value, 1 linear extrapolation."""
+    theta: float | None = None
+    """The error that compressed attention may cause (ditfastattn); published: 0.025 to 0.15."""
+    window: int | None = None
+    """Tokens to each side that a token attends to (ditfastattn); by default an eighth of all."""
     num_samples: int = 8
     search_images: int = 200
     """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
@@ -283,7 +287,7 @@ class Calibrate:
         if self.choice.method not in known:
             raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
         kind = known[self.choice.method]
-        names = ("target_fraction", "forecast_order", "eps_scale_grid")
+        names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         takes = inspect.signature(kind).parameters
         target = given.pop("target_fraction", None) if "target_fraction" not in takes else None

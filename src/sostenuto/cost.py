@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,13 @@ class Cost:
         macs: multiply-accumulates of the whole call, all rows of the batch.
         site_macs: those of each site.
         site_outputs: what each site would keep.
+        site_residuals: what it would keep of its attention to far tokens.
     """
 
     macs: int
     site_macs: tuple[int, ...]
     site_outputs: tuple[TensorSpec, ...]
+    site_residuals: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ class DryRun:
         wrong = [self._taps[index].site.id for index, out in outputs.items() if not isinstance(out, TensorSpec)]
         if wrong:
             raise EngineError(f"{wrong[0]} returns something other than one tensor: it can't be kept")
-        return Cost(total // 2, tuple(f // 2 for f in flops), tuple(outputs[i] for i in range(len(self._taps))))
+        kept = tuple(outputs[index] for index in range(len(self._taps)))
+        residuals = (replace(o, shape=tap.residual_shape(o.shape)) for tap, o in zip(self._taps, kept, strict=True))
+        return Cost(total // 2, tuple(f // 2 for f in flops), kept, tuple(residuals))
 
     def _count(self, carried: Carried) -> int:
         for tap, op in zip(self._taps, carried.ops, strict=True):
@@ -149,7 +153,9 @@ class DryRun:
 
         def set_taps(fake: FakeTensorMode) -> None:
             for tap, op, output, count in zip(self._taps, carried.ops, outputs, tokens, strict=True):
-                tap.op, tap.slots = int(op), [output.empty() for _ in range(8)]
+                tap.op, tap.slots, tap.residual = int(op), [output.empty() for _ in range(8)], [None]
+                if op & (Op.RESIDUAL | Op.WINDOW):
+                    tap.residual = [replace(output, shape=tap.residual_shape(output.shape)).empty()]
                 tap.weights = torch.empty(2, dtype=output.dtype, device=output.device)
                 tap.tokens = torch.empty(count, dtype=torch.long, device=output.device)
                 if carried.decided and isinstance(tap, BlocksTap):

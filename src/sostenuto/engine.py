@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind, timestep_argument
+from sostenuto.attention_tap import check_guidance_halves
 from sostenuto.block_tap import BlocksTap
 from sostenuto.clock import Clock, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, keep_variance, scale_noise
@@ -23,11 +24,11 @@ from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, Metho
 from sostenuto.forecast import lagrange_weights
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
-from sostenuto.plan import Op, Plan, Program, fit, lower, peak_bytes
+from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
-from sostenuto.state import Call, ForecastWeights, PassState
+from sostenuto.state import Call, ForecastWeights, PassState, allocate
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Observer, empty_slot, kept
+from sostenuto.tap import Observer, kept
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -145,15 +146,25 @@ class Handle:
 
     def _bytes_per_pass(self) -> int:
         assert self._facts is not None
-        sizes = [output.num_bytes for output in self._cost(self._generation_signature).site_outputs]
+        sizes, residuals = self._sizes()
         policy = self.method.policy(self._facts)
         if policy is not None:
             return sum(sizes) * (policy.forecast_order + 1)
-        return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes)
+        return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes, residuals)
+
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """Bytes of one output and of one residual of every site."""
+        cost = self._cost(self._generation_signature)
+        return [o.num_bytes for o in cost.site_outputs], [r.num_bytes for r in cost.site_residuals]
 
     def _cost(self, signature: int) -> Cost:
         with self._dry():
             return self._dry_runs[signature].cost
+
+    def count(self, signature: int, ops: Sequence[Op]) -> int:
+        """Multiply-accumulates of a call of that signature with these ops."""
+        with self._dry():
+            return self._dry_runs[signature].macs(Carried(tuple(ops)))
 
     @contextmanager
     def _dry(self) -> Iterator[None]:
@@ -232,11 +243,21 @@ class Handle:
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
+        self._check_taps(() if plan is None else plan.actions)
         scale = self.method.noise_scale(facts)
         if scale is not None and any(factor != 1 for factor in scale):
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
+
+    def _check_taps(self, actions: Sequence[Sequence[Action]]) -> None:
+        for tap, column in zip(self._taps, zip(*actions, strict=True), strict=bool(actions)):
+            odd = next((action for action in set(column) if not tap.can(action)), None)
+            if odd is not None:
+                raise MethodError(
+                    f"{type(self.method).__name__} can't carry out {odd.value!r} at {tap.site.id}: a table with such actions "
+                    "is for DiTFastAttn"
+                )
 
     def _shifted(
         self, tick: Tick, latents: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -252,11 +273,9 @@ class Handle:
 
     def _begin(self, call: Call) -> None:
         self._record, self._generation_signature = Record(), call.signature
-        if self._max_cache_bytes is None:
-            return
-        sizes = [output.num_bytes for output in self._cost(call.signature).site_outputs]
-        if self._plan is not None:
-            self._plan = fit(self._plan, sizes, self._max_cache_bytes)
+        if self._max_cache_bytes is not None and self._plan is not None:
+            sizes, residuals = self._sizes()
+            self._plan = fit(self._plan, sizes, self._max_cache_bytes, residuals)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         state = self._passes.get(tick.pass_index)
@@ -275,9 +294,7 @@ class Handle:
         """Carry out the step of the plan."""
         program = state.program
         output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
-        for index, last in enumerate(program.last_reader):
-            if last == tick.step:
-                state.clear(index)
+        state.free(tick.step)
         return output
 
     def _fresh_pass(self, tick: Tick) -> PassState:
@@ -292,30 +309,35 @@ class Handle:
         num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
         # One row serves every step: a policy decides, or nothing is ever skipped.
         row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
-        program = Program((row,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * sites)
+        program = Program((row,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * sites, (-1,) * sites)
         return PassState(program, sites, num_slots, policy, selector)
 
     def _execute(
         self, tick: Tick, state: PassState, call: Call, ops: Sequence[Op], history: Sequence[tuple[int, ...]]
     ) -> Any:
         """Run the denoiser with one op per site."""
+        if any(op & Op.SHARE for op in ops):
+            check_guidance_halves(call.latents)
         weights = ForecastWeights(lagrange_weights if self._plan is None else self._plan.weights, tick.step)
-        outputs = self._cost(call.signature).site_outputs if self._compiled else None
+        cost = self._cost(call.signature) if self._compiled else None
         num_tokens = [0] * len(ops)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
             if op == Op.PARTIAL:
                 op, num_tokens[index] = self._choose_tokens(tick, state, index)
-            if op in (Op.STORE, Op.EXTEND):
+            residual = state.residuals[index]
+            if cost is not None and op & Op.RESIDUAL:
+                allocate(residual, cost.site_residuals[index])
+            if op & Op.STORE:
                 slots = state.make_room(index)
-                if slots[0] is None and outputs is not None:
-                    slots[0] = empty_slot(outputs[index].shape, outputs[index].dtype, outputs[index].device)
+                if cost is not None:
+                    allocate(slots, cost.site_outputs[index])
             elif op == Op.DECIDE:
                 assert isinstance(tap, BlocksTap)
                 tap.decide = partial(self._ask, tick, state, index, weights)
             slots = state.slots[index]
             if op in (Op.FORECAST, Op.EXTEND):
                 tap.weights = weights(history[index], kept(slots[1 if op == Op.EXTEND else 0]))
-            tap.slots, tap.op, tap.reached = slots, int(op), False
+            tap.slots, tap.residual, tap.op, tap.reached = slots, residual, int(op), False
         decided = any(tap.op == Op.DECIDE for tap in self._taps)
         reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op == Op.REUSE]
         versions = [slot._version for _, slot in reused]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, IntEnum
+from enum import Enum, IntFlag
 
 from sostenuto.forecast import lagrange_weights
 
@@ -22,25 +22,59 @@ class Action(Enum):
     """Run for some tokens, the others keep their last output."""
     SKIP = "skip"
     """Neither run nor read: a larger site around it is reused."""
+    WINDOW = "window"
+    """Attention to the near tokens alone; the share of the far ones is that of the last full attention."""
+    SHARE = "share-guidance"
+    """Run for the conditional half of the batch alone; the unconditional half is given the same output."""
+    WINDOW_SHARE = "window+share-guidance"
+    """Both."""
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether attention runs in another way, which only an attention tap can carry out."""
+        return self in _ATTENTION_OPS
 
 
-class Op(IntEnum):
-    """How a site carries out its action. Plain integers, so that ``torch.compile`` traces one graph per combination."""
+class Op(IntFlag):
+    """How a site carries out its action. Plain integers, so that ``torch.compile`` traces one graph per combination.
 
-    OUTSIDE = -1  # no denoiser call is under way
+    ``STORE`` and ``RESIDUAL`` say what is kept and are added to what is done; ``WINDOW | SHARE`` does both.
+    """
+
     COMPUTE = 0  # run the branch; nobody will read its output again
-    STORE = 1  # run the branch and keep its output
-    REUSE = 2  # return the newest kept output
-    FORECAST = 3  # return a weighted sum of the kept outputs
-    EXTEND = 4  # the same, and keep it as if it had been computed
-    PARTIAL = 5  # run for the chosen tokens and write them into the newest kept output
-    SKIP = 6  # not reached, or an output that nobody reads
-    DECIDE = 7  # a policy turns it into STORE, REUSE or FORECAST when the site is reached
+    STORE = 1  # keep the output
+    RESIDUAL = 2  # keep what the far tokens add to the window attention
+    WINDOW = 4  # window attention, plus the kept residual
+    SHARE = 8  # run for the conditional half of the batch, the other half is given the same
+    REUSE = 16  # return the newest kept output
+    FORECAST = 32  # return a weighted sum of the kept outputs
+    EXTEND = FORECAST | STORE  # the same, and keep it as if it had been computed
+    PARTIAL = 64  # run for the chosen tokens and write them into the newest kept output
+    SKIP = 128  # not reached, or an output that nobody reads
+    DECIDE = 256  # a policy turns it into STORE, REUSE or FORECAST when the site is reached
+    OUTSIDE = 512  # no denoiser call is under way
 
     @property
     def is_filled(self) -> bool:
         """Whether the output comes from kept ones alone."""
         return self in (Op.REUSE, Op.FORECAST, Op.EXTEND)
+
+    @property
+    def action(self) -> Action:
+        """What was done, whatever was kept of it."""
+        return _ACTION_OF[self & ~(Op.STORE | Op.RESIDUAL)]
+
+
+_ATTENTION_OPS = {Action.WINDOW: Op.WINDOW, Action.SHARE: Op.SHARE, Action.WINDOW_SHARE: Op.WINDOW | Op.SHARE}
+_ACTION_OF = {
+    Op.COMPUTE: Action.COMPUTE,
+    Op.REUSE: Action.REUSE,
+    Op.FORECAST: Action.FORECAST,
+    Op.PARTIAL: Action.PARTIAL,
+    Op.SKIP: Action.SKIP,
+    Op.DECIDE: Action.COMPUTE,  # a call that failed before the decision
+    **{op: action for action, op in _ATTENTION_OPS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -86,11 +120,13 @@ class Program:
         ops: ``[step][site]``; steps before ``start`` are empty.
         history: ``[step][site]``, the steps whose outputs a ``FORECAST`` combines, newest first, otherwise ``()``.
         last_reader: for each site the last step that reads its kept outputs (−1: none), after which they are freed.
+        last_residual_reader: the same for its kept residual.
     """
 
     ops: tuple[tuple[Op, ...], ...]
     history: tuple[tuple[tuple[int, ...], ...], ...]
     last_reader: tuple[int, ...]
+    last_residual_reader: tuple[int, ...]
 
 
 def lower(plan: Plan, start: int = 0) -> Program:
@@ -98,16 +134,27 @@ def lower(plan: Plan, start: int = 0) -> Program:
     num_sites = len(plan.actions[0]) if plan.actions else 0
     ops = [[Op.COMPUTE] * num_sites for _ in range(plan.num_steps)]
     history: list[list[tuple[int, ...]]] = [[()] * num_sites for _ in range(plan.num_steps)]
-    last_reader = [-1] * num_sites
+    last_reader, last_residual_reader = [-1] * num_sites, [-1] * num_sites
     for site in range(num_sites):
         computed: list[int] = []  # newest first
+        full = start  # the newest step with full attention
         for step in range(start, plan.num_steps):
             action = plan.actions[step][site]
             if action is Action.COMPUTE or not computed:
                 computed.insert(0, step)
+                full = step
                 continue
             if action is Action.SKIP:
                 ops[step][site] = Op.SKIP
+                continue
+            if action.changes_attention:
+                ops[step][site] = _ATTENTION_OPS[action]
+                computed.insert(0, step)
+                if ops[step][site] & Op.WINDOW:
+                    ops[full][site] |= Op.RESIDUAL
+                    last_residual_reader[site] = step
+                else:
+                    full = step
                 continue
             depth = plan.forecast_order + 1 if action is Action.FORECAST else 1
             read = tuple(computed[:depth])
@@ -118,38 +165,47 @@ def lower(plan: Plan, start: int = 0) -> Program:
             history[step][site] = read
             last_reader[site] = step
             for source in read:
-                ops[source][site] = Op.EXTEND if ops[source][site].is_filled else Op.STORE
+                ops[source][site] = Op.EXTEND if ops[source][site].is_filled else ops[source][site] | Op.STORE
             if plan.keep_forecasts and action is Action.FORECAST:
                 computed.insert(0, step)
     return Program(
         ops=tuple(() if step < start else tuple(row) for step, row in enumerate(ops)),
         history=tuple(tuple(row) for row in history),
         last_reader=tuple(last_reader),
+        last_residual_reader=tuple(last_residual_reader),
     )
 
 
-def peak_bytes(program: Program, num_slots: int, output_bytes: Sequence[int]) -> int:
+def peak_bytes(
+    program: Program, num_slots: int, output_bytes: Sequence[int], residual_bytes: Sequence[int] = ()
+) -> int:
     """Most bytes that one pass of a program keeps at one time.
 
     Args:
         program: the lowered plan.
         num_slots: outputs that a site keeps at most.
         output_bytes: size of one output of each site.
+        residual_bytes: size of the residual of each site, where the program keeps any.
     """
-    slots = [0] * len(output_bytes)
+    slots, residuals = [0] * len(output_bytes), [0] * len(output_bytes)
     peak = 0
     for step, ops in enumerate(program.ops):
         for site, op in enumerate(ops):
-            if op in (Op.STORE, Op.EXTEND):
+            if op & Op.STORE:
                 slots[site] = min(num_slots, slots[site] + 1)
-        peak = max(peak, sum(n * size for n, size in zip(slots, output_bytes, strict=True)))
-        for site, last in enumerate(program.last_reader):
-            if last == step:
+            if op & Op.RESIDUAL:
+                residuals[site] = residual_bytes[site]
+        outputs = sum(n * size for n, size in zip(slots, output_bytes, strict=True))
+        peak = max(peak, outputs + sum(residuals))
+        for site in range(len(output_bytes)):
+            if program.last_reader[site] == step:
                 slots[site] = 0
+            if program.last_residual_reader[site] == step:
+                residuals[site] = 0
     return peak
 
 
-def fit(plan: Plan, output_bytes: Sequence[int], max_bytes: int) -> Plan:
+def fit(plan: Plan, output_bytes: Sequence[int], max_bytes: int, residual_bytes: Sequence[int] = ()) -> Plan:
     """The plan with as few sites as possible computed always, so that one pass keeps at most ``max_bytes``.
 
     The last sites are given up first: what is skipped early in the network also spares the norms in front of it. Where sites
@@ -157,7 +213,7 @@ def fit(plan: Plan, output_bytes: Sequence[int], max_bytes: int) -> Plan:
     """
     kept = len(output_bytes)
     nested = any(action is Action.SKIP for row in plan.actions for action in row)
-    while kept and peak_bytes(lower(plan), plan.num_slots, output_bytes) > max_bytes:
+    while kept and peak_bytes(lower(plan), plan.num_slots, output_bytes, residual_bytes) > max_bytes:
         kept = 0 if nested else kept - 1
         rows = (row[:kept] + (Action.COMPUTE,) * (len(row) - kept) for row in plan.actions)
         plan = replace(plan, actions=tuple(rows))

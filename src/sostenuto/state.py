@@ -10,6 +10,7 @@ import torch
 
 from sostenuto.cost import TensorSpec
 from sostenuto.plan import Program, Weights
+from sostenuto.tap import empty_slot
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,15 @@ class PassState:
         self.last_step = -1
         self.latents: TensorSpec | None = None
         self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
+        self.residuals: list[list[torch.Tensor | None]] = [[None] for _ in range(num_sites)]
         self.decided: list[int] = []  # steps at which the policy had its site computed, newest first
         self.template: Any = None  # the last computed output of the denoiser, without its prediction
 
     @property
     def num_bytes(self) -> int:
         """Bytes of kept features and signals."""
-        slots = sum(slot.nbytes for slots in self.slots for slot in slots if slot is not None)
-        return slots + (0 if self.policy is None else self.policy.num_bytes)
+        kept = sum(slot.nbytes for slots in self.slots + self.residuals for slot in slots if slot is not None)
+        return kept + (0 if self.policy is None else self.policy.num_bytes)
 
     def make_room(self, site: int) -> list[torch.Tensor | None]:
         """The site's slots with the oldest one in front, to be overwritten."""
@@ -100,9 +102,19 @@ class PassState:
         slots.insert(0, slots.pop())
         return slots
 
-    def clear(self, site: int) -> None:
-        """Free what a site keeps; in place, since its tap holds the same list."""
-        self.slots[site][:] = [None] * len(self.slots[site])
+    def free(self, step: int) -> None:
+        """Free what no step after this one reads; in place, since the taps hold the same lists."""
+        program = self.program
+        for readers, kept in ((program.last_reader, self.slots), (program.last_residual_reader, self.residuals)):
+            for last, slots in zip(readers, kept, strict=True):
+                if last == step:
+                    slots[:] = [None] * len(slots)
+
+
+def allocate(slots: list[torch.Tensor | None], spec: TensorSpec) -> None:
+    """Give the first slot memory, if it has none."""
+    if slots[0] is None:
+        slots[0] = empty_slot(spec.shape, spec.dtype, spec.device)
 
 
 class ForecastWeights:

@@ -11,16 +11,7 @@ from sostenuto.anatomy import Site
 from sostenuto.cost import Carried, DryRun
 from sostenuto.plan import Action, Op
 
-_ACTION_OF = {
-    Op.COMPUTE: Action.COMPUTE,
-    Op.STORE: Action.COMPUTE,
-    Op.REUSE: Action.REUSE,
-    Op.FORECAST: Action.FORECAST,
-    Op.EXTEND: Action.FORECAST,
-    Op.PARTIAL: Action.PARTIAL,
-    Op.SKIP: Action.SKIP,
-    Op.DECIDE: Action.COMPUTE,  # a call that failed before the decision
-}
+_ALWAYS_LISTED = (Action.COMPUTE, Action.REUSE, Action.FORECAST, Action.PARTIAL)
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,11 @@ class Record:
         return Statistics(
             num_steps=len({step for step, *_ in self.calls}),
             num_passes=self.num_passes,
-            actions={action.value: actions[action.value] for action in Action if action is not Action.SKIP},
+            actions={
+                action.value: actions[action.value]
+                for action in Action
+                if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
+            },
             macs=macs,
             macs_uncached=uncached,
             ideal_speedup=uncached / macs if macs else 1.0,
@@ -96,4 +91,4 @@ class Record:
 
 
 def _names(ops: Sequence[Op]) -> list[str]:
-    return [_ACTION_OF[op].value for op in ops]
+    return [op.action.value for op in ops]

@@ -354,5 +354,7 @@ def _state(entry: Any, step: int) -> StepActions:
             return {site: Action(action) for site, action in entry.items()}
     except ValueError:
         pass
-    known = ", ".join(state.value for state in StepState)
-    raise TableError(f"unknown action {entry!r} at step {step}; known are {known}, or a map from site to action")
+    known, actions = (", ".join(choice.value for choice in choices) for choices in (StepState, Action))
+    raise TableError(
+        f"unknown action {entry!r} at step {step}; known are {known}, or a map from site to one of {actions}"
+    )

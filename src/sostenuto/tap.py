@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from sostenuto.anatomy import Site
 from sostenuto.errors import EngineError
-from sostenuto.plan import Op
+from sostenuto.plan import Action, Op
 
 
 class Attachment:
@@ -37,9 +37,9 @@ class Attachment:
 class Tap(Attachment):
     """Carries out one op at one site; the base of all taps, itself a site that no module stands for (the output).
 
-    ``op``, ``slots``, ``weights`` and ``tokens`` are set by the engine before each denoiser call. ``op`` is a plain integer
-    that the compiler sees as a constant: one graph for each combination of ops, whatever the step. What changes every step
-    (the weights of a forecast, the chosen tokens) is a tensor.
+    ``op``, ``slots``, ``residual``, ``weights`` and ``tokens`` are set by the engine before each denoiser call. ``op`` is a
+    plain integer that the compiler sees as a constant: one graph for each combination of ops, whatever the step. What
+    changes every step (the weights of a forecast, the chosen tokens) is a tensor.
     """
 
     def __init__(self, site: Site) -> None:
@@ -48,12 +48,21 @@ class Tap(Attachment):
         self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
         self.reached = False
         self.slots: list[torch.Tensor | None] = []  # newest first
+        self.residual: list[torch.Tensor | None] = [None]
         self.weights: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
 
     def watched(self) -> tuple[nn.Module, nn.Module] | None:
         """The modules at whose beginning and end the site begins and ends."""
         return None
+
+    def can(self, action: Action) -> bool:
+        """Whether it can carry out an action."""
+        return not action.changes_attention
+
+    def residual_shape(self, output: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the residual that it keeps, from that of its output."""
+        return tuple(output)
 
     def attach(self) -> None:
         """Replace the ``forward`` of what is tapped."""
@@ -68,15 +77,11 @@ class Tap(Attachment):
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
         self.op, self.slots, self.weights, self.tokens = Op.OUTSIDE, [], None, None
+        self.residual = [None]
 
     def store(self, output: torch.Tensor) -> None:
         """Keep an output as the newest."""
-        slot = self.slots[0]
-        if slot is None:  # only outside of torch.compile, which is given its slots beforehand
-            # In the output's memory format, which decides the kernels of the convolutions that read it.
-            with torch.inference_mode(False):
-                slot = self.slots[0] = torch.empty_like(output, requires_grad=False)
-        slot.copy_(output.detach())
+        keep(self.slots, output)
 
     def filled(self, op: int) -> torch.Tensor:
         """What stands in for the output of a skipped site."""
@@ -234,6 +239,16 @@ def empty_slot(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: 
     """Memory for one kept output, usable inside and outside of inference mode."""
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)
+
+
+def keep(slots: list[torch.Tensor | None], value: torch.Tensor) -> None:
+    """Write a value into the first slot."""
+    slot = slots[0]
+    if slot is None:  # only outside of torch.compile, which is given its slots beforehand
+        # In the value's memory format, which decides the kernels of the convolutions that read it.
+        with torch.inference_mode(False):
+            slot = slots[0] = torch.empty_like(value, requires_grad=False)
+    slot.copy_(value.detach())
 
 
 def kept(slot: torch.Tensor | None) -> torch.Tensor:

@@ -126,6 +126,6 @@ def _prove_plan(handle: Handle) -> None:
     first = min(step for step, *_ in handle._record.calls)  # image to image begins in the middle, and computes there
     for step, _, _, carried in handle._record.calls:
         for site, action, op in zip(handle.sites, plan.actions[step], carried.ops, strict=True):
-            skipped = op not in (Op.COMPUTE, Op.STORE)
+            skipped = op.action is not Action.COMPUTE
             if skipped != (action is not Action.COMPUTE) and step != first:
-                raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {op.name.lower()}")
+                raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {op.action.value}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
+from sostenuto.calibrations.ditfastattn import DiTFastAttnCalibration
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.calibrations.feb import FEBCalibration
 from sostenuto.calibrations.l2c import L2CCalibration
@@ -21,12 +22,14 @@ _CALIBRATIONS: tuple[type[Calibration], ...] = (
     FEBCalibration,
     SmoothCacheCalibration,
     L2CCalibration,
+    DiTFastAttnCalibration,
     TeaCacheCalibration,
     MagCacheCalibration,
 )
 
 __all__ = [
     "Calibration",
+    "DiTFastAttnCalibration",
     "EBCalibration",
     "FEBCalibration",
     "L2CCalibration",

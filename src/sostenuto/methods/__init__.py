@@ -8,6 +8,7 @@ from sostenuto.methods.base import Combination, Method
 from sostenuto.methods.dbcache import DBCache
 from sostenuto.methods.deepcache import DeepCache
 from sostenuto.methods.delta_dit import DeltaDiT
+from sostenuto.methods.ditfastattn import DiTFastAttn
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.feb import FEBCache
@@ -30,6 +31,7 @@ _METHODS: tuple[type[Method], ...] = (
     FORA,
     DeltaDiT,
     L2C,
+    DiTFastAttn,
     PAB,
     SmoothCache,
     DeepCache,
@@ -51,6 +53,7 @@ __all__ = [
     "DBCache",
     "DeepCache",
     "DeltaDiT",
+    "DiTFastAttn",
     "EBCache",
     "EpsilonScaling",
     "FEBCache",

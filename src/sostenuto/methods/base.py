@@ -15,6 +15,7 @@ from sostenuto.errors import MethodError
 from sostenuto.plan import Action, Plan
 from sostenuto.state import Policy, Selector
 from sostenuto.tap import BranchTap, Tap
+from sostenuto.unet import is_unet
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Method:
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Where: the sites that are tapped, in the order in which they run; by default all branches."""
+        if not self.skips and is_unet(denoiser):
+            return []  # the branches of a U-Net aren't known, and nothing is to be skipped
         return inspect(denoiser)
 
     def tap(self, site: Site, denoiser: nn.Module) -> Tap:

@@ -1,0 +1,558 @@
+"""DiTFastAttn: window attention, its residual and sharing, against dense and naive computations of their own."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sostenuto
+from conftest import build_tiny, sample_loop
+from sostenuto import (
+    Action,
+    CacheTable,
+    DiTFastAttn,
+    DiTFastAttnCalibration,
+    EBCache,
+    MethodError,
+    TableError,
+)
+from sostenuto.anatomy import inspect
+from sostenuto.attention_tap import AttentionTap, window_attention
+from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
+from sostenuto.cli import ModelChoice, main
+from sostenuto.plan import Op, Plan, fit, lower, peak_bytes
+from tiny_pixart import build_pixart, sample_pixart
+
+C, R, W, G, WG = Action.COMPUTE, Action.REUSE, Action.WINDOW, Action.SHARE, Action.WINDOW_SHARE
+SITES = [f"transformer_blocks.{index}.attn1" for index in range(3)]
+ROWS = ((C, C, C), (W, R, G), (R, WG, W), (WG, C, R), (G, W, WG), (W, R, R))
+WINDOW = 3
+
+
+def table_of(rows=ROWS, **calibration):
+    return CacheTable(
+        tuple(dict(zip(SITES, row, strict=True)) for row in rows), method="ditfastattn", calibration=calibration
+    )
+
+
+@torch.no_grad()
+def guided_loop(model, scheduler, num_steps=6, seed=0, batch=2, conditional_first=True, stop_at=None):
+    """Guidance in one batched call; returns the final latents and every output of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, 2, 8, 8, generator=generator)
+    halves = [torch.arange(batch), torch.full((batch,), 10)]
+    labels = torch.cat(halves if conditional_first else halves[::-1])
+    scheduler.set_timesteps(num_steps)
+    outputs = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        outputs.append(model(torch.cat([latents] * 2), timestep.expand(2 * batch), labels).sample)
+        conditional, unconditional = outputs[-1].chunk(2) if conditional_first else outputs[-1].chunk(2)[::-1]
+        noise = unconditional + 3.0 * (conditional - unconditional)
+        latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample
+    return latents, outputs
+
+
+class NaiveAttention:
+    """One self-attention carried out from the definition, with dense masks; ``keep`` says whether state advances."""
+
+    def __init__(self, module, window, conditional_first=True):
+        self.module, self.window, self.conditional_first = module, window, conditional_first
+        self.action, self.keep = C, True
+        self.out = self.residual = None
+
+    def __call__(self, x, **_):
+        if self.action is R:
+            return self.out
+        half = slice(None)
+        if self.action in (G, WG):
+            half = slice(len(x) // 2) if self.conditional_first else slice(len(x) // 2, None)
+        full, near = self.attend(x[half], None), self.attend(x[half], self.window)
+        windowed = self.action in (W, WG)
+        mixed = near + self.residual[half] if windowed else full
+        out = F.linear(mixed, self.module.to_out[0].weight, self.module.to_out[0].bias)
+        if self.action in (G, WG):
+            out, residual = torch.cat([out, out]), torch.cat([full - near] * 2)
+        else:
+            residual = full - near
+        if self.keep:
+            self.out = out
+            self.residual = self.residual if windowed else residual
+        return out
+
+    def attend(self, x, window):
+        m = self.module
+        q, k, v = (
+            (x @ p.weight.T + p.bias).reshape(*x.shape[:2], m.heads, -1).permute(0, 2, 1, 3)
+            for p in (m.to_q, m.to_k, m.to_v)
+        )
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if window is not None:
+            place = torch.arange(x.shape[1])
+            logits = logits.masked_fill((place[:, None] - place[None]).abs() > window, -torch.inf)
+        return (logits.softmax(-1) @ v).permute(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+
+
+def naive_copy(model, window, conditional_first=True):
+    """A copy of the model whose self-attentions are naive, and these."""
+    model = copy.deepcopy(model)
+    attentions = [NaiveAttention(block.attn1, window, conditional_first) for block in model.transformer_blocks]
+    for block, attention in zip(model.transformer_blocks, attentions, strict=True):
+        block.attn1.forward = attention
+    return model, attentions
+
+
+def attention_tap(model, window=WINDOW, half="first"):
+    """The tap of the first self-attention, and what it puts in place of the module's forward."""
+    tap = AttentionTap(inspect(model)[0], model, window, half)
+    tap.slots = [None]
+    return tap, tap.branch(tap.module.forward)
+
+
+# --- window attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33])
+@pytest.mark.parametrize("window", [1, 3, 5, 16, 31, 32, 100])
+def test_window_attention_is_attention_under_a_band_mask(tokens, window):
+    q, k, v = torch.randn(3, 2, 2, tokens, 4)
+    place = torch.arange(tokens)
+    band = (place[:, None] - place).abs() <= window
+    expected = ((q @ k.mT / 2).masked_fill(~band, -torch.inf)).softmax(-1) @ v
+    torch.testing.assert_close(window_attention(q, k, v, window), expected)
+
+
+def test_a_window_over_all_tokens_is_full_attention():
+    q, k, v = torch.randn(3, 2, 2, 16, 4)
+    assert torch.equal(window_attention(q, k, v, 15), F.scaled_dot_product_attention(q, k, v))
+    assert not torch.allclose(window_attention(q, k, v, 14), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_the_work_of_window_attention_is_that_of_its_chunks():
+    q, k, v = torch.randn(3, 2, 3, 32, 8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        window_attention(q, k, v, 4)
+    # 8 chunks of 4 queries with 12 keys each, the first and last with 8; two products, a multiply-accumulate per channel
+    assert counter.get_total_flops() // 2 == 2 * 3 * 2 * 8 * 4 * (6 * 12 + 2 * 8)
+
+
+# --- the tap ---------------------------------------------------------------------------------------------------------
+
+
+def test_full_attention_that_keeps_its_residual_returns_what_the_module_returns(tiny):
+    tap, forward = attention_tap(tiny)
+    x = torch.randn(2, 16, 32)
+    tap.op = int(Op.RESIDUAL | Op.STORE)
+    assert torch.equal(forward(x), tap.module(x))
+    assert torch.equal(tap.slots[0], tap.module(x))
+
+
+@pytest.mark.parametrize("qk_norm", [None, "layer_norm", "rms_norm"])
+def test_window_and_residual_of_the_same_tokens_is_full_attention(tiny, qk_norm):
+    torch.manual_seed(0)
+    tiny.transformer_blocks[0].attn1 = Attention(32, heads=4, dim_head=16, qk_norm=qk_norm, out_dim=None)
+    tap, forward = attention_tap(tiny)
+    x = torch.randn(2, 16, 32)
+    tap.op = int(Op.RESIDUAL)
+    full = forward(x)
+    assert tap.residual[0].shape == tap.residual_shape(full.shape) == (2, 16, 64)
+    tap.op = int(Op.WINDOW)
+    torch.testing.assert_close(forward(x), tap.module(x))
+    assert not torch.allclose(forward(2 * x), tap.module(2 * x))
+
+
+@pytest.mark.parametrize("op", [Op.SHARE, Op.SHARE | Op.RESIDUAL, Op.SHARE | Op.WINDOW])
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_sharing_gives_both_halves_what_the_conditional_one_computes(tiny, op, half):
+    tap, forward = attention_tap(tiny, half=half)
+    x = torch.randn(4, 16, 32)
+    tap.op = int(Op.RESIDUAL)
+    forward(x)
+    conditional = tap.module(x)[:2] if half == "first" else tap.module(x)[2:]
+    tap.op = int(op)
+    torch.testing.assert_close(forward(x), torch.cat([conditional, conditional]))
+    tap.op = int(Op.WINDOW)
+    tap.module, same = tap.module, torch.cat([x[:2] if half == "first" else x[2:]] * 2)
+    if op & Op.RESIDUAL:  # the shared residual is the conditional one, for both halves
+        torch.testing.assert_close(forward(same), tap.module(same))
+
+
+def test_the_default_window_is_an_eighth_of_the_tokens(tiny):
+    x = torch.randn(2, 16, 32)
+    residuals = []
+    for window in (None, 2):
+        tap, forward = attention_tap(tiny, window=window)
+        tap.op = int(Op.RESIDUAL)
+        forward(x)
+        residuals.append(tap.residual[0])
+    assert torch.equal(*residuals)
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def column(*actions):
+    return Plan(tuple((action,) for action in actions))
+
+
+def ops(*actions, start=0):
+    return [row[0] for row in lower(column(*actions), start).ops[start:]]
+
+
+def test_what_is_kept_follows_from_what_is_read():
+    assert ops(C, W, W, C, C) == [Op.RESIDUAL, Op.WINDOW, Op.WINDOW, Op.COMPUTE, Op.COMPUTE]
+    assert ops(C, R, W, R) == [Op.STORE | Op.RESIDUAL, Op.REUSE, Op.WINDOW | Op.STORE, Op.REUSE]
+    assert ops(C, G, WG, W) == [Op.COMPUTE, Op.SHARE | Op.RESIDUAL, Op.WINDOW | Op.SHARE, Op.WINDOW]
+    assert ops(C, G, R) == [Op.COMPUTE, Op.SHARE | Op.STORE, Op.REUSE]
+
+
+def test_a_generation_that_begins_in_the_middle_has_full_attention_first():
+    assert ops(C, W, W, start=1) == [Op.RESIDUAL, Op.WINDOW]
+    assert ops(C, WG, start=1) == ops(C, G, start=1) == [Op.COMPUTE]
+
+
+def test_residuals_are_counted_and_freed_after_their_last_reader():
+    program = lower(column(C, W, C, R, C))
+    assert program.last_residual_reader == (1,)
+    assert program.last_reader == (3,)
+    assert peak_bytes(program, 1, [8], [100]) == 100
+    assert peak_bytes(lower(column(C, R, W)), 1, [8], [100]) == 108
+    assert fit(column(C, W), [8], 99, [100]).actions == ((C,), (C,))
+
+
+# --- whole generations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditional_first", [True, False])
+def test_a_plan_gives_what_the_naive_network_gives(tiny, scheduler, conditional_first):
+    naive, attentions = naive_copy(tiny, WINDOW, conditional_first)
+
+    class Planned:
+        def __call__(self, latents, timestep, labels):
+            step = scheduler.timesteps.tolist().index(timestep[0])
+            for attention, action in zip(attentions, ROWS[step], strict=True):
+                attention.action = action
+            return naive(latents, timestep, labels)
+
+    expected, _ = guided_loop(Planned(), scheduler, conditional_first=conditional_first)
+    method = DiTFastAttn(table_of(), WINDOW, "first" if conditional_first else "second")
+    with sostenuto.enable(tiny, method, scheduler=scheduler) as handle:
+        got, _ = guided_loop(tiny, scheduler, conditional_first=conditional_first)
+        assert handle.stats.plan == [[action.value for action in row] for row in ROWS]
+        assert handle.stats.actions == {
+            "compute": 4, "reuse": 5, "forecast": 0, "partial": 0, "window": 4, "share-guidance": 2,
+            "window+share-guidance": 3,
+        }  # fmt: skip
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_on_pixart_self_attention_alone_is_compressed(scheduler):
+    pixart = build_pixart()
+    rows = tuple(dict.fromkeys(SITES, action) for action in (C, W, R))
+    method = DiTFastAttn(CacheTable(rows), 15)  # over all 16 tokens
+    with sostenuto.enable(pixart, method, scheduler=scheduler) as handle:
+        whole = sample_pixart(pixart, scheduler, 3)
+        assert [site.id for site in handle.sites] == SITES
+        assert handle.stats.actions["window"] == handle.stats.actions["reuse"] == 3
+    with sostenuto.enable(pixart, DiTFastAttn(CacheTable((rows[0], rows[0], rows[2]))), scheduler=scheduler):
+        torch.testing.assert_close(whole, sample_pixart(pixart, scheduler, 3))
+
+
+def test_computing_everything_is_bit_identical_to_the_stock_model(tiny, scheduler):
+    stock, _ = sample_loop(tiny, scheduler, 3)
+    with sostenuto.enable(tiny, DiTFastAttn(table_of(((C, C, C),) * 3)), scheduler=scheduler) as handle:
+        cached, _ = sample_loop(tiny, scheduler, 3)
+        assert handle.stats.ideal_speedup == 1.0
+        assert handle.stats.cache_bytes_peak == 0
+    assert torch.equal(stock, cached)
+
+
+def test_counted_macs_are_those_of_a_real_run_and_fall_by_what_is_not_run(tiny, scheduler):
+    with sostenuto.enable(tiny, DiTFastAttn(table_of(), WINDOW), scheduler=scheduler) as handle:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            guided_loop(tiny, scheduler)
+        assert handle.stats.macs == counter.get_total_flops() // 2
+    rows, tokens, width = 4, 16, 32
+    projections = 4 * tokens * width**2
+    full = 2 * tokens**2 * width
+    near = 2 * width * (3 * 6 + 3 * (9 + 9 + 9) + 3 * 7 + 1 * 4)  # chunks 0–2, 3–5 …, 15 with the keys in their reach
+    residuals = near * (
+        3 + 2 / 2
+    )  # of sites 0 and 1 at step 0, site 1 at step 3; for half of the batch 2 at 1 and 0 at 4
+    saved = {C: 0, R: projections + full, W: full - near, G: (projections + full) / 2}
+    saved[WG] = projections / 2 + full - near / 2
+    expected = sum(saved[action] for row in ROWS for action in row) - residuals
+    assert handle.stats.macs_uncached - handle.stats.macs == rows * expected
+
+
+def test_peak_bytes_are_as_predicted_and_nothing_is_left(tiny, scheduler):
+    with sostenuto.enable(tiny, DiTFastAttn(table_of(), WINDOW), scheduler=scheduler) as handle:
+        guided_loop(tiny, scheduler)
+        one = 4 * 16 * 32 * 4
+        # At step 2 each site still has readers for its output and for its residual.
+        assert handle.stats.cache_bytes_peak == handle.predicted_cache_bytes == 6 * one
+        assert all(state.num_bytes == 0 for state in handle._passes.values())
+    with sostenuto.enable(
+        tiny, DiTFastAttn(table_of(), WINDOW), scheduler=scheduler, max_cache_bytes=2 * one
+    ) as handle:
+        guided_loop(tiny, scheduler)
+        assert 0 < handle.stats.cache_bytes_peak <= 2 * one
+
+
+def test_an_interrupted_generation_leaves_nothing_to_the_next(tiny, scheduler):
+    method = DiTFastAttn(table_of(), WINDOW)
+    with sostenuto.enable(tiny, method, scheduler=scheduler):
+        expected, _ = guided_loop(tiny, scheduler, seed=5)
+    with sostenuto.enable(tiny, method, scheduler=scheduler):
+        with pytest.raises(KeyboardInterrupt):
+            guided_loop(tiny, scheduler, seed=1, stop_at=3)
+        got, _ = guided_loop(tiny, scheduler, seed=5)
+    assert torch.equal(expected, got)
+
+
+def test_one_graph_per_combination_without_a_break(scheduler):
+    torch._dynamo.reset()
+    counters.clear()
+    rows = tuple({SITES[0]: action} for action in (C, WG, R, G, W))
+    method = DiTFastAttn(CacheTable(rows), WINDOW)
+    model = build_tiny(num_layers=1)
+    with sostenuto.enable(model, method, scheduler=scheduler):
+        expected, _ = guided_loop(model, scheduler, len(rows))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with sostenuto.enable(compiled, method, scheduler=scheduler) as handle:
+        got, _ = guided_loop(compiled, scheduler, len(rows))
+        assert counters["stats"]["unique_graphs"] == len({carried for *_, carried in handle._record.calls})
+        assert not counters["graph_break"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_sharing_without_guidance_in_the_batch_is_refused(tiny, scheduler, batch):
+    method = DiTFastAttn(table_of(((C, C, C), (G, C, C))))
+    with (
+        sostenuto.enable(tiny, method, scheduler=scheduler),
+        pytest.raises(MethodError, match=f"batch of {batch} does not hold the same latents twice"),
+    ):
+        sample_loop(tiny, scheduler, 2, batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        (lambda: Attention(32, heads=2, dim_head=16, norm_num_groups=4), "group_norm"),
+        (lambda: Attention(32, heads=2, dim_head=16, residual_connection=True), "residual_connection"),
+        (lambda: Attention(32, heads=2, dim_head=16, rescale_output_factor=2.0), "rescale_output_factor"),
+        (lambda: Attention(32, heads=2, dim_head=16, added_kv_proj_dim=32), "add_k_proj"),
+        (lambda: Attention(32, heads=2, dim_head=16, processor=AttnProcessor()), "processor AttnProcessor"),
+        (lambda: Attention(32, heads=2, kv_heads=1, dim_head=16), r"\[32, 16, 16\]"),
+        (lambda: torch.nn.Linear(32, 32), "no to_q"),
+    ],
+)
+def test_attention_of_another_kind_is_refused_by_name(tiny, scheduler, attention, words):
+    tiny.transformer_blocks[1].attn1 = attention()
+    with pytest.raises(MethodError, match=words) as caught:
+        sostenuto.enable(tiny, DiTFastAttn(table_of()), scheduler=scheduler)
+    assert "transformer_blocks.1.attn1" in str(caught.value)
+
+
+def test_a_mask_is_refused_where_the_window_is_to_run(tiny):
+    tap, forward = attention_tap(tiny)
+    tap.op = int(Op.RESIDUAL)
+    with pytest.raises(MethodError, match=r"transformer_blocks\.0\.attn1 is called with more than"):
+        forward(torch.randn(2, 16, 32), attention_mask=torch.ones(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: DiTFastAttn(3), "table is a CacheTable"),
+        (lambda: DiTFastAttn(window=0), "window must be a whole number"),
+        (lambda: DiTFastAttn(window=1.5), "window must be a whole number"),
+        (lambda: DiTFastAttn(conditional_half="both"), "conditional_half must be"),
+        (lambda: DiTFastAttn.pixart_sigma(image_size=512), "published for images of 1024 and 2048"),
+        (lambda: DiTFastAttnCalibration(theta=0), "theta must be a number above 0"),
+        (lambda: DiTFastAttnCalibration(theta=float("nan")), "theta must be a number above 0"),
+        (lambda: DiTFastAttnCalibration(window=-1), "window must be a whole number"),
+        (lambda: DiTFastAttnCalibration(conditional_half=None), "not None"),
+        (lambda: DiTFastAttnCalibration(loss="ratio"), "ratio_abs"),
+        (lambda: DiTFastAttnCalibration(candidates=()), "one at least"),
+        (lambda: DiTFastAttnCalibration(candidates=(Action.PARTIAL,)), r"Action\.WINDOW"),
+        (lambda: DiTFastAttnCalibration.dit_xl_2(7), "D1 … D6"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(wrong, words):
+    with pytest.raises(MethodError, match=words):
+        wrong()
+
+
+def test_a_table_is_needed_and_must_be_for_these_sites(tiny, scheduler):
+    with pytest.raises(MethodError, match="no ditfastattn table ships"):
+        sostenuto.enable(tiny, "ditfastattn", scheduler=scheduler)
+    with pytest.raises(MethodError, match="window must be"):
+        sostenuto.enable(tiny, DiTFastAttn(table_of(window="wide")), scheduler=scheduler)
+    odd = CacheTable(({"transformer_blocks.0.ff": C},) * 2)
+    with (
+        sostenuto.enable(tiny, DiTFastAttn(odd), scheduler=scheduler),
+        pytest.raises(TableError, match="disagree about site"),
+    ):
+        sample_loop(tiny, scheduler, 2)
+
+
+def test_a_method_without_attention_taps_refuses_such_actions(tiny, scheduler):
+    ids = [site.id for site in inspect(tiny)]
+    table = CacheTable((dict.fromkeys(ids, C), dict.fromkeys(ids, W)))
+    with (
+        sostenuto.enable(tiny, EBCache(table), scheduler=scheduler),
+        pytest.raises(MethodError, match=r"EBCache can't carry out 'window' at transformer_blocks\.0\.attn1"),
+    ):
+        sample_loop(tiny, scheduler, 2)
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_by_hand():
+    y, y_hat = torch.tensor([2.0, -2.0, 1.0, 0.0]), torch.tensor([1.0, -1.0, -1.0, 5.0])
+    assert compression_loss(y, y_hat) == pytest.approx((0.5 + 0.5 + 2 + 1) / 4)
+    assert compression_loss(y, y_hat, "ratio_signed") == pytest.approx((0.5 + 0 + 2 + 1) / 4)  # −1/−1 is clipped to 0
+    assert compression_loss(torch.tensor([-1.0]), torch.tensor([0.0]), "ratio_signed") == 10
+    assert compression_loss(y, y) == 0
+
+
+def calibrated(model, scheduler, calibration, num_steps=4, loop=guided_loop, num_samples=4):
+    def sample(model, generator, num_inference_steps):
+        return loop(model, scheduler, num_inference_steps)
+
+    return sostenuto.calibrate(
+        model, calibration, sample, num_inference_steps=num_steps, num_samples=num_samples, scheduler=scheduler
+    )
+
+
+@pytest.mark.parametrize("loss", ["ratio_abs", "ratio_signed"])
+def test_the_greedy_plan_keeps_the_bound_and_takes_the_cheapest_that_does(tiny, scheduler, loss):
+    theta, window = 0.35, 2
+    table = calibrated(tiny, scheduler, DiTFastAttnCalibration(theta, window, loss=loss))
+    rows = [tuple(step[site] for site in SITES) for step in table.actions]
+    assert len({action for row in rows for action in row}) >= 3  # the bound matters
+    naive, attentions = naive_copy(tiny, window)
+    checked = []
+
+    def run(row, keep, *inputs):
+        for attention, action in zip(attentions, row, strict=True):
+            attention.action, attention.keep = action, keep
+        return naive(*inputs).sample
+
+    def gap(y, y_hat):
+        largest = torch.maximum(y, y_hat) if loss == "ratio_signed" else torch.maximum(y.abs(), y_hat.abs())
+        return ((y - y_hat).abs() / (largest + 1e-6)).clip(0, 10).mean().item()
+
+    class Checked:
+        def __call__(self, *inputs):
+            row = rows[len(checked)]
+            fresh = run((C, C, C), False, *inputs)
+            for layer, action in enumerate(row):
+                bound = (layer + 1) / 3 * theta
+                tried = [*CANDIDATES, C]
+                for candidate in tried[: tried.index(action) + 1] if checked else []:
+                    if candidate is C:
+                        continue
+                    loss = gap(fresh, run((*row[:layer], candidate, *(C,) * (2 - layer)), False, *inputs))
+                    assert (loss < bound) == (candidate is action)
+            checked.append(row)
+            return type("Out", (), {"sample": run(row, True, *inputs)})
+
+    guided_loop(Checked(), scheduler, 4)
+    assert rows[0] == (C, C, C)
+    assert len(checked) == 4
+    method = DiTFastAttn(table)
+    with sostenuto.enable(tiny, method, scheduler=scheduler) as handle:
+        guided_loop(tiny, scheduler, 4)
+        assert handle.stats.macs / handle.stats.macs_uncached == pytest.approx(table.macs_fraction)
+        assert handle.method.window == window
+
+
+def test_the_bound_decides_between_nothing_and_the_cheapest(tiny, scheduler):
+    strict = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e-9), 2)
+    assert all(action is C for step in strict.actions for action in step.values())
+    assert strict.macs_fraction == 1
+    loose = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9), 2)
+    assert all(action is R for step in loose.actions[1:] for action in step.values())
+    windows = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9, candidates=(W, G)), 2)
+    assert all(action is W for step in windows.actions[1:] for action in step.values())
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_without_guidance_in_the_batch_nothing_is_shared_between_its_halves(tiny, scheduler, separate):
+    def loop(model, scheduler, num_steps):
+        return sample_loop(model, scheduler, num_steps, separate_guidance=separate)
+
+    table = calibrated(tiny, scheduler, DiTFastAttnCalibration(0.3, candidates=(WG, G, W)), 2, loop)
+    actions = {action for step in table.actions for action in step.values()}
+    assert actions <= {C, W}
+    assert table.calibration["num_samples"] == 4  # two generations of two rows each, which vote
+    with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
+        loop(tiny, scheduler, 2)
+
+
+def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler):
+    seen = []
+
+    def sample(model, generator, num_inference_steps):
+        guided_loop(model, scheduler, num_inference_steps)
+        seen.append(vars(model)["_sostenuto_handle"]._record.bytes_peak)
+
+    calibration = DiTFastAttnCalibration(0.3)
+    sostenuto.calibrate(tiny, calibration, sample, num_inference_steps=3, num_samples=4, scheduler=scheduler)
+    assert seen == [3 * 2 * (4 * 16 * 32 * 4)]
+
+
+def test_a_table_comes_back_from_its_file_with_window_and_half(tiny, scheduler, tmp_path):
+    table = calibrated(tiny, scheduler, DiTFastAttnCalibration(0.35, 2))
+    table.save(tmp_path / "table.json")
+    with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
+        expected, _ = guided_loop(tiny, scheduler, 4)
+    with sostenuto.enable(tiny, DiTFastAttn(tmp_path / "table.json"), scheduler=scheduler) as handle:
+        got, _ = guided_loop(tiny, scheduler, 4)
+        assert (handle.method.window, handle.method.conditional_half) == (2, "first")
+    assert torch.equal(got, expected)
+    bad = (tmp_path / "table.json").read_text().replace('"compute"', '"sideways"')
+    (tmp_path / "table.json").write_text(bad)
+    with pytest.raises(TableError, match=r"window\+share-guidance"):
+        CacheTable.load(tmp_path / "table.json")
+
+
+def test_the_presets_are_the_published_ones():
+    d3 = DiTFastAttnCalibration.dit_xl_2(3)
+    assert (d3.theta, d3.window, d3.conditional_half) == (0.075, 128, "first")
+    assert DiTFastAttnCalibration.pixart_alpha(6) == DiTFastAttnCalibration(0.15, 512, "second")
+    assert DiTFastAttnCalibration.pixart_sigma(1).window == DiTFastAttn.pixart_sigma().window == 2048
+    assert DiTFastAttnCalibration.open_sora(5, 50) == DiTFastAttnCalibration(0.05, 50)
+
+
+def test_the_command_line_calibrates_and_takes_the_table(tmp_path, capsys):
+    path = tmp_path / "t.json"
+    choice = ["--method", "ditfastattn", "--num-inference-steps", "2", "--labels", "3", "--guidance-scale", "2"]
+    assert main(["calibrate", *choice, "--num-samples", "1", "--theta", "100", "--output", str(path)]) == 0
+    method = ModelChoice(method="ditfastattn", table=path).method_object()
+    assert method == DiTFastAttn(path)
+    assert CacheTable.load(path).calibration["theta"] == 100
+    capsys.readouterr()
+
+
+def test_verify_proves_the_plan_that_ran(tiny, scheduler):
+    def sample(model, generator, num_inference_steps):
+        return guided_loop(model, scheduler, num_inference_steps)
+
+    method = DiTFastAttn(table_of(ROWS[:3]), WINDOW)
+    proved = sostenuto.verify(tiny, method, sample, scheduler=scheduler, num_inference_steps=3)
+    assert proved["steps"] == 3
