@@ -9,12 +9,47 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from conftest import build_tiny
-from sostenuto import FORA, Action, CacheTable, DiTFastAttn, EBCache, EpsilonScaling, NoCache, StepState
+from sostenuto import (
+    FORA,
+    L2C,
+    PAB,
+    ABCache,
+    Action,
+    CacheTable,
+    DBCache,
+    DeepCache,
+    DeltaDiT,
+    DiTFastAttn,
+    EBCache,
+    EpsilonScaling,
+    FEBCache,
+    Forecast,
+    MagCache,
+    NoCache,
+    Router,
+    SmoothCache,
+    StepState,
+    TaylorSeer,
+    TeaCache,
+    TimeShift,
+)
 from sostenuto.methods.base import Method
+from unets import build_plain
 
 C, A, M, B = StepState
 ALL_COMPUTED = CacheTable((C,) * 6)
 TABLE = CacheTable((C, B, A, C, B, C), eps_scale=(0.98,) * 6)
+STACK = CacheTable((C, C, B, A, B, C), eps_scale=(0.98,) * 6, forecast_order=1, fill="stack")
+SITES = tuple(f"transformer_blocks.{block}.{branch}" for block in range(3) for branch in ("attn1", "ff"))
+
+
+def _router(gate: float) -> Router:
+    """Three cache steps; every second gate is this logit, the others are open."""
+    return Router(((gate, 9.0) * 3,) * 3, SITES, 6)
+
+
+def _unet() -> nn.Module:
+    return build_plain(1, num_class_embeds=11)
 
 
 def _attention(letters: str) -> CacheTable:
@@ -45,10 +80,39 @@ class Case:
 CASES = [
     Case("none", NoCache, NoCache, skips=False),
     Case("eb", lambda: EBCache(TABLE), lambda: EBCache(ALL_COMPUTED)),
+    Case("eb, stack", lambda: EBCache(STACK), lambda: EBCache(ALL_COMPUTED)),
+    Case("feb", lambda: FEBCache(CacheTable((C, M, B, C, A, C))), lambda: FEBCache(ALL_COMPUTED, eps_scale=1.0)),
+    Case("ab", lambda: ABCache(warmup=2, interval=2), lambda: ABCache(warmup=6)),
+    Case("ab, recursive", lambda: ABCache(3, 3, 3, "recursive"), lambda: ABCache(3, 6, 3, "recursive")),
     Case("fora", lambda: FORA(2), lambda: FORA(1)),
+    Case("delta-dit", lambda: DeltaDiT(2, 0.5, 2), lambda: DeltaDiT(1)),
+    Case("l2c", lambda: L2C(_router(-9.0)), lambda: L2C(_router(9.0))),
     Case("ditfastattn", lambda: DiTFastAttn(_attention("CWRWCR"), 3), lambda: DiTFastAttn(_attention("CCCCCC"), 3)),
+    Case("pab", lambda: PAB(2, 2, 2, (0, 999), {700: ((1,), 1)}), None),
+    Case("smoothcache", lambda: SmoothCache(TABLE), lambda: SmoothCache(ALL_COMPUTED)),
+    Case("deepcache", lambda: DeepCache(2), lambda: DeepCache(1), _unet, inner="conv_in"),
+    Case("taylorseer", lambda: TaylorSeer(2, 2, 2), lambda: TaylorSeer(1)),
+    Case("taylorseer, lite", lambda: TaylorSeer(3, 1, 2, lite=True), lambda: TaylorSeer(1, lite=True)),
+    Case("teacache", lambda: TeaCache(threshold=1.0), lambda: TeaCache(threshold=0.0)),
+    Case("dbcache", lambda: DBCache(1, 1, 1.0, warmup=2), lambda: DBCache(1, 1, 0.0)),
+    Case("magcache", lambda: MagCache((1.0,) * 6, 0.1, 2), lambda: MagCache((1.0,) * 6, max_consecutive=0)),
     Case("epsilon-scaling", EpsilonScaling, lambda: EpsilonScaling(1.0), skips=False),
+    Case("time-shift", TimeShift, None, skips=False),
     Case("fora | epsilon-scaling", lambda: FORA(2) | EpsilonScaling(1.01), lambda: FORA(1) | EpsilonScaling(1.0)),
+    Case("fora | forecast", lambda: FORA(3) | Forecast(1), lambda: FORA(1) | Forecast(1)),
+    Case(
+        "taylorseer | epsilon-scaling",
+        lambda: TaylorSeer(3, 1) | EpsilonScaling(1.01),
+        lambda: TaylorSeer(1) | EpsilonScaling(1.0),
+    ),
+    Case(
+        "deepcache | epsilon-scaling",
+        lambda: DeepCache(2) | EpsilonScaling(1.01),
+        lambda: DeepCache(1) | EpsilonScaling(1.0),
+        _unet,
+        inner="conv_in",
+    ),
+    Case("magcache | time-shift", lambda: MagCache((1.0,) * 6, 0.1, 2) | TimeShift(), None),
 ]
 
 

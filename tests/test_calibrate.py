@@ -37,8 +37,9 @@ def longest_run(table, states):
     return longest
 
 
-def test_the_table_costs_about_what_was_asked_and_its_macs_are_counted_right(model):
-    table = calibrate(model, EBCalibration(target_fraction=0.6))
+@pytest.mark.parametrize("fill", ["branches", "stack"])
+def test_the_table_costs_about_what_was_asked_and_its_macs_are_counted_right(model, fill):
+    table = calibrate(model, EBCalibration(target_fraction=0.6, fill=fill))
     assert abs(table.macs_fraction - 0.6) < 0.08  # one step of 12 more or less
     with sostenuto.enable(model, EBCache(table), scheduler=model.scheduler_for_test) as handle:
         sample_loop(model, model.scheduler_for_test, 12)

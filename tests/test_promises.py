@@ -35,15 +35,14 @@ def run(model, case, **kwargs):
 def cached(model, case, method=None, **kwargs):
     scheduler = new_scheduler(case)
     with sostenuto.enable(model, method or case.method(), scheduler=scheduler) as handle:
-        latents = sample_loop(model, scheduler, STEPS, **kwargs)[0]
-        return latents, handle.stats
+        return sample_loop(model, scheduler, STEPS, **kwargs)[0], handle
 
 
 def test_it_skips_something(model, case):
-    latents, stats = cached(model, case)
+    latents, handle = cached(model, case)
     assert torch.isfinite(latents).all()
     if case.skips:
-        assert stats.ideal_speedup > 1.02
+        assert handle.stats.ideal_speedup > 1.02
         assert not torch.equal(latents, run(model, case))
 
 
@@ -108,9 +107,9 @@ def test_an_exception_inside_a_block_leaves_nothing_stale(model, case):
 def test_separate_passes_do_not_see_each_other(model, case):
     """With the same conditioning's value in both passes the two would mix unnoticed; here each equals its own run."""
     guided, _ = cached(model, case, separate_guidance=True)
-    again, stats = cached(model, case, separate_guidance=True)
+    again, handle = cached(model, case, separate_guidance=True)
     assert torch.equal(guided, again)
-    assert stats.num_passes == 2
+    assert handle.stats.num_passes == 2
 
 
 def test_the_batch_may_change_between_generations(model, case):
@@ -123,13 +122,12 @@ def test_the_batch_may_change_between_generations(model, case):
 
 def test_bfloat16_state(model, case):
     model.to(torch.bfloat16)
-    full = cached(model, case, dtype=torch.bfloat16)
-    assert full[0].dtype == torch.bfloat16
-    assert torch.isfinite(full[0].float()).all()
+    latents, handle = cached(model, case, dtype=torch.bfloat16)
+    assert latents.dtype == torch.bfloat16
+    assert torch.isfinite(latents.float()).all()
+    half = handle.stats.cache_bytes_peak
     model.float()
-    wide = cached(model, case)
-    if wide[1].cache_bytes_peak:
-        assert full[1].cache_bytes_peak * 2 == wide[1].cache_bytes_peak
+    assert 2 * half == cached(model, case)[1].stats.cache_bytes_peak
 
 
 def test_statistics_equal_an_independent_count_of_what_ran(model, case):
@@ -163,3 +161,8 @@ def test_a_compiled_denoiser_gives_the_same_or_is_refused(model, case):
         assert not any("sostenuto" in name for module in model.modules() for name in vars(module))
         return
     torch.testing.assert_close(cached(model, case)[0], eager, rtol=1e-4, atol=1e-4)
+
+
+def test_every_method_has_a_case():
+    tested = {part.name for case in CASES for part in sostenuto.methods.base.parts(case.method())}
+    assert tested == set(sostenuto.available_methods())

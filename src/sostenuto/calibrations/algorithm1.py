@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick, normalized_times
 from sostenuto.correct import check_noise_scale
 from sostenuto.cost import Cost
@@ -39,6 +40,8 @@ class Algorithm1Options:
             own decisions, ties to less reuse.
         advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
+        fill: what is kept for the steps that reuse everything: ``"branches"``, as in the paper, or the whole ``"stack"`` as one
+            tensor, which makes these steps nearly free; see :class:`~sostenuto.table.CacheTable`.
         candidates: the states that are tried at a step, deepest reuse first; EB-Cache's two by default.
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
@@ -57,6 +60,7 @@ class Algorithm1Options:
     aggregation: Literal["batch_mean", "vote"] = "batch_mean"
     advance: Literal["selected", "no_cache"] = "selected"
     forecast_order: int = 1
+    fill: Literal["branches", "stack"] = "branches"
     candidates: tuple[StepState, ...] = CANDIDATES
     last_computed: int = 1
     kappa_start: float = 1.0
@@ -92,6 +96,7 @@ class Algorithm1Options:
         for name, known in (
             ("norm", ("rms", "mean_abs", "raw")),
             ("criterion", ("vector_gap", "norm_gap")),
+            ("fill", ("branches", "stack")),
             ("aggregation", ("batch_mean", "vote")),
             ("advance", ("selected", "no_cache")),
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
@@ -193,10 +198,15 @@ class Algorithm1:
         """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
         sites = self.handle.sites
         depth = self.options.forecast_order + 1
+        whole = self.options.fill == "stack" and state is StepState.REUSE_BOTH
         ops, histories = [], []
         for index, site in enumerate(sites):
             computed = self.history.get((tick.pass_index, index), [])
-            if state.skips(site):
+            is_stack = site.kind is SiteKind.BLOCKS
+            if whole and not is_stack:
+                histories.append(())
+                ops.append(Op.SKIP)
+            elif whole or (not is_stack and state.skips(site)):
                 histories.append(tuple(computed[:depth]))
                 ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
             else:

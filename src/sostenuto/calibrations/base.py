@@ -157,6 +157,6 @@ def macs_fraction(table: CacheTable, sites: Sequence[Site], cost: Cost) -> float
         macs
         for row in table.plan(sites).actions
         for macs, action in zip(cost.site_macs, row, strict=True)
-        if action is not Action.COMPUTE
+        if action not in (Action.COMPUTE, Action.SKIP)
     )
     return 1 - skipped / (cost.macs * table.num_inference_steps)
