@@ -489,6 +489,8 @@ def test_the_bound_decides_between_nothing_and_the_cheapest(tiny, scheduler):
     assert all(action is R for step in loose.actions[1:] for action in step.values())
     windows = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9, candidates=(W, G)), 2)
     assert all(action is W for step in windows.actions[1:] for action in step.values())
+    wide = calibrated(tiny, scheduler, DiTFastAttnCalibration(1e9, 8, candidates=(W,)), 2)
+    assert wide.macs_fraction == 1  # two chunks that see all 16 tokens save nothing
 
 
 @pytest.mark.parametrize("separate", [False, True])

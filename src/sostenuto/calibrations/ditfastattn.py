@@ -43,7 +43,8 @@ class DiTFastAttnCalibration(Calibration):
 
     Where ``sample`` has to be called several times for the samples, every generation makes its own plan and each step and
     layer takes the majority's action, ties to the dearer one. Passes of a step in separate calls share the first one's
-    choices. Candidates that share guidance are tried only where both passes are in one batch.
+    choices. Candidates that share guidance are tried only where both passes are in one batch, and a window only where it
+    costs less than full attention.
 
     Attributes:
         theta: the paper's θ, a number above 0; published: D1 … D6 = 0.025, 0.05 … 0.15 for images.
@@ -163,6 +164,7 @@ class GreedySearch:
         self.losses: list[list[float | None]] = []  # of the chosen candidates
         self.num_samples = self.num_steps = 0
         self._signature = 0
+        self._candidates: list[Action] = []
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         """Carry out one denoiser call of the calibration; what it returns goes on to the sampler."""
@@ -175,26 +177,25 @@ class GreedySearch:
 
     def macs_fraction(self, plan: Plan) -> float:
         """Multiply-accumulates of a generation with the plan, of one without; counted, not derived."""
-        counted = [
-            self.handle.count(self._signature, ops)
-            for ops in (*lower(plan).ops, (Op.COMPUTE,) * len(self.handle.sites))
-        ]
-        return sum(counted[:-1]) / (counted[-1] * plan.num_steps)
+        rows = lower(plan).ops
+        return sum(map(self._count, rows)) / (len(rows) * self._count([Op.COMPUTE] * len(self.handle.sites)))
+
+    def _count(self, ops: Sequence[Op]) -> int:
+        return self.handle.count(self._signature, ops)
 
     def _choose(self, tick: Tick, prober: Prober) -> None:
-        depth = len(self.handle.sites)
+        depth, began = len(self.handle.sites), bool(self.actions)
         actions = [Action.COMPUTE] * depth
         losses: list[float | None] = [None] * depth
         self.actions.append(actions)
         self.losses.append(losses)
-        if tick.step == 0:
-            return  # there is nothing to share yet
+        if tick.step == 0 or not began:  # there is nothing to share yet
+            self._candidates = self._worthwhile(is_guided(prober.call.latents))
+            return
         fresh = self._output(prober, actions)
-        guided = is_guided(prober.call.latents)
-        candidates = [c for c in self.options.candidates if guided or not _OPS[c] & Op.SHARE]
         for layer in range(depth):
             bound = (layer + 1) / depth * self.options.theta
-            for candidate in candidates:
+            for candidate in self._candidates:
                 actions[layer] = candidate
                 loss = compression_loss(fresh, self._output(prober, actions), self.options.loss)
                 if loss < bound:
@@ -202,6 +203,13 @@ class GreedySearch:
                     break
             else:
                 actions[layer] = Action.COMPUTE
+
+    def _worthwhile(self, guided: bool) -> list[Action]:
+        """The candidates that can be carried out and cost less than the whole, which a wide window doesn't."""
+        depth = len(self.handle.sites)
+        whole = self._count([Op.COMPUTE] * depth)
+        possible = [action for action in self.options.candidates if guided or not _OPS[action] & Op.SHARE]
+        return [action for action in possible if self._count([_OPS[action]] * depth) < whole]
 
     def _output(self, prober: Prober, actions: Sequence[Action]) -> torch.Tensor:
         """The network's output; nothing of it is kept."""
