@@ -282,9 +282,8 @@ def test_counted_macs_are_those_of_a_real_run_and_fall_by_what_is_not_run(tiny, 
     projections = 4 * tokens * width**2
     full = 2 * tokens**2 * width
     near = 2 * width * (3 * 6 + 3 * (9 + 9 + 9) + 3 * 7 + 1 * 4)  # chunks 0–2, 3–5 …, 15 with the keys in their reach
-    residuals = near * (
-        3 + 2 / 2
-    )  # of sites 0 and 1 at step 0, site 1 at step 3; for half of the batch 2 at 1 and 0 at 4
+    # Residuals of the sites 0 and 1 at step 0 and of site 1 at step 3; for half of the batch of 2 at step 1 and 0 at step 4.
+    residuals = near * (3 + 2 / 2)
     saved = {C: 0, R: projections + full, W: full - near, G: (projections + full) / 2}
     saved[WG] = projections / 2 + full - near / 2
     expected = sum(saved[action] for row in ROWS for action in row) - residuals
