@@ -347,16 +347,27 @@ class Methods:
     """Write them to this file."""
 
     def run(self) -> None:
-        """Print one line a method."""
+        """Print two lines a method."""
         from sostenuto.methods import available_methods
 
         rows = [
-            {"name": name, "class": m.__name__, "paper": m.paper, "calibrated": m.calibrated, "summary": m.summary}
+            {
+                "name": name,
+                "class": m.__name__,
+                "paper": m.paper,
+                "calibrated": m.calibrated,
+                "compiles": m.compiles,
+                "denoisers": m.denoisers,
+                "state": m.state,
+                "summary": m.summary,
+            }
             for name, m in available_methods().items()
         ]
         for row in rows:
             needs = "calibrated" if row["calibrated"] else "ready"
-            print(f"{row['name']:18} {row['class']:16} {needs:12} {row['paper'] or '–':18} {row['summary']}")
+            compiles = "compiles" if row["compiles"] else "eager only"
+            print(f"{row['name']:16} {row['class']:15} {needs:11} {compiles:11} {row['denoisers']:12} {row['summary']}")
+            print(f"{'':16} {row['paper'] or '–'}; keeps {row['state']}")
         write_json(self.json, rows)
 
 

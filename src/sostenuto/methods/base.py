@@ -52,7 +52,8 @@ class Method:
         summary: one line.
         calibrated: whether it needs a calibration for each model and sampler.
         compiles: whether it works on a compiled denoiser; what decides on data while the network runs doesn't.
-        state: what it keeps, per token, in words.
+        state: what it keeps, in words; see ``handle.predicted_cache_bytes`` for bytes.
+        denoisers: the kind of network that it is for.
     """
 
     name: ClassVar[str] = ""
@@ -61,6 +62,7 @@ class Method:
     calibrated: ClassVar[bool] = False
     compiles: ClassVar[bool] = True
     state: ClassVar[str] = "nothing"
+    denoisers: ClassVar[str] = "transformer"
 
     @property
     def skips(self) -> bool:

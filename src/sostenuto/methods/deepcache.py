@@ -55,6 +55,7 @@ class DeepCache(Method):
     paper: ClassVar[str] = "arXiv 2312.00858"
     summary: ClassVar[str] = "keeps what a U-Net computes beyond one skip connection, for N steps"
     state: ClassVar[str] = "one feature of the up path"
+    denoisers: ClassVar[str] = "U-Net"
 
     def __post_init__(self) -> None:
         check_whole("DeepCache's interval", self.interval, 1)

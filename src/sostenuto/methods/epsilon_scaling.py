@@ -34,6 +34,7 @@ class EpsilonScaling(Method):
     name: ClassVar[str] = "epsilon-scaling"
     paper: ClassVar[str] = "arXiv 2308.15321"
     summary: ClassVar[str] = "divides the predicted noise by λ; no caching"
+    denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
         check_noise_scale(self.scale)

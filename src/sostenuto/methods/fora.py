@@ -31,6 +31,7 @@ class FORA(Method):
     name: ClassVar[str] = "fora"
     paper: ClassVar[str] = "arXiv 2407.01425"
     summary: ClassVar[str] = "computes all branches every N steps, reuses them in between"
+    state: ClassVar[str] = "one output of every branch, one more per order of the forecast"
 
     def __post_init__(self) -> None:
         if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:

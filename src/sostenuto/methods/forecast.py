@@ -29,6 +29,7 @@ class Forecast(Method):
 
     name: ClassVar[str] = "forecast"
     summary: ClassVar[str] = "fills the gaps of the method it is combined with by a forecast"
+    denoisers: ClassVar[str] = "any"
     state: ClassVar[str] = "order + 1 outputs where the other method keeps one"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class L2C(Method):
     paper: ClassVar[str] = "arXiv 2406.01733"
     summary: ClassVar[str] = "every second step computes the branches that a trained router keeps"
     calibrated: ClassVar[bool] = True
+    state: ClassVar[str] = "one output of every branch that is reused"
 
     def __post_init__(self) -> None:
         if self.router is not None and not isinstance(self.router, (Router, str, Path)):

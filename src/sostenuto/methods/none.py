@@ -14,3 +14,4 @@ class NoCache(Method):
 
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "computes everything: the uncached sampler, with statistics"
+    denoisers: ClassVar[str] = "any"

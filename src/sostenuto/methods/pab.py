@@ -47,6 +47,7 @@ class PAB(Method):
     name: ClassVar[str] = "pab"
     paper: ClassVar[str] = "arXiv 2408.12588"
     summary: ClassVar[str] = "computes attention every few steps in the middle of the sampling, by type"
+    state: ClassVar[str] = "one output of every attention, and of the MLPs that are broadcast"
 
     def __post_init__(self) -> None:
         for name in ("spatial_range", "temporal_range", "cross_range"):

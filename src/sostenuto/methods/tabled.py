@@ -32,6 +32,7 @@ class TableMethod(Method):
     forecast_order: int | None = field(default=None, kw_only=True)
 
     calibrated: ClassVar[bool] = True
+    state: ClassVar[str] = "one output of every branch that is reused, one more for a linear forecast"
 
     def __post_init__(self) -> None:
         if self.table is not None and not isinstance(self.table, (CacheTable, str, Path)):

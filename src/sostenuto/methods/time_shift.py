@@ -39,6 +39,7 @@ class TimeShift(Method):
     name: ClassVar[str] = "time-shift"
     paper: ClassVar[str] = "arXiv 2305.15583"
     summary: ClassVar[str] = "gives the network the timestep that fits the latents' variance; no caching"
+    denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
         check_whole("TimeShift's window", self.window, least=1)
