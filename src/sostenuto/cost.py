@@ -68,6 +68,8 @@ class Carried:
     num_tokens: tuple[int, ...] = ()
     decided: bool = False
     """Whether a policy decided while the call ran, so that its signal was computed."""
+    scoring_macs: int = 0
+    """Multiply-accumulates spent on scores of tokens."""
 
 
 def spec(value: Any) -> Any:
@@ -101,7 +103,7 @@ class DryRun:
         """Multiply-accumulates of a call that carries out these ops, counted, not derived."""
         if carried not in self._macs:
             self._macs[carried] = self._count(carried)
-        return self._macs[carried]
+        return self._macs[carried] + carried.scoring_macs
 
     def _measure(self) -> Cost:
         outputs: dict[int, Any] = {}

@@ -26,7 +26,7 @@ from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
-from sostenuto.state import Call, ForecastWeights, PassState, allocate
+from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer, kept
 
@@ -42,10 +42,10 @@ class Handle:
         self._compiled = compat.is_compiled(denoiser)
         self.method = method.prepare(self._denoiser, scheduler())
         for part in parts(self.method):
-            if self._compiled and not part.compiles:
+            if self._compiled and (not part.compiles or part.observed(self._denoiser)):
                 raise MethodError(
-                    f"{type(part).__name__} decides while the network runs, which a compiled denoiser can't: use the "
-                    "denoiser uncompiled, or a method with a plan"
+                    f"{type(part).__name__} looks at features while the network runs, which a compiled denoiser can't: use "
+                    "the denoiser uncompiled, or a method with a plan (and random tokens)"
                 )
             if part.refines and not self.method.skips:
                 raise MethodError(
@@ -57,6 +57,10 @@ class Handle:
         self._clock = Clock(scheduler)
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
         self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
+        self._observed_at = [  # the site that each observed module belongs to
+            next((i for i, site in enumerate(self.sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
+            for observer in self._observers
+        ]
         self._max_cache_bytes = max_cache_bytes
         self._names = [
             name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"
@@ -281,7 +285,7 @@ class Handle:
         state = self._passes.get(tick.pass_index)
         if state is None or tick.step != state.last_step + 1 or state.latents != spec(call.latents):
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
-            state = self._passes[tick.pass_index] = self._fresh_pass(tick)
+            state = self._passes[tick.pass_index] = self._fresh_pass(tick, call)
             state.latents = spec(call.latents)
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
@@ -297,10 +301,10 @@ class Handle:
         state.free(tick.step)
         return output
 
-    def _fresh_pass(self, tick: Tick) -> PassState:
+    def _fresh_pass(self, tick: Tick, call: Call) -> PassState:
         assert self._facts is not None
         sites = len(self.sites)
-        selector = self.method.selector(self._facts)
+        selector = self.method.selector(self._facts, call.latents)
         if self._plan is not None:
             return PassState(lower(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
         policy = None if self.driver is not None else self.method.policy(self._facts)
@@ -320,15 +324,17 @@ class Handle:
             check_guidance_halves(call.latents)
         weights = ForecastWeights(lagrange_weights if self._plan is None else self._plan.weights, tick.step)
         cost = self._cost(call.signature) if self._compiled else None
-        num_tokens = [0] * len(ops)
+        num_tokens = self._choose_tokens(tick, state, ops)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
-            if op == Op.PARTIAL:
-                op, num_tokens[index] = self._choose_tokens(tick, state, index)
+            if op == Op.PARTIAL and not num_tokens[index]:
+                op = Op.REUSE
             residual = state.residuals[index]
             if cost is not None and op & Op.RESIDUAL:
                 allocate(residual, cost.site_residuals[index])
             if op & Op.STORE:
                 slots = state.make_room(index)
+                if state.selector is not None:
+                    state.selector.computed(tick.step, index)
                 if cost is not None:
                     allocate(slots, cost.site_outputs[index])
             elif op == Op.DECIDE:
@@ -339,11 +345,13 @@ class Handle:
                 tap.weights = weights(history[index], kept(slots[1 if op == Op.EXTEND else 0]))
             tap.slots, tap.residual, tap.op, tap.reached = slots, residual, int(op), False
         decided = any(tap.op == Op.DECIDE for tap in self._taps)
-        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op == Op.REUSE]
-        versions = [slot._version for _, slot in reused]
-        observing = state.selector is not None and Op.STORE in ops
-        for observer in self._observers:
-            observer.seen = [] if observing else None
+        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op in (Op.REUSE, Op.PARTIAL)]
+        versions = [slot._version + (tap.op == Op.PARTIAL) for tap, slot in reused]  # a partial site writes once
+        if state.selector is not None and tick.step in state.program.refreshed:
+            for observer, index in zip(self._observers, self._observed_at, strict=True):
+                if index is None or ops[index] in (Op.COMPUTE, Op.STORE):
+                    observer.hear = state.selector.observe
+        scored = 0 if state.selector is None else state.selector.macs
         try:
             output = self._run(state, call)
             if not self._compiled:
@@ -351,32 +359,38 @@ class Handle:
                 for (tap, slot), version in zip(reused, versions, strict=True):
                     if slot._version != version:
                         raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
-            if observing and state.selector is not None:
-                state.selector.observe(tick.step, {o.path: o.newest() for o in self._observers})
             return output
         finally:
-            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided)
+            scoring = 0 if state.selector is None else state.selector.macs - scored
+            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided, scoring)
             for tap in self._taps:
                 tap.reset()
             for observer in self._observers:
-                observer.seen = None
+                observer.hear = None
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
 
-    def _choose_tokens(self, tick: Tick, state: PassState, index: int) -> tuple[Op, int]:
-        """Set the tokens that a partial site runs; none of them is plain reuse."""
-        assert self._plan is not None
-        slot = kept(state.slots[index][0])
-        count = int(self._plan.ratios[tick.step][index] * slot.shape[1])
-        if count == 0:
-            return Op.REUSE, 0
+    def _choose_tokens(self, tick: Tick, state: PassState, ops: Sequence[Op]) -> list[int]:
+        """Set the tokens that partial sites run; returns how many of each site, 0 where the site doesn't run partially."""
+        num_tokens = [0] * len(ops)
+        wanted = []
+        for index, op in enumerate(ops):
+            if op == Op.PARTIAL:
+                assert self._plan is not None
+                shape = tuple(kept(state.slots[index][0]).shape)
+                num_tokens[index] = int(self._plan.ratios[tick.step][index] * shape[1])
+                wanted.append(Wanted(index, shape, num_tokens[index]))
+        wanted = [site for site in wanted if site.num_tokens]
+        if not wanted:
+            return num_tokens
         if state.selector is None:
-            raise MethodError(
-                f"the plan runs {self.sites[index].id} for some tokens, but the method doesn't choose them"
-            )
-        self._taps[index].tokens = state.selector.select(tick.step, index, slot.shape, count, slot.device)
-        return Op.PARTIAL, count
+            name = self.sites[wanted[0].site].id
+            raise MethodError(f"the plan runs {name} for some tokens, but the method doesn't choose them")
+        device = kept(state.slots[wanted[0].site][0]).device
+        for site, tokens in zip(wanted, state.selector.select(tick.step, wanted, device), strict=True):
+            self._taps[site.site].tokens = tokens
+        return num_tokens
 
     def _ask(self, tick: Tick, state: PassState, index: int, weights: ForecastWeights, signal: torch.Tensor) -> Op:
         """Ask the pass's policy about its site, which is just being reached."""

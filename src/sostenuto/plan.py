@@ -121,12 +121,14 @@ class Program:
         history: ``[step][site]``, the steps whose outputs a ``FORECAST`` combines, newest first, otherwise ``()``.
         last_reader: for each site the last step that reads its kept outputs (−1: none), after which they are freed.
         last_residual_reader: the same for its kept residual.
+        refreshed: the steps some of whose outputs a later ``PARTIAL`` writes into: there tokens are scored.
     """
 
     ops: tuple[tuple[Op, ...], ...]
     history: tuple[tuple[tuple[int, ...], ...], ...]
     last_reader: tuple[int, ...]
     last_residual_reader: tuple[int, ...]
+    refreshed: frozenset[int] = frozenset()
 
 
 def lower(plan: Plan, start: int = 0) -> Program:
@@ -135,6 +137,7 @@ def lower(plan: Plan, start: int = 0) -> Program:
     ops = [[Op.COMPUTE] * num_sites for _ in range(plan.num_steps)]
     history: list[list[tuple[int, ...]]] = [[()] * num_sites for _ in range(plan.num_steps)]
     last_reader, last_residual_reader = [-1] * num_sites, [-1] * num_sites
+    refreshed: set[int] = set()
     for site in range(num_sites):
         computed: list[int] = []  # newest first
         full = start  # the newest step with full attention
@@ -160,6 +163,7 @@ def lower(plan: Plan, start: int = 0) -> Program:
             read = tuple(computed[:depth])
             if action is Action.PARTIAL:
                 ops[step][site] = Op.PARTIAL
+                refreshed.update(read)
             else:
                 ops[step][site] = Op.REUSE if len(read) == 1 else Op.FORECAST
             history[step][site] = read
@@ -173,6 +177,7 @@ def lower(plan: Plan, start: int = 0) -> Program:
         history=tuple(tuple(row) for row in history),
         last_reader=tuple(last_reader),
         last_residual_reader=tuple(last_residual_reader),
+        refreshed=frozenset(refreshed),
     )
 
 

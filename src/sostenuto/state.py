@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -47,27 +47,36 @@ class Policy(Protocol):
         ...
 
 
+class Wanted(NamedTuple):
+    """The tokens that a partial site needs: ``num_tokens`` of its output of ``[batch, tokens, channels]``, some but not all."""
+
+    site: int
+    shape: tuple[int, ...]
+    num_tokens: int
+
+
 class Selector(Protocol):
     """Chooses the tokens that partial sites run. One object per pass."""
 
-    def observe(self, step: int, seen: Mapping[str, torch.Tensor]) -> None:
-        """Take in the outputs of the observed modules at a step at which features were stored, by module path."""
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates spent on scores so far."""
         ...
 
-    def computed(self, site: int) -> None:
-        """The site with this index was computed for all tokens."""
-        ...
+    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
+        """Take in what an observed module has just returned, and the keyword arguments that it was given.
 
-    def select(self, step: int, site: int, shape: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
-        """Indices ``[num_tokens]`` or ``[batch, num_tokens]`` (int64) of the tokens to run.
-
-        Args:
-            step: position in sampling order.
-            site: index of the site.
-            shape: of the site's output, ``[batch, tokens, channels]``.
-            num_tokens: how many, at least one and fewer than all.
-            device: where the indices are needed.
+        Called where the site that the module belongs to is computed for all tokens, at the steps whose outputs are
+        partially refreshed later.
         """
+        ...
+
+    def computed(self, step: int, site: int) -> None:
+        """The site with this index is computed for all tokens at this step."""
+        ...
+
+    def select(self, step: int, wanted: Sequence[Wanted], device: torch.device) -> Sequence[torch.Tensor]:
+        """The tokens to run at a step, for each of the sites: indices ``[num_tokens]`` or ``[batch, num_tokens]`` (int64)."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,12 +103,12 @@ class Tap(Attachment):
 
 
 class Observer(Attachment):
-    """Listens to the output of a module that a selector wants to see; ``seen`` is a list while it listens."""
+    """Tells of every call of a module that a selector observes, while ``hear`` is set."""
 
     def __init__(self, path: str, denoiser: nn.Module) -> None:
         super().__init__()
         self.path = path
-        self.seen: list[torch.Tensor] | None = None
+        self.hear: Callable[[str, Any, Mapping[str, Any]], None] | None = None
         self._module = denoiser.get_submodule(path)
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -117,21 +117,11 @@ class Observer(Attachment):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = compute(*args, **kwargs)
-            if self.seen is not None:
-                self.seen[:] = [output.detach()]
+            if self.hear is not None:
+                self.hear(self.path, output, kwargs)
             return output
 
         return [(self._module, forward)]
-
-    def newest(self) -> torch.Tensor:
-        """What the module returned in this call.
-
-        Raises:
-            EngineError: the call never reached the module.
-        """
-        if not self.seen:
-            raise EngineError(f"a call of the denoiser never reached {self.path}: the method can't score its tokens")
-        return self.seen[0]
 
 
 class BranchTap(Tap):

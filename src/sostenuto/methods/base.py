@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from sostenuto.anatomy import Site, SiteKind, inspect
@@ -116,12 +117,12 @@ class Method:
         """When, decided at run time: one policy for each pass; the method then has one site, of blocks, and no plan."""
         return None
 
-    def selector(self, facts: Facts) -> Selector | None:
-        """How partial sites choose their tokens: one selector for each pass."""
+    def selector(self, facts: Facts, latents: torch.Tensor) -> Selector | None:
+        """How partial sites choose their tokens: one selector for each pass, which begins with these latents."""
         return None
 
     def observed(self, denoiser: nn.Module) -> list[str]:
-        """Paths of the modules whose outputs the selector wants to see at computed steps."""
+        """Paths of the modules that the selector observes where they are computed; this doesn't work on a compiled denoiser."""
         return []
 
     def time_shifter(self, facts: Facts) -> TimeShifter | None:
@@ -207,8 +208,8 @@ class Combination(Method):
     def policy(self, facts: Facts) -> Policy | None:  # noqa: D102
         return self._skipping.policy(facts)
 
-    def selector(self, facts: Facts) -> Selector | None:  # noqa: D102
-        return self._skipping.selector(facts)
+    def selector(self, facts: Facts, latents: torch.Tensor) -> Selector | None:  # noqa: D102
+        return self._skipping.selector(facts, latents)
 
     def observed(self, denoiser: nn.Module) -> list[str]:  # noqa: D102
         return self._skipping.observed(denoiser)
