@@ -20,6 +20,7 @@ from sostenuto import (
     DeepCache,
     DeltaDiT,
     DiTFastAttn,
+    DuCa,
     EBCache,
     EpsilonScaling,
     FEBCache,
@@ -32,6 +33,7 @@ from sostenuto import (
     TaylorSeer,
     TeaCache,
     TimeShift,
+    ToCa,
 )
 from sostenuto.methods.base import Method
 from unets import build_plain
@@ -85,6 +87,9 @@ CASES = [
     Case("ab", lambda: ABCache(warmup=2, interval=2), lambda: ABCache(warmup=6)),
     Case("ab, recursive", lambda: ABCache(3, 3, 3, "recursive"), lambda: ABCache(3, 6, 3, "recursive")),
     Case("fora", lambda: FORA(2), lambda: FORA(1)),
+    Case("toca", lambda: ToCa(fresh_ratio=0.2, middle_interval=None), lambda: ToCa(interval=1)),
+    Case("duca", lambda: DuCa(fresh_ratio=0.2, middle_interval=None), lambda: DuCa(interval=1)),
+    Case("toca | eb scaling", lambda: ToCa(interval=2) | EpsilonScaling(1 / 0.98), None),
     Case("delta-dit", lambda: DeltaDiT(2, 0.5, 2), lambda: DeltaDiT(1)),
     Case("l2c", lambda: L2C(_router(-9.0)), lambda: L2C(_router(9.0))),
     Case("ditfastattn", lambda: DiTFastAttn(_attention("CWRWCR"), 3), lambda: DiTFastAttn(_attention("CCCCCC"), 3)),

@@ -32,6 +32,7 @@ from sostenuto.methods import (
     DeepCache,
     DeltaDiT,
     DiTFastAttn,
+    DuCa,
     EBCache,
     EpsilonScaling,
     FEBCache,
@@ -44,6 +45,7 @@ from sostenuto.methods import (
     TeaCache,
     TeaCacheFit,
     TimeShift,
+    ToCa,
     available_methods,
 )
 from sostenuto.plan import Action, Plan
@@ -70,6 +72,7 @@ __all__ = [
     "DeltaDiT",
     "DiTFastAttn",
     "DiTFastAttnCalibration",
+    "DuCa",
     "EBCache",
     "EBCalibration",
     "EngineError",
@@ -99,6 +102,7 @@ __all__ = [
     "TeaCacheCalibration",
     "TeaCacheFit",
     "TimeShift",
+    "ToCa",
     "VerificationError",
     "available_methods",
     "calibrate",

@@ -9,6 +9,7 @@ from sostenuto.methods.dbcache import DBCache
 from sostenuto.methods.deepcache import DeepCache
 from sostenuto.methods.delta_dit import DeltaDiT
 from sostenuto.methods.ditfastattn import DiTFastAttn
+from sostenuto.methods.duca import DuCa
 from sostenuto.methods.eb import EBCache
 from sostenuto.methods.epsilon_scaling import EpsilonScaling
 from sostenuto.methods.feb import FEBCache
@@ -22,12 +23,15 @@ from sostenuto.methods.smoothcache import SmoothCache
 from sostenuto.methods.taylorseer import TaylorSeer
 from sostenuto.methods.teacache import TeaCache, TeaCacheFit
 from sostenuto.methods.time_shift import TimeShift
+from sostenuto.methods.toca import ToCa
 
 _METHODS: tuple[type[Method], ...] = (
     NoCache,
     EBCache,
     FEBCache,
     ABCache,
+    DuCa,
+    ToCa,
     FORA,
     DeltaDiT,
     L2C,
@@ -54,6 +58,7 @@ __all__ = [
     "DeepCache",
     "DeltaDiT",
     "DiTFastAttn",
+    "DuCa",
     "EBCache",
     "EpsilonScaling",
     "FEBCache",
@@ -67,6 +72,7 @@ __all__ = [
     "TeaCache",
     "TeaCacheFit",
     "TimeShift",
+    "ToCa",
     "available_methods",
     "by_name",
 ]
