@@ -48,6 +48,7 @@ from sostenuto.methods import (
     ToCa,
     available_methods,
 )
+from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
 from sostenuto.table import CacheTable, StepState
@@ -89,6 +90,7 @@ __all__ = [
     "MethodError",
     "NoCache",
     "Plan",
+    "RatioSchedule",
     "Router",
     "Site",
     "SiteKind",
