@@ -14,6 +14,7 @@ from oracle import naive_forward
 from sostenuto import CacheTable, EBCache, EpsilonScaling, FEBCache, FEBCalibration, MethodError, StepState, TableError
 from sostenuto.cli import main
 from sostenuto.clock import normalized_times
+from sostenuto.demo.pipeline import load_demo_pipeline
 from sostenuto.methods.feb import noise_scale_curve
 
 C, A, M, B = StepState
@@ -291,3 +292,15 @@ def test_a_method_without_calibration_or_table_is_refused_on_the_command_line(tm
     assert "'fora' has no calibration; eb, feb, " in capsys.readouterr().err
     assert main(["verify", "--method", "fora", "--table", "t.json"]) == 1
     assert "not for fora" in capsys.readouterr().err
+
+
+def test_each_method_takes_the_table_that_ships_for_it():
+    pipe = load_demo_pipeline()
+    for method in (FEBCache(), EBCache()):
+        table = method.prepare(pipe.transformer, pipe.scheduler).table
+        assert table.method == method.name
+        assert table.num_inference_steps == 50
+        assert table.macs_fraction < 0.7
+    taus = normalized_times(50)
+    shipped = FEBCache().prepare(pipe.transformer, pipe.scheduler).table
+    assert shipped.eps_scale == pytest.approx([shipped.calibration["multiplier"] * b for b in noise_scale_curve(taus)])
