@@ -19,10 +19,10 @@ demo: install
 	$(BIN)/sostenuto demo --fresh --output demo-output --json demo-output/demo.json
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: install
 	$(BIN)/ruff format --check .
