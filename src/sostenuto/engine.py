@@ -349,7 +349,7 @@ class Handle:
         versions = [slot._version + (tap.op == Op.PARTIAL) for tap, slot in reused]  # a partial site writes once
         if state.selector is not None and tick.step in state.program.refreshed:
             for observer, index in zip(self._observers, self._observed_at, strict=True):
-                if index is None or ops[index] in (Op.COMPUTE, Op.STORE):
+                if index is None or ops[index].action is Action.COMPUTE:
                     observer.hear = state.selector.observe
         scored = 0 if state.selector is None else state.selector.macs
         try:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sostenuto.anatomy import Site, SiteKind
+from sostenuto.attention_tap import is_guided
 from sostenuto.errors import MethodError
 from sostenuto.state import Wanted
 
@@ -177,7 +178,7 @@ class ObservedScores:
         self._heads = {site.id: _heads(denoiser, site) for site in attention.values()}
         self._num_rows = latents.shape[0]
         crossed = any(site.kind is SiteKind.CROSS_ATTENTION for site in sites)
-        self._halves_agree = crossed and halves_are_equal(latents)
+        self._halves_agree = crossed and is_guided(latents)
         self._projected: dict[str, torch.Tensor] = {}  # of the attention that is under way
         self._scores: dict[str, torch.Tensor] = {}
 
@@ -310,12 +311,6 @@ def raise_best_of_tiles(score: torch.Tensor, grid: tuple[int, int], tile: int, b
     """
     best = F.max_pool2d(score.unflatten(-1, grid), tile, ceil_mode=True, return_indices=True)[1].flatten(2)
     return score.scatter_add(-1, best, bonus * score.gather(-1, best).abs())
-
-
-def halves_are_equal(latents: torch.Tensor) -> bool:
-    """Whether a batch holds everything twice, as fused guidance does: the conditional rows and the unconditional ones."""
-    half, odd = divmod(latents.shape[0], 2)
-    return not odd and torch.equal(latents[:half], latents[half:])
 
 
 def _attention_of_blocks(selection: Selection, sites: Sequence[Site]) -> dict[int, Site]:

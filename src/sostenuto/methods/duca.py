@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from sostenuto.anatomy import Site, block_range, inspect, num_blocks
+from sostenuto.methods.base import check_choice
 from sostenuto.methods.token_cycle import StepKind, TokenCycle
 
 PatternStart = Literal["code_mod", "conservative_first", "aggressive_first"]
@@ -46,8 +47,7 @@ class DuCa(TokenCycle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        starts = ("code_mod", "conservative_first", "aggressive_first")
-        self._check("pattern_start", self.pattern_start in starts, f"one of {', '.join(starts)}")
+        check_choice("DuCa's pattern_start", self.pattern_start, ("code_mod", "conservative_first", "aggressive_first"))
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """All branches, and the stack as a whole, whose output is H."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sostenuto.anatomy import Site, SiteKind, inspect
 from sostenuto.errors import MethodError
-from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.base import Facts, Method, check_choice, check_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.tokens import SELECTIONS, ObservedScores, RandomScores, Selection, TokenSelector, observed_modules
 
@@ -30,8 +30,10 @@ class StepKind(Enum):
     """The stack of blocks is skipped."""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _check_number(name: str, value: Any, valid: Callable[[float], bool], span: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and valid(value)):
+        raise MethodError(f"{name} must be a number {span}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,9 @@ class RatioSchedule:
 
     def __post_init__(self) -> None:
         for name in ("step_weight", "layer_weight"):
-            if not _is_number(getattr(self, name)):
-                raise MethodError(f"a RatioSchedule's {name} must be a number, not {getattr(self, name)!r}")
+            _check_number(f"a RatioSchedule's {name}", getattr(self, name), lambda _: True, "of any size")
         for name, value in (("mlp", self.mlp), ("cross_attention", self.cross_attention), *self.streams):
-            if not (_is_number(value) and value >= 0):
-                raise MethodError(f"a RatioSchedule's factor for {name} must be a number of 0 or more, not {value!r}")
+            _check_number(f"a RatioSchedule's factor for {name}", value, lambda factor: factor >= 0, "of 0 or more")
 
     def share(self, site: Site, num_blocks: int, step: int, num_steps: int) -> float:
         """``f_step · f_layer · f_branch`` of a site, below 0 as 0."""
@@ -137,20 +137,22 @@ class TokenCycle(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        mine = type(self).__name__
         for name in ("interval", "tile", "first_full_steps", "cross_attention_every"):
-            self._check_whole(name, 1)
-        self._check_whole("seed", 0)
+            check_whole(f"{mine}'s {name}", getattr(self, name), 1)
+        check_whole(f"{mine}'s seed", self.seed, 0)
         if self.middle_interval is not None:
-            self._check_whole("middle_interval", 1)
+            check_whole(f"{mine}'s middle_interval", self.middle_interval, 1)
+        check_choice(f"{mine}'s selection", self.selection, SELECTIONS)
+        check_choice(f"{mine}'s anchor", self.anchor, ("end", "start", "last-full"))
+        if not isinstance(self.ratio_schedule, RatioSchedule):
+            check_choice(f"{mine}'s ratio_schedule", self.ratio_schedule, (*RATIO_SCHEDULES, "a RatioSchedule"))
         for name in ("staleness_weight", "spatial_bonus"):
-            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a number of 0 or more")
-        ratio, weight = self.fresh_ratio, self.threshold_weight
-        self._check("fresh_ratio", _is_number(ratio) and 0 <= ratio <= 1, "a number from 0 to 1")
-        self._check("threshold_weight", _is_number(weight) and -1 < weight < 1, "a number between -1 and 1")
-        self._check("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}")
-        self._check("anchor", self.anchor in ("end", "start", "last-full"), "one of end, start, last-full")
-        known = isinstance(self.ratio_schedule, RatioSchedule) or self.ratio_schedule in RATIO_SCHEDULES
-        self._check("ratio_schedule", known, f"a RatioSchedule or one of {', '.join(RATIO_SCHEDULES)}")
+            _check_number(f"{mine}'s {name}", getattr(self, name), lambda value: value >= 0, "of 0 or more")
+        _check_number(f"{mine}'s fresh_ratio", self.fresh_ratio, lambda value: 0 <= value <= 1, "from 0 to 1")
+        _check_number(
+            f"{mine}'s threshold_weight", self.threshold_weight, lambda value: -1 < value < 1, "between -1 and 1"
+        )
 
     def between(self, offset: int, since_full: int) -> StepKind:
         """The kind of a step that is not full, by its offset ``i mod thr`` and its distance from the last full step."""
@@ -218,15 +220,6 @@ class TokenCycle(Method):
             partial_before.append(partial_before[-1] + (kind is StepKind.PARTIAL))
         weight = self.staleness_weight / self.interval
         return TokenSelector(scores, partial_before, weight, self.spatial_bonus, self.tile, latents)
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        self._check(name, whole and value >= least, f"a whole number of {least} or more")
-
-    def _check(self, name: str, valid: bool, wanted: str) -> None:
-        if not valid:
-            raise MethodError(f"{type(self).__name__}'s {name} must be {wanted}, not {getattr(self, name)!r}")
 
 
 def _action(site: Site, kind: StepKind, ratio: float, crossed: bool) -> Action:
