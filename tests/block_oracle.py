@@ -81,7 +81,7 @@ def check_interruption_leaves_nothing(model, scheduler, method, num_steps=6):
 def check_refused_when_compiled(model, scheduler, method):
     model.compile(backend="eager")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    with pytest.raises(sostenuto.MethodError, match="decides while the network runs"):
+    with pytest.raises(sostenuto.MethodError, match="looks at features while the network runs"):
         sostenuto.enable(model, method, scheduler=scheduler)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 

@@ -153,7 +153,7 @@ class Handle:
         sizes, residuals = self._sizes()
         policy = self.method.policy(self._facts)
         if policy is not None:
-            return sum(sizes) * (policy.forecast_order + 1)
+            return sum(sizes) * (policy.forecast_order + 2)  # one for its signal, which is as large as an output
         return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes, residuals)
 
     def _sizes(self) -> tuple[list[int], list[int]]:
