@@ -206,10 +206,12 @@ def test_scaling_a_velocity_model_equals_scaling_the_same_noise_model_under_guid
     noise_scheduler = DDIMScheduler(clip_sample=False)
     velocity_scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction")
     branches = (
-        sostenuto.Branch(sostenuto.SiteKind.SELF_ATTENTION, "attn1", norm="norm1"),
-        sostenuto.Branch(sostenuto.SiteKind.MLP, "ff", norm="norm3"),
+        sostenuto.Branch(sostenuto.SiteKind.SELF_ATTENTION, "attn1", front=("norm1",)),
+        sostenuto.Branch(sostenuto.SiteKind.MLP, "ff", front=("norm3",)),
     )
-    sostenuto.register_anatomy(Velocity, sostenuto.Anatomy("model.transformer_blocks", branches))
+    sostenuto.register_anatomy(
+        Velocity, sostenuto.Anatomy((sostenuto.BlockList("model.transformer_blocks", branches),))
+    )
     velocity = Velocity(tiny, velocity_scheduler)
     for method in (EpsilonScaling((1.0, 1.01, 1.02, 0.99, 1.03, 1.01)), EpsilonScaling(1.02) | FORA(2)):
         with sostenuto.enable(tiny, method, scheduler=noise_scheduler):

@@ -21,11 +21,11 @@ from sostenuto import (
     MethodError,
     TableError,
 )
-from sostenuto.anatomy import inspect
 from sostenuto.attention_tap import AttentionTap, window_attention
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
 from sostenuto.plan import Op, Plan, fit, lower, peak_bytes
+from sostenuto.sites import inspect
 from tiny_pixart import build_pixart, sample_pixart
 
 C, R, W, G, WG = Action.COMPUTE, Action.REUSE, Action.WINDOW, Action.SHARE, Action.WINDOW_SHARE

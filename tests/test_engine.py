@@ -336,10 +336,10 @@ def test_a_plain_network_of_ones_own_is_cached_after_registering_it(scheduler):
 
     kinds = sostenuto.SiteKind
     branches = (
-        sostenuto.Branch(kinds.SELF_ATTENTION, "mix", norm="norm_a"),
-        sostenuto.Branch(kinds.MLP, "mlp", norm="norm_b"),
+        sostenuto.Branch(kinds.SELF_ATTENTION, "mix", front=("norm_a",)),
+        sostenuto.Branch(kinds.MLP, "mlp", front=("norm_b",)),
     )
-    sostenuto.register_anatomy(Own, sostenuto.Anatomy("layers", branches, timestep="t"))
+    sostenuto.register_anatomy(Own, sostenuto.Anatomy((sostenuto.BlockList("layers", branches),), timestep="t"))
     model = Own()
     scheduler.set_timesteps(4)
     with torch.no_grad(), sostenuto.enable(model, FORA(2, anchor="start"), scheduler=scheduler) as handle:
@@ -360,7 +360,10 @@ def test_verify_proves_the_tiny_model_and_names_a_site_whose_anatomy_is_wrong(ti
 
     kinds = sostenuto.SiteKind
     sostenuto.register_anatomy(
-        Wrong, sostenuto.Anatomy("transformer_blocks", (sostenuto.Branch(kinds.MLP, "ff", norm="norm9"),))
+        Wrong,
+        sostenuto.Anatomy(
+            (sostenuto.BlockList("transformer_blocks", (sostenuto.Branch(kinds.MLP, "ff", front=("norm9",)),)),)
+        ),
     )
     tiny.__class__ = Wrong
     with pytest.raises(sostenuto.AnatomyError, match="no submodule"):

@@ -22,10 +22,10 @@ def scheduler():
 def test_the_sites_are_three_branches_a_block_and_cross_attention_has_no_norm(pixart):
     sites = sostenuto.inspect(pixart)
     assert len(sites) == 9
-    assert [(s.id, s.kind, s.norm) for s in sites[3:6]] == [
-        ("transformer_blocks.1.attn1", SiteKind.SELF_ATTENTION, "transformer_blocks.1.norm1"),
-        ("transformer_blocks.1.attn2", SiteKind.CROSS_ATTENTION, None),
-        ("transformer_blocks.1.ff", SiteKind.MLP, "transformer_blocks.1.norm2"),
+    assert [(s.id, s.kind, s.front) for s in sites[3:6]] == [
+        ("transformer_blocks.1.attn1", SiteKind.SELF_ATTENTION, ("transformer_blocks.1.norm1",)),
+        ("transformer_blocks.1.attn2", SiteKind.CROSS_ATTENTION, ()),
+        ("transformer_blocks.1.ff", SiteKind.MLP, ("transformer_blocks.1.norm2",)),
     ]
 
 

@@ -1,6 +1,6 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
-from sostenuto.anatomy import Anatomy, Branch, Site, SiteKind, inspect, register_anatomy
+from sostenuto.anatomy import Anatomy, BlockList, Branch, SiteKind
 from sostenuto.calibrations import (
     DiTFastAttnCalibration,
     EBCalibration,
@@ -51,6 +51,7 @@ from sostenuto.methods import (
 from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
+from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
 
@@ -65,6 +66,7 @@ __all__ = [
     "AlreadyEnabledError",
     "Anatomy",
     "AnatomyError",
+    "BlockList",
     "Branch",
     "CacheTable",
     "ClockError",

@@ -89,6 +89,7 @@ class Anatomy:
         interleaved: whether the lists run in turn, one block of each, instead of one list after the other.
         timestep: name of ``forward``'s timestep argument.
         latents: name of ``forward``'s argument with the noisy latents; by default its first.
+        stepwise: names of other arguments of ``forward`` that change from step to step, such as a second stream's latents.
         reversed_timestep: whether the network is given 1 − t / 1000 for the scheduler's timestep t.
     """
 
@@ -96,4 +97,5 @@ class Anatomy:
     interleaved: bool = False
     timestep: str = "timestep"
     latents: str = ""
+    stepwise: tuple[str, ...] = ()
     reversed_timestep: bool = False

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sostenuto.anatomy import Site
 from sostenuto.errors import MethodError
+from sostenuto.features import keep, kept
 from sostenuto.plan import Action, Op
-from sostenuto.tap import BranchTap, first_argument, keep, kept
+from sostenuto.sites import Site
+from sostenuto.tap import BranchTap
 
 ConditionalHalf = Literal["first", "second"]
 
@@ -61,8 +62,8 @@ class AttentionTap(BranchTap):
                 return plain(*args, **kwargs)
             if not torch.compiler.is_compiling():
                 self.reached = True
-            hidden_states, args, kwargs = first_argument(args, kwargs)
-            if hidden_states.ndim != 3 or any(value is not None for value in (*args, *kwargs.values())):
+            hidden_states, *others = (*args, *kwargs.values())
+            if hidden_states.ndim != 3 or any(value is not None for value in others):
                 raise MethodError(f"{self.site.id} is called with more than [batch, tokens, channels]: {_REMEDY}")
             if op & int(Op.SHARE):
                 hidden_states = self._conditional(hidden_states)

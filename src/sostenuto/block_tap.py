@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site, inspect
 from sostenuto.errors import EngineError
+from sostenuto.features import Feature, versions
 from sostenuto.plan import Op
-from sostenuto.tap import Tap, first_argument, replace_forward
+from sostenuto.sites import Block, Site, blocks_of, inspect
+from sostenuto.tap import Tap, Watched, argument_names, first_argument, replace_forward
 
 Watch = Literal["modulated-input", "front-residual"]
 Decide = Callable[[torch.Tensor], Op]
 
 
 class BlocksTap(Tap):
-    """Skips the blocks ``first … last``: the first one returns what stands in for the range, the others hand it on.
+    """Skips the blocks ``first … last``: all but the last hand on what they are given, the last returns what stands in.
+
+    So what the network adds between the blocks (a ControlNet's residuals, hints) is part of the range: it is in the kept
+    feature, and is not added a second time.
 
     With a ``watch`` the engine may give it the op ``DECIDE``: it then measures the signal and asks ``decide``.
 
@@ -34,19 +38,24 @@ class BlocksTap(Tap):
         assert site.last_block is not None
         self.watch = watch
         self.decide: Decide | None = None
-        path = site.id.rpartition(".")[0]
-        blocks = list(denoiser.get_submodule(path).children())
-        self.blocks = blocks[site.block : site.last_block + 1]
-        self._front = blocks[0] if watch == "front-residual" else None
-        if self._front is self.blocks[0]:
+        places = blocks_of(denoiser)
+        members = places[site.block : site.last_block + 1]
+        self.blocks = [denoiser.get_submodule(member.path) for member in members]
+        self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
+        front = next((place for place in places[: site.block] if place.place.whole), None)
+        if watch == "front-residual" and front is None:
             raise EngineError(f"{site.id} has no blocks in front of it whose residual could be watched")
+        self._front = denoiser.get_submodule(front.path) if front is not None and watch == "front-residual" else None
+        self._front_streams = None if front is None or self._front is None else _Streams(front, self._front)
         self._attention = _first_branch(denoiser, site) if watch == "modulated-input" else None
         self._beginning: torch.Tensor | None = None  # what the first of all blocks was given
-        self._entry: torch.Tensor | None = None  # what the range was given
+        self._entry: dict[str, Any] = {}  # what the range was given, stream by stream
+        self._entry_version = 0
+        self._standing_in: Feature = None
 
-    def watched(self) -> tuple[nn.Module, nn.Module]:
+    def watched(self) -> Watched:
         """The first and the last block."""
-        return self.blocks[0], self.blocks[-1]
+        return Watched(self.blocks[0], self.blocks[-1])
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """All blocks of the range, and the first of all blocks where the residual in front of the range is watched."""
@@ -54,76 +63,99 @@ class BlocksTap(Tap):
         if self._front is not None:
             found.append((self._front, self._remember(self._front.forward)))
         for index, block in enumerate(self.blocks):
-            wrap = self._first if index == 0 else self._later
-            found.append((block, wrap(block.forward, index == len(self.blocks) - 1)))
+            found.append((block, self._block(block.forward, index)))
         return found
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
         super().reset()
-        self.decide = self._beginning = self._entry = None
+        self.decide = self._beginning = self._standing_in = None
+        self._entry = {}
 
     def _remember(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.op == Op.DECIDE:
-                self._beginning = first_argument(args, kwargs)[0]
+                assert self._front_streams is not None
+                self._beginning = self._front_streams.main(args, kwargs)
             return compute(*args, **kwargs)
 
         return forward
 
-    def _first(self, compute: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
+    def _block(self, compute: Callable[..., Any], index: int) -> Callable[..., Any]:
+        streams, is_first, is_last = self._streams[index], index == 0, index == len(self.blocks) - 1
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                self.reached = True
-            if self.op == Op.OUTSIDE:
-                raise self.outside()
-            hidden_states = first_argument(args, kwargs)[0]
-            if self.op == Op.DECIDE:
-                assert self.decide is not None
-                self.op = int(self.decide(self._signal(compute, hidden_states, args, kwargs)))
+            if is_first:
+                self._enter(compute, streams, args, kwargs)
             op = self.op
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
             if op == Op.STORE:
-                self._entry = hidden_states
                 output = compute(*args, **kwargs)
-                return self._keep(output) if is_last else output
-            filled = self.filled(op)
-            return hidden_states + filled if self.site.residual else filled
-
-        return forward
-
-    def _later(self, compute: Callable[..., Any], is_last: bool) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            op = self.op
-            if op == Op.COMPUTE or op == Op.SKIP:
-                return compute(*args, **kwargs)
-            if op == Op.STORE:
-                output = compute(*args, **kwargs)
-                return self._keep(output) if is_last else output
+                return self._keep(streams, output) if is_last else output
             if op == Op.OUTSIDE:
                 raise self.outside()
-            return first_argument(args, kwargs)[0]
+            return self._standing_in if is_last else streams.handed_on(args, kwargs)
 
         return forward
 
-    def _keep(self, output: torch.Tensor) -> torch.Tensor:
-        assert self._entry is not None
-        self.store(output - self._entry if self.site.residual else output)
-        self._entry = None
+    def _enter(
+        self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The range is reached: decide, remember what it is given, make what stands in for its output."""
+        if not torch.compiler.is_compiling():
+            self.reached = True
+        if self.op == Op.DECIDE:
+            assert self.decide is not None
+            self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
+        op = self.op
+        if op == Op.COMPUTE or op == Op.SKIP or op == Op.OUTSIDE:
+            return
+        self._entry = streams.given(args, kwargs)
+        if op == Op.STORE:
+            if not torch.compiler.is_compiling():
+                self._entry_version = versions(tuple(self._entry.values()))
+        else:
+            # Made now: the network may write into the streams that are handed on.
+            self._standing_in = self._streams[-1].each(self.filled(op), self._entry, self._add)
+
+    def _keep(self, streams: _Streams, output: Feature) -> Feature:
+        if not torch.compiler.is_compiling() and versions(tuple(self._entry.values())) != self._entry_version:
+            raise EngineError(f"the network writes into the input of {self.site.id}: its residual can't be kept")
+        self.store(streams.each(output, self._entry, self._subtract))
+        self._entry = {}
         return output
 
+    def _subtract(self, output: Any, entry: Any) -> Any:
+        return output - entry if self._has_residual(output, entry) else output
+
+    def _add(self, filled: Any, entry: Any) -> Any:
+        if filled is None:  # a last block that leaves out a stream which nobody reads any more
+            return entry
+        if self._has_residual(filled, entry):
+            return entry + filled
+        return filled.clone() if self.op == Op.REUSE else filled  # the network may write into what a block returns
+
+    def _has_residual(self, output: Any, entry: Any) -> bool:
+        """Whether a stream is kept as a residual: not where the range joins streams, so that the shapes differ."""
+        return (
+            self.site.residual
+            and isinstance(output, torch.Tensor)
+            and isinstance(entry, torch.Tensor)
+            and output.shape == entry.shape
+        )
+
     def _signal(
-        self, compute: Callable[..., Any], hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         if self.watch == "front-residual":
             assert self._beginning is not None
-            return hidden_states - self._beginning
+            return streams.main(args, kwargs) - self._beginning
         # Run the block as far as its first attention: the same normalisation and modulation in every family of networks.
         assert self._attention is not None
 
         def stop(*inner: Any, **named: Any) -> Any:
-            raise _ReachedError(first_argument(inner, named)[0])
+            raise _ReachedError(first_argument(inner, named))
 
         restore = replace_forward(self._attention, stop)
         try:
@@ -137,6 +169,49 @@ class BlocksTap(Tap):
         )
 
 
+class _Streams:
+    """What a block is given and returns of the streams that run through the network."""
+
+    def __init__(self, block: Block, module: nn.Module) -> None:
+        self._streams = block.place.streams
+        self._returns = block.place.returns or block.place.streams
+        self._names = argument_names(type(module))
+        self._path = block.path
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Each stream that the block is given."""
+        return {name: self._argument(name, args, kwargs) for name in self._streams}
+
+    def main(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The first stream: the sample's."""
+        return self._argument(self._streams[0], args, kwargs)
+
+    def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a block that changes nothing returns."""
+        streams = tuple(self._argument(name, args, kwargs) for name in self._returns)
+        return streams if len(streams) > 1 else streams[0]
+
+    def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
+        """``function`` of each stream of an output and of what the range was given of it."""
+        if len(self._returns) == 1:
+            return function(output, entry.get(self._returns[0]))
+        if not isinstance(output, tuple) or len(output) != len(self._returns):
+            raise EngineError(
+                f"{self._path} returns {_shape(output)} where its anatomy says {', '.join(self._returns)}: correct the anatomy"
+            )
+        return tuple(function(part, entry.get(name)) for part, name in zip(output, self._returns, strict=True))
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = self._names.index(name) if name in self._names else len(args)
+        return args[place] if place < len(args) else None
+
+
+def _shape(output: Any) -> str:
+    return f"{len(output)} values" if isinstance(output, tuple) else f"a {type(output).__name__}"
+
+
 class _ReachedError(Exception):
     """Carries what an attention was about to be given out of its block."""
 
@@ -146,4 +221,6 @@ class _ReachedError(Exception):
 
 
 def _first_branch(denoiser: nn.Module, site: Site) -> nn.Module:
-    return denoiser.get_submodule(next(branch.id for branch in inspect(denoiser) if branch.block == site.block))
+    """The first attention of a range, or what holds it."""
+    branch = next(branch for branch in inspect(denoiser) if branch.block == site.block)
+    return denoiser.get_submodule(branch.hollow[0] if branch.hollow else branch.id)

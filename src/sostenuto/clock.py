@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from sostenuto.errors import ClockError
+from sostenuto.features import Feature, leaves
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 
 _MOST_PASSES = 4
+_PRECISION = 1e-4
 
 
 class Clock:
@@ -49,10 +52,14 @@ class Clock:
     A generation begins when the scheduler's timesteps were set anew (``set_timesteps`` makes a new tensor, also with equal
     values), when the timestep jumps back up, or when its first step is called again. Within a step, a call with the same
     latents and other conditioning is another pass. Passes are told apart by their conditioning, never by their order.
+
+    Args:
+        scheduler: the scheduler of the moment.
+        from_timestep: the scheduler's timestep from what the network is given, where that is not t or t / 1000.
     """
 
-    def __init__(self, scheduler: Callable[[], Any]) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Callable[[], Any], from_timestep: Callable[[float], float] | None = None) -> None:
+        self._scheduler, self._from_timestep = scheduler, from_timestep
         self.forget()
 
     def forget(self) -> None:
@@ -60,22 +67,25 @@ class Clock:
         self._source: Any = None
         self._timesteps: tuple[float, ...] = ()
         self._opening = self._step = -1
-        self._latents: torch.Tensor | None = None
+        self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
 
-    def tick(self, timestep: Any, latents: torch.Tensor, conditioning: Sequence[torch.Tensor] = ()) -> Tick:
+    def tick(self, timestep: Any, latents: Feature, conditioning: Sequence[torch.Tensor] = ()) -> Tick:
         """Place a call.
 
         Args:
-            timestep: what the denoiser is given: a number, or a tensor whose elements are all equal.
-            latents: its first input, ``[batch, …]``; tells a second pass from another generation at the same timestep.
+            timestep: what the denoiser is given: a number or a tensor. Where its elements differ (frames or samples at noise
+                levels of their own), the noisiest one tells the step.
+            latents: its noisy input, ``[batch, …]`` or a list; tells a second pass from another generation at the same
+                timestep.
             conditioning: its other tensor arguments; tell the passes apart.
 
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
-        value = _value(timestep)
+        value, precision = _value(timestep)
+        tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
         source = getattr(scheduler, "timesteps", None)
         if source is None:
@@ -84,8 +94,8 @@ class Clock:
             self.forget()
             values = source.tolist() if isinstance(source, torch.Tensor) else source
             self._source, self._timesteps = source, tuple(float(t) for t in values)
-        same_latents = self._latents is not None and _equal(self._latents, latents)
-        step = self._position(value, scheduler, same_latents)
+        same_latents = len(self._latents) == len(tensors) and all(map(_equal, self._latents, tensors))
+        step = self._position(value, precision, scheduler, same_latents)
         fresh = self._opening < 0 or step < self._step
         pass_index = 0
         if not fresh:
@@ -105,15 +115,21 @@ class Clock:
         if fresh or step != self._step:
             self._called = set()
         self._called.add(pass_index)
-        self._step, self._latents = step, latents.detach().clone()  # a clone: the sampler may write in place
+        # Clones: the sampler may write in place.
+        self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
-    def _position(self, value: float, scheduler: Any, same_latents: bool) -> int:
-        matches = [p for p, t in enumerate(self._timesteps) if abs(t - value) <= 1e-4 * max(1.0, abs(t))]
-        if not matches:
-            # Flow-matching pipelines hand over timestep / 1000, some in bfloat16.
-            scaled = [p for p, t in enumerate(self._timesteps) if abs(t / 1000 - value) <= 4e-3 * max(1e-3, abs(value))]
-            matches = sorted(scaled, key=lambda p: abs(self._timesteps[p] / 1000 - value))[:1]
+    def _position(self, value: float, precision: float, scheduler: Any, same_latents: bool) -> int:
+        readings = [value, 1000 * value] if self._from_timestep is None else [self._from_timestep(value)]
+        matches: list[int] = []
+        for reading in readings:
+            # Timesteps come rounded to the network's precision, as numbers of up to 1000 or of up to 1.
+            gaps = [abs(t - reading) for t in self._timesteps]
+            tolerance = precision * max(abs(reading), 1.0 if reading == value else 1000.0)
+            nearest = min(gaps, default=math.inf)
+            if nearest <= tolerance:
+                matches = [p for p, gap in enumerate(gaps) if gap <= max(nearest, 1e-4 * max(1.0, abs(reading)))]
+                break
         if not matches:
             raise ClockError(
                 f"timestep {value:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
@@ -161,15 +177,15 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _value(timestep: Any) -> float:
+def _value(timestep: Any) -> tuple[float, float]:
+    """A timestep as a number, and its relative precision."""
     try:
         if not isinstance(timestep, torch.Tensor):
-            return float(timestep)
+            return float(timestep), _PRECISION
         values = timestep.reshape(-1)
-        if len(values) == 0 or (len(values) > 1 and not bool((values == values[0]).all())):
-            raise ClockError(
-                f"the denoiser was given the timesteps {values.tolist()[:4]} at once: one step per call is cached"
-            )
-        return float(values[0])
+        if len(values) == 0:
+            raise ClockError("the denoiser was given an empty timestep")
+        precision = torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else _PRECISION
+        return float(values.max()), max(_PRECISION, precision)
     except (TypeError, ValueError):
         raise ClockError(f"{timestep!r} is no timestep") from None

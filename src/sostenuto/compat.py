@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sostenuto.errors import AnatomyError, EngineError
+from sostenuto.features import leaves, mapped
 
 _CALL_SLOT = "_compiled_call_impl"  # Module.__call__ prefers this instance attribute; Module.compile() fills it
 
@@ -103,27 +104,51 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(getattr(config, "use_flow_sigmas", False))
 
 
-def map_output(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A denoiser's output (tensor, tuple, or diffusers' output object) with its first tensor mapped."""
-    if isinstance(output, torch.Tensor):
-        return function(output)
-    if isinstance(output, tuple) and type(output) is tuple:
-        return (function(output[0]), *output[1:])
+def values_of(output: Any) -> Any:
+    """What a denoiser returned, a tensor or a tuple of values, without diffusers' output object around it.
+
+    Raises:
+        EngineError: an output of another kind.
+    """
+    if isinstance(output, torch.Tensor) or type(output) is tuple:
+        return output
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        first = dataclasses.fields(output)[0].name
-        return dataclasses.replace(output, **{first: function(getattr(output, first))})
+        return tuple(getattr(output, field.name) for field in dataclasses.fields(output))
     raise EngineError(
         f"a denoiser that returns a {type(output).__name__} can't be corrected: return a tensor or a tuple"
     )
 
 
-def only_tensor(output: Any) -> Any:
-    """The tensor in an output that holds nothing else (diffusers' attentions return a tuple of one); else the output."""
-    return output[0] if isinstance(output, tuple) and len(output) == 1 else output
+def with_values(output: Any, values: Any) -> Any:
+    """An output of the same kind that holds other values."""
+    if isinstance(output, torch.Tensor) or type(output) is tuple:
+        return values
+    names = [field.name for field in dataclasses.fields(output)]
+    return dataclasses.replace(output, **dict(zip(names, values, strict=True)))
+
+
+def map_prediction(output: Any, function: Callable[..., torch.Tensor], *others: Any) -> Any:
+    """A denoiser's output with its prediction mapped: its first value, a tensor or a list of one tensor per sample.
+
+    ``function`` is given each tensor, and those at the same place of ``others``.
+    """
+    values = values_of(output)
+    if isinstance(values, torch.Tensor):
+        return with_values(output, function(values, *others))
+    return with_values(output, (mapped(function, values[0], *others), *values[1:]))
+
+
+def prediction_of(output: Any) -> Any:
+    """The prediction in a denoiser's output: a tensor, or a list of one per sample."""
+    values = values_of(output)
+    return values if isinstance(values, torch.Tensor) else values[0]
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The prediction in a denoiser's output."""
-    found: list[torch.Tensor] = []
-    map_output(output, lambda tensor: found.append(tensor) or tensor)
-    return found[0]
+    """The prediction, or its part for the first sample where there is one tensor per sample."""
+    return next(leaves(prediction_of(output)))
+
+
+def only_tensor(output: Any) -> Any:
+    """The tensor in an output that holds nothing else (diffusers' attentions return a tuple of one); else the output."""
+    return output[0] if isinstance(output, tuple) and len(output) == 1 else output

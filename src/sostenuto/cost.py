@@ -5,7 +5,7 @@ Dry runs on tensors without data tell all of it, so it needs no time on the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import EngineError
+from sostenuto.features import leaves, mapped
 from sostenuto.plan import Op
 from sostenuto.tap import Tap
 
@@ -34,7 +35,7 @@ class TensorSpec:
     device: torch.device
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size of the data in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
@@ -49,15 +50,25 @@ class Cost:
 
     Attributes:
         macs: multiply-accumulates of the whole call, all rows of the batch.
-        site_macs: those of each site.
-        site_outputs: what each site would keep.
-        site_residuals: what it would keep of its attention to far tokens.
+        site_macs: those of each site, without what it spares in front of it.
+        site_outputs: what each site would keep, tensors as :class:`TensorSpec`.
+        site_residuals: what it would keep of its attention to far tokens; ``None`` where that can't be.
     """
 
     macs: int
     site_macs: tuple[int, ...]
-    site_outputs: tuple[TensorSpec, ...]
-    site_residuals: tuple[TensorSpec, ...]
+    site_outputs: tuple[Any, ...]
+    site_residuals: tuple[TensorSpec | None, ...]
+
+    @property
+    def output_bytes(self) -> list[int]:
+        """Size of one output of every site."""
+        return [sum(spec.nbytes for spec in leaves(output, TensorSpec)) for output in self.site_outputs]
+
+    @property
+    def residual_bytes(self) -> list[int]:
+        """Size of one residual of every site."""
+        return [0 if residual is None else residual.nbytes for residual in self.site_residuals]
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,13 @@ class Carried:
 
 
 def spec(value: Any) -> Any:
-    """Tensors as specs, everything else as it is."""
+    """A tensor as its spec, everything else as it is."""
     return TensorSpec(tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+
+
+def empty(output: Any) -> Any:
+    """Tensors for specs, in the same structure."""
+    return mapped(TensorSpec.empty, output, leaf=TensorSpec)
 
 
 class DryRun:
@@ -106,7 +122,7 @@ class DryRun:
         return self._macs[carried] + carried.scoring_macs
 
     def _measure(self) -> Cost:
-        outputs: dict[int, Any] = {}
+        outputs: list[list[Any]] = [[] for _ in self._taps]
         flops = [0] * len(self._taps)
         with ExitStack() as stack:
             counter = FlopCounterMode(display=False)
@@ -115,33 +131,48 @@ class DryRun:
                 if watched is None:
                     continue
 
-                def before(*_: Any, index: int = index) -> None:
+                def begin(*_: Any, index: int = index) -> None:
                     flops[index] -= counter.get_total_flops()
 
-                def after(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
+                def end(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
                     flops[index] += counter.get_total_flops()
-                    outputs[index] = spec(compat.only_tensor(output))
+                    outputs[index].append(mapped(spec, output))
 
-                first, last = watched
-                stack.callback(first.register_forward_pre_hook(before).remove)
-                stack.callback(last.register_forward_hook(after).remove)
+                first = watched.first
+                hook = first.register_forward_hook(begin) if watched.behind else first.register_forward_pre_hook(begin)
+                stack.callback(hook.remove)
+                stack.callback(watched.last.register_forward_hook(end).remove)
             for tap in self._taps:
-                tap.op = Op.COMPUTE
+                tap.begin(Op.COMPUTE)
             result = self._run(counter)
             total = counter.get_total_flops()
         for index, tap in enumerate(self._taps):
             if tap.site.kind is SiteKind.OUTPUT:
-                outputs[index], flops[index] = spec(compat.first_tensor(result)), total
-        missed = [tap.site.id for index, tap in enumerate(self._taps) if index not in outputs]
+                outputs[index], flops[index] = [mapped(spec, compat.values_of(result))], total
+        self._check_outputs(outputs)
+        kept = tuple(tuple(calls) if len(calls) > 1 else calls[0] for calls in outputs)
+        residuals = tuple(
+            replace(o, shape=tap.residual_shape(o.shape)) if isinstance(o, TensorSpec) else None
+            for tap, o in zip(self._taps, kept, strict=True)
+        )
+        return Cost(total // 2, tuple(f // 2 for f in flops), kept, residuals)
+
+    def _check_outputs(self, outputs: Sequence[Sequence[Any]]) -> None:
         name = type(self._denoiser).__name__
+        missed = [tap.site.id for tap, calls in zip(self._taps, outputs, strict=True) if not calls]
         if missed:
-            raise EngineError(f"a call of {name} never reached {', '.join(missed[:3])}: its anatomy is wrong")
-        wrong = [self._taps[index].site.id for index, out in outputs.items() if not isinstance(out, TensorSpec)]
-        if wrong:
-            raise EngineError(f"{wrong[0]} returns something other than one tensor: it can't be kept")
-        kept = tuple(outputs[index] for index in range(len(self._taps)))
-        residuals = (replace(o, shape=tap.residual_shape(o.shape)) for tap, o in zip(self._taps, kept, strict=True))
-        return Cost(total // 2, tuple(f // 2 for f in flops), kept, tuple(residuals))
+            raise EngineError(
+                f"a call of {name} never reached {', '.join(missed[:3])}: its anatomy is wrong (or torch's fused transformer "
+                "layer ran in its place: torch.backends.mha.set_fastpath_enabled(False))"
+            )
+        for tap, calls in zip(self._taps, outputs, strict=True):
+            if len(calls) != tap.site.calls:
+                raise EngineError(
+                    f"{tap.site.id} is called {len(calls)} times in a call of {name}, not {tap.site.calls}: its anatomy is "
+                    "wrong"
+                )
+            if not any(True for _ in leaves(calls[0], TensorSpec)):
+                raise EngineError(f"{tap.site.id} returns no tensor: it can't be kept")
 
     def _count(self, carried: Carried) -> int:
         for tap, op in zip(self._taps, carried.ops, strict=True):
@@ -150,40 +181,46 @@ class DryRun:
         if all(op == Op.COMPUTE for op in carried.ops) and not carried.decided:
             return self.cost.macs
         counter = FlopCounterMode(display=False)
-        outputs = self.cost.site_outputs
+        cost = self.cost
         tokens = carried.num_tokens or (0,) * len(self._taps)
 
-        def set_taps(fake: FakeTensorMode) -> None:
-            for tap, op, output, count in zip(self._taps, carried.ops, outputs, tokens, strict=True):
-                tap.op, tap.slots, tap.residual = int(op), [output.empty() for _ in range(8)], [None]
-                if op & (Op.RESIDUAL | Op.WINDOW):
-                    tap.residual = [replace(output, shape=tap.residual_shape(output.shape)).empty()]
-                tap.weights = torch.empty(2, dtype=output.dtype, device=output.device)
-                tap.tokens = torch.empty(count, dtype=torch.long, device=output.device)
-                if carried.decided and isinstance(tap, BlocksTap):
-                    tap.op, tap.decide = Op.DECIDE, lambda _, op=op: op
+        def set_taps() -> None:
+            for index, (tap, op) in enumerate(zip(self._taps, carried.ops, strict=True)):
+                output = cost.site_outputs[index]
+                first = next(leaves(output, TensorSpec))
+                decides = carried.decided and isinstance(tap, BlocksTap)
+                tap.begin(Op.DECIDE if decides else op)
+                tap.slots, tap.residual = [empty(output) for _ in range(8)], [empty(cost.site_residuals[index])]
+                tap.weights = torch.empty(2, dtype=first.dtype, device=first.device)
+                tap.tokens = torch.empty(tokens[index], dtype=torch.long, device=first.device)
+                if decides and isinstance(tap, BlocksTap):
+                    tap.decide = lambda _, op=op: op
 
         self._run(counter, set_taps)
         return counter.get_total_flops() // 2
 
-    def _run(self, counter: FlopCounterMode, set_taps: Any = lambda fake: None) -> Any:
+    def _run(self, counter: FlopCounterMode, set_taps: Callable[[], None] = lambda: None) -> Any:
         """The denoiser's output on fake tensors, everything counted."""
         with ExitStack() as stack:
-            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(counter)
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.no_grad())
-            state = [(tap, tap.op) for tap in self._taps]
-            stack.callback(lambda: [tap.reset() or setattr(tap, "op", op) for tap, op in state])
-
-            def to_fake(value: Any) -> Any:
-                value = spec(value)
-                return value.empty() if isinstance(value, TensorSpec) else value
-
+            stack.callback(self._reset_taps, [tap.op for tap in self._taps])
             try:
-                set_taps(fake)
-                return self._denoiser.forward(*tree_map(to_fake, self._args), **tree_map(to_fake, self._kwargs))
+                set_taps()
+                args, kwargs = (tree_map(_without_spec, given) for given in (self._args, self._kwargs))
+                return self._denoiser.forward(*args, **kwargs)
             except Exception as error:
                 raise EngineError(
                     f"{type(self._denoiser).__name__} can't be run on tensors without data, so its cost is unknown: {error}"
                 ) from error
+
+    def _reset_taps(self, ops: Sequence[int]) -> None:
+        for tap, op in zip(self._taps, ops, strict=True):
+            tap.reset()
+            tap.op = op
+
+
+def _without_spec(value: Any) -> Any:
+    return value.empty() if isinstance(value, TensorSpec) else value

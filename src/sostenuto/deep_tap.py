@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.anatomy import Site
 from sostenuto.cost import TensorSpec, spec
+from sostenuto.features import kept
 from sostenuto.plan import Op
-from sostenuto.tap import Tap, kept
+from sostenuto.sites import Site
+from sostenuto.tap import Tap, Watched
 
 
 class DeepTap(Tap):
@@ -34,9 +35,9 @@ class DeepTap(Tap):
         self._seen: list[Any] = [None] * len(paths)
         self._outputs: dict[Any, tuple[Any, ...]] = {}  # by the kind of feature: what each module returned
 
-    def watched(self) -> tuple[nn.Module, nn.Module]:
+    def watched(self) -> Watched:
         """The first and the last module."""
-        return self.modules[0], self.modules[-1]
+        return Watched(self.modules[0], self.modules[-1])
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """All of the modules."""

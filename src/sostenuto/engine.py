@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import inspect as python_inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from sostenuto import compat
-from sostenuto.anatomy import SiteKind, timestep_argument
-from sostenuto.attention_tap import check_guidance_halves
-from sostenuto.block_tap import BlocksTap
+from sostenuto.arguments import Arguments, Reader
 from sostenuto.clock import Clock, Tick
-from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, keep_variance, scale_noise
+from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, spec
-from sostenuto.errors import AlreadyEnabledError, ClockError, EngineError, MethodError
-from sostenuto.forecast import lagrange_weights
+from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
+from sostenuto.execution import Executor
+from sostenuto.features import Feature, leaves, mapped
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
-from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
+from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Observer, kept
+from sostenuto.tap import Observer, not_copied
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -54,20 +51,12 @@ class Handle:
                 )
         self.sites = self.method.sites(self._denoiser)
         self._scheduler = scheduler
-        self._clock = Clock(scheduler)
+        self._reader = Reader(self._denoiser)
+        self._clock = Clock(scheduler, self._reader.from_timestep)
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
         self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
-        self._observed_at = [  # the site that each observed module belongs to
-            next((i for i, site in enumerate(self.sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
-            for observer in self._observers
-        ]
+        self._executor = Executor(self.sites, self._taps, self._observers, self._compiled)
         self._max_cache_bytes = max_cache_bytes
-        self._names = [
-            name for name in python_inspect.signature(type(self._denoiser).forward).parameters if name != "self"
-        ]
-        self._timestep_name = timestep_argument(self._denoiser)
-        if self._timestep_name not in self._names:
-            raise EngineError(f"{type(self._denoiser).__name__}.forward has no argument {self._timestep_name!r}")
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
@@ -118,10 +107,10 @@ class Handle:
         return bool(self._detach)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        raise EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
+        raise not_copied()
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
+        raise not_copied()
 
     def __enter__(self) -> Handle:
         return self
@@ -159,7 +148,7 @@ class Handle:
     def _sizes(self) -> tuple[list[int], list[int]]:
         """Bytes of one output and of one residual of every site."""
         cost = self._cost(self._generation_signature)
-        return [o.num_bytes for o in cost.site_outputs], [r.num_bytes for r in cost.site_residuals]
+        return cost.output_bytes, cost.residual_bytes
 
     def _cost(self, signature: int) -> Cost:
         with self._dry():
@@ -212,17 +201,12 @@ class Handle:
             self._busy.release()
 
     def _placed_call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = dict(zip(self._names, args, strict=False)) | kwargs
-        latents, timestep = named.pop(self._names[0], None), named.pop(self._timestep_name, None)
-        if not isinstance(latents, torch.Tensor) or timestep is None:
-            raise ClockError(f"the denoiser was called without {self._names[0]} or {self._timestep_name}")
-        lasting = {name: value for name, value in named.items() if name not in compat.STEPWISE_ARGUMENTS}
-        conditioning = [value for value in tree_leaves(lasting) if isinstance(value, torch.Tensor)]
-        tick = self._clock.tick(timestep, latents, conditioning)
+        given = self._reader.read(args, kwargs)
+        tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
         if tick.new_generation:
             self._decide(tick)
-        args, kwargs = self._shifted(tick, latents, args, kwargs)
-        call = Call(inner, args, kwargs, self._signature(args, kwargs), latents)
+        args, kwargs = self._shifted(tick, given.latents, args, kwargs)
+        call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
             self._begin(call)
         output = self._step(tick, call)
@@ -232,7 +216,9 @@ class Handle:
         if scale == 1.0:
             return output
         conversion = self._conversion(tick)
-        return compat.map_output(output, lambda prediction: scale_noise(prediction, scale, call.latents, conversion))
+        return compat.map_prediction(
+            output, lambda prediction, latents: scale_noise(prediction, scale, latents, conversion), call.latents
+        )
 
     def _conversion(self, tick: Tick) -> Conversion:
         """How the noise follows from what the network predicts at this step."""
@@ -263,17 +249,12 @@ class Handle:
                     "is for DiTFastAttn"
                 )
 
-    def _shifted(
-        self, tick: Tick, latents: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _shifted(self, tick: Tick, latents: Feature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The call's arguments with the timestep that the method wants the network to see."""
-        timestep = None if self._shifter is None else self._shifter.shift(tick.timesteps[tick.step], latents)
-        if timestep is None:
+        if self._shifter is None:
             return args, kwargs
-        place = self._names.index(self._timestep_name)
-        if place < len(args):
-            return (*args[:place], timestep, *args[place + 1 :]), kwargs
-        return args, {**kwargs, self._timestep_name: timestep}
+        timestep = self._shifter.shift(tick.timesteps[tick.step], next(leaves(latents)))
+        return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
     def _begin(self, call: Call) -> None:
         self._record, self._generation_signature = Record(), call.signature
@@ -283,10 +264,10 @@ class Handle:
 
     def _step(self, tick: Tick, call: Call) -> Any:
         state = self._passes.get(tick.pass_index)
-        if state is None or tick.step != state.last_step + 1 or state.latents != spec(call.latents):
+        if state is None or tick.step != state.last_step + 1 or state.latents != mapped(spec, call.latents):
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
             state = self._passes[tick.pass_index] = self._fresh_pass(tick, call)
-            state.latents = spec(call.latents)
+            state.latents = mapped(spec, call.latents)
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:
@@ -304,7 +285,7 @@ class Handle:
     def _fresh_pass(self, tick: Tick, call: Call) -> PassState:
         assert self._facts is not None
         sites = len(self.sites)
-        selector = self.method.selector(self._facts, call.latents)
+        selector = self.method.selector(self._facts, next(leaves(call.latents)))
         if self._plan is not None:
             return PassState(lower(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
         policy = None if self.driver is not None else self.method.policy(self._facts)
@@ -320,116 +301,23 @@ class Handle:
         self, tick: Tick, state: PassState, call: Call, ops: Sequence[Op], history: Sequence[tuple[int, ...]]
     ) -> Any:
         """Run the denoiser with one op per site."""
-        if any(op & Op.SHARE for op in ops):
-            check_guidance_halves(call.latents)
-        weights = ForecastWeights(lagrange_weights if self._plan is None else self._plan.weights, tick.step)
-        cost = self._cost(call.signature) if self._compiled else None
-        num_tokens = self._choose_tokens(tick, state, ops)
-        for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
-            if op == Op.PARTIAL and not num_tokens[index]:
-                op = Op.REUSE
-            residual = state.residuals[index]
-            if cost is not None and op & Op.RESIDUAL:
-                allocate(residual, cost.site_residuals[index])
-            if op & Op.STORE:
-                slots = state.make_room(index)
-                if state.selector is not None:
-                    state.selector.computed(tick.step, index)
-                if cost is not None:
-                    allocate(slots, cost.site_outputs[index])
-            elif op == Op.DECIDE:
-                assert isinstance(tap, BlocksTap)
-                tap.decide = partial(self._ask, tick, state, index, weights)
-            slots = state.slots[index]
-            if op in (Op.FORECAST, Op.EXTEND):
-                tap.weights = weights(history[index], kept(slots[1 if op == Op.EXTEND else 0]))
-            tap.slots, tap.residual, tap.op, tap.reached = slots, residual, int(op), False
-        decided = any(tap.op == Op.DECIDE for tap in self._taps)
-        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op in (Op.REUSE, Op.PARTIAL)]
-        versions = [slot._version + (tap.op == Op.PARTIAL) for tap, slot in reused]  # a partial site writes once
-        if state.selector is not None and tick.step in state.program.refreshed:
-            for observer, index in zip(self._observers, self._observed_at, strict=True):
-                if index is None or ops[index].action is Action.COMPUTE:
-                    observer.hear = state.selector.observe
-        scored = 0 if state.selector is None else state.selector.macs
-        try:
-            output = self._run(state, call)
-            if not self._compiled:
-                self._check_reached()
-                for (tap, slot), version in zip(reused, versions, strict=True):
-                    if slot._version != version:
-                        raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
-            return output
-        finally:
-            scoring = 0 if state.selector is None else state.selector.macs - scored
-            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided, scoring)
-            for tap in self._taps:
-                tap.reset()
-            for observer in self._observers:
-                observer.hear = None
+
+        def note(carried: Carried) -> None:
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
 
-    def _choose_tokens(self, tick: Tick, state: PassState, ops: Sequence[Op]) -> list[int]:
-        """Set the tokens that partial sites run; returns how many of each site, 0 where the site doesn't run partially."""
-        num_tokens = [0] * len(ops)
-        wanted = []
-        for index, op in enumerate(ops):
-            if op == Op.PARTIAL:
-                assert self._plan is not None
-                shape = tuple(kept(state.slots[index][0]).shape)
-                num_tokens[index] = int(self._plan.ratios[tick.step][index] * shape[1])
-                wanted.append(Wanted(index, shape, num_tokens[index]))
-        wanted = [site for site in wanted if site.num_tokens]
-        if not wanted:
-            return num_tokens
-        if state.selector is None:
-            name = self.sites[wanted[0].site].id
-            raise MethodError(f"the plan runs {name} for some tokens, but the method doesn't choose them")
-        device = kept(state.slots[wanted[0].site][0]).device
-        for site, tokens in zip(wanted, state.selector.select(tick.step, wanted, device), strict=True):
-            self._taps[site.site].tokens = tokens
-        return num_tokens
-
-    def _ask(self, tick: Tick, state: PassState, index: int, weights: ForecastWeights, signal: torch.Tensor) -> Op:
-        """Ask the pass's policy about its site, which is just being reached."""
-        policy = state.policy
-        assert policy is not None
-        tap = self._taps[index]
-        if not policy.skips(tick.step, tick.num_steps, signal, tuple(state.decided)) or not state.decided:
-            tap.slots = state.make_room(index)
-            state.decided.insert(0, tick.step)
-            return Op.STORE
-        read = tuple(state.decided[: policy.forecast_order + 1])
-        if len(read) == 1:
-            return Op.REUSE
-        tap.weights = weights(read, kept(tap.slots[0]))
-        return Op.FORECAST
-
-    def _run(self, state: PassState, call: Call) -> Any:
-        """Call the denoiser, or spare the call where its output is filled in."""
-        tap = next((tap for tap in self._taps if tap.site.kind is SiteKind.OUTPUT), None)
-        if tap is None:
-            return call.inner(*call.args, **call.kwargs)
-        tap.reached = True
-        if not Op(tap.op).is_filled:
-            output = call.inner(*call.args, **call.kwargs)
-            if tap.op == Op.STORE:
-                tap.store(compat.first_tensor(output))
-                state.template = compat.map_output(output, lambda prediction: prediction[:0])
-            return output
-        newest, op = kept(tap.slots[1 if tap.op == Op.EXTEND else 0]), tap.op
-        prediction = keep_variance(tap.filled(op), newest, call.latents)
-        if op == Op.EXTEND:
-            tap.store(prediction)
-        return compat.map_output(state.template, lambda _: prediction.clone())
-
-    def _check_reached(self) -> None:
-        skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
-        for tap in self._taps:
-            if not tap.reached and tap.op != Op.SKIP and not any(site.covers(tap.site) for site in skipped):
-                raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
+        return self._executor.execute(
+            tick.step,
+            tick.num_steps,
+            state,
+            call,
+            ops,
+            history,
+            plan=self._plan,
+            cost=lambda: self._cost(call.signature),
+            note=note,
+        )
 
     def _drop_state(self) -> None:
         self._passes = {}

@@ -43,8 +43,7 @@ class Prober:
 
     def with_latents(self, latents: torch.Tensor) -> Prober:
         """The same call with other latents of the same shape; the kept features stay those of this generation."""
-        name, args, kwargs = self.handle._names[0], self.call.args, self.call.kwargs
-        args, kwargs = ((latents, *args[1:]), kwargs) if args else (args, {**kwargs, name: latents})
+        args, kwargs = self.handle._reader.with_latents(self.call.args, self.call.kwargs, latents)
         return replace(self, call=replace(self.call, args=args, kwargs=kwargs, latents=latents))
 
     def prediction(self, output: Any) -> torch.Tensor:

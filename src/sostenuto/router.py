@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sostenuto.anatomy import inspect
 from sostenuto.errors import TableError
 from sostenuto.plan import Action
+from sostenuto.sites import inspect
 from sostenuto.table import CacheTable, in_sampling_order, read_made_for
 
 FORMAT, VERSION = "sostenuto-router", 1

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sostenuto.cost import TensorSpec
+from sostenuto.cost import empty
+from sostenuto.features import Feature, Slots, leaves, num_bytes
 from sostenuto.plan import Program, Weights
-from sostenuto.tap import empty_slot
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     signature: int
-    latents: torch.Tensor
+    latents: Feature
 
 
 class Policy(Protocol):
@@ -93,19 +93,19 @@ class PassState:
     ) -> None:
         self.program, self.policy, self.selector = program, policy, selector
         self.last_step = -1
-        self.latents: TensorSpec | None = None
-        self.slots: list[list[torch.Tensor | None]] = [[None] * num_slots for _ in range(num_sites)]
-        self.residuals: list[list[torch.Tensor | None]] = [[None] for _ in range(num_sites)]
+        self.latents: Any = None  # without their data
+        self.slots: list[Slots] = [[None] * num_slots for _ in range(num_sites)]
+        self.residuals: list[Slots] = [[None] for _ in range(num_sites)]
         self.decided: list[int] = []  # steps at which the policy had its site computed, newest first
         self.template: Any = None  # the last computed output of the denoiser, without its prediction
 
     @property
     def num_bytes(self) -> int:
         """Bytes of kept features and signals."""
-        kept = sum(slot.nbytes for slots in self.slots + self.residuals for slot in slots if slot is not None)
+        kept = sum(num_bytes(slots) for slots in self.slots + self.residuals)
         return kept + (0 if self.policy is None else self.policy.num_bytes)
 
-    def make_room(self, site: int) -> list[torch.Tensor | None]:
+    def make_room(self, site: int) -> Slots:
         """The site's slots with the oldest one in front, to be overwritten."""
         slots = self.slots[site]
         slots.insert(0, slots.pop())
@@ -120,10 +120,11 @@ class PassState:
                     slots[:] = [None] * len(slots)
 
 
-def allocate(slots: list[torch.Tensor | None], spec: TensorSpec) -> None:
-    """Give the first slot memory, if it has none."""
+def allocate(slots: Slots, output: Any) -> None:
+    """Give the first slot memory for such an output, of :class:`TensorSpec` tensors, if it has none."""
     if slots[0] is None:
-        slots[0] = empty_slot(spec.shape, spec.dtype, spec.device)
+        with torch.inference_mode(False):  # usable inside and outside of inference mode
+            slots[0] = empty(output)
 
 
 class ForecastWeights:
@@ -133,8 +134,9 @@ class ForecastWeights:
         self._weights, self._step = weights, step
         self._made: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
-    def __call__(self, read: tuple[int, ...], newest: torch.Tensor) -> torch.Tensor:
+    def __call__(self, read: tuple[int, ...], feature: Feature) -> torch.Tensor:
         """The weights of the outputs kept at the steps ``read``; in float32 where more than two are summed."""
+        newest = next(leaves(feature))
         dtype = newest.dtype if len(read) == 2 else torch.float32
         if (read, dtype) not in self._made:
             values = self._weights(read, self._step)

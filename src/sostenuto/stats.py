@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sostenuto.anatomy import Site
 from sostenuto.cost import Carried, DryRun
 from sostenuto.plan import Action, Op
+from sostenuto.sites import Site
 
 _ALWAYS_LISTED = (Action.COMPUTE, Action.REUSE, Action.FORECAST, Action.PARTIAL)
 

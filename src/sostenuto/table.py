@@ -12,12 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind, block_range, inspect
+from sostenuto.anatomy import SiteKind
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.measured import check_made_for, check_timesteps, is_number, read_json, table_file
 from sostenuto.plan import Action, Plan
+from sostenuto.sites import Site, inspect, stack
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
 _MAX_STEPS = 10_000
@@ -37,7 +38,9 @@ class StepState(Enum):
         return _GROUPS[self]
 
     def skips(self, site: Site) -> bool:
-        """Whether the branch at ``site`` is skipped in this state."""
+        """Whether the branch at ``site`` is skipped in this state; a fused one is both."""
+        if site.kind is SiteKind.FUSED:
+            return self is StepState.REUSE_BOTH
         return ("attention" if site.kind.is_attention else "mlp") in self.groups
 
 
@@ -115,7 +118,7 @@ class CacheTable:
         """The sites that the table is about: all branches, and after them the whole stack where it is kept as one."""
         sites = inspect(denoiser)
         if self.fill == "stack" and StepState.REUSE_BOTH in self.actions:
-            sites.append(block_range(denoiser, 0, sites[-1].block))
+            sites.append(stack(denoiser))
         return sites
 
     def plan(self, sites: Sequence[Site]) -> Plan:
@@ -125,21 +128,21 @@ class CacheTable:
             TableError: a step names a site that the network lacks, or leaves one out.
         """
         gap = Action.FORECAST if self.forecast_order else Action.REUSE
-        stack = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
-        ids = {site.id for site in sites if site is not stack}
+        whole = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
+        ids = {site.id for site in sites if site is not whole}
         rows = []
         for step, state in enumerate(self.actions):
-            if state is StepState.REUSE_BOTH and stack is not None:
-                rows.append(tuple(gap if site is stack else Action.SKIP for site in sites))
+            if state is StepState.REUSE_BOTH and whole is not None:
+                rows.append(tuple(Action.SKIP if whole.covers(site) else gap for site in sites))
                 continue
             if isinstance(state, StepState):
-                skipped = [site is not stack and state.skips(site) for site in sites]
+                skipped = [site is not whole and state.skips(site) for site in sites]
                 rows.append(tuple(gap if skip else Action.COMPUTE for skip in skipped))
                 continue
             if set(state) != ids:
                 odd = sorted(set(state) ^ ids)[0]
                 raise TableError(f"step {step} of the cache table and the network disagree about site {odd!r}")
-            rows.append(tuple(Action.COMPUTE if site is stack else state[site.id] for site in sites))
+            rows.append(tuple(Action.COMPUTE if site is whole else state[site.id] for site in sites))
         return Plan(tuple(rows), forecast_order=max(1, self.forecast_order))
 
     def check(self, denoiser: nn.Module, scheduler: Any) -> None:

@@ -1,16 +1,20 @@
-"""What replaces ``forward`` of tapped modules: of a residual branch and of the norm in front of it."""
+"""What replaces ``forward`` of tapped modules: of a residual branch and of the modules in front of it."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site
+from sostenuto.anatomy import SiteKind
 from sostenuto.errors import EngineError
+from sostenuto.features import Feature, Slots, combine, keep, kept
 from sostenuto.plan import Action, Op
+from sostenuto.sites import Site
 
 
 class Attachment:
@@ -34,6 +38,14 @@ class Attachment:
             self._restore.pop()()
 
 
+class Watched(NamedTuple):
+    """The modules at whose beginning (or end, if ``behind``) and end a site begins and ends."""
+
+    first: nn.Module
+    last: nn.Module
+    behind: bool = False
+
+
 class Tap(Attachment):
     """Carries out one op at one site; the base of all taps, itself a site that no module stands for (the output).
 
@@ -47,13 +59,13 @@ class Tap(Attachment):
         self.site = site
         self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
         self.reached = False
-        self.slots: list[torch.Tensor | None] = []  # newest first
-        self.residual: list[torch.Tensor | None] = [None]
+        self.slots: Slots = []
+        self.residual: Slots = [None]
         self.weights: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
 
-    def watched(self) -> tuple[nn.Module, nn.Module] | None:
-        """The modules at whose beginning and end the site begins and ends."""
+    def watched(self) -> Watched | None:
+        """Where the site begins and ends."""
         return None
 
     def can(self, action: Action) -> bool:
@@ -79,11 +91,15 @@ class Tap(Attachment):
         self.op, self.slots, self.weights, self.tokens = Op.OUTSIDE, [], None, None
         self.residual = [None]
 
-    def store(self, output: torch.Tensor) -> None:
+    def begin(self, op: int) -> None:
+        """Get ready for a denoiser call."""
+        self.op, self.reached = op, False
+
+    def store(self, output: Feature) -> None:
         """Keep an output as the newest."""
         keep(self.slots, output)
 
-    def filled(self, op: int) -> torch.Tensor:
+    def filled(self, op: int) -> Feature:
         """What stands in for the output of a skipped site."""
         if op == Op.REUSE:
             return kept(self.slots[0])
@@ -125,28 +141,51 @@ class Observer(Attachment):
 
 
 class BranchTap(Tap):
-    """The tap of one residual branch of a block, with the norm in front of it."""
+    """The tap of one residual branch of a block, with the modules in front of it that feed nothing else."""
 
     def __init__(self, site: Site, denoiser: nn.Module) -> None:
         super().__init__(site)
         self.module = denoiser.get_submodule(site.id)
-        self.norm = denoiser.get_submodule(site.norm) if site.norm else None
+        self.front = [denoiser.get_submodule(path) for path in site.front]
+        self.hollow = [denoiser.get_submodule(path) for path in site.hollow]
+        self._num_streams = [0] * len(self.hollow)  # how many tensors each returns as a tuple; 0: one tensor
+        self._call = 0  # of the calls of the module in one denoiser call, where it has several
+        self._outputs: list[Feature] = []  # of the calls so far
+        self._filled: Feature = None
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The branch and its norm."""
-        found = [(self.module, self.branch(self.module.forward))]
-        if self.norm is not None:
-            found.append((self.norm, self.narrow(self.norm.forward)))
-        return found
+        """The branch, what is in front of it and what is on the way."""
+        branch = self.branch(self.module.forward)
+        found = [(self.module, branch if self.site.calls == 1 else self.repeated(self.module.forward))]
+        found += [(module, self.narrow(module.forward)) for module in self.front]
+        return found + [(module, self.hand_on(index, module.forward)) for index, module in enumerate(self.hollow)]
 
-    def watched(self) -> tuple[nn.Module, nn.Module]:
-        """The branch."""
-        return self.module, self.module
+    def watched(self) -> Watched:
+        """The branch; a fused one begins behind what is in front of it."""
+        if self.site.kind is SiteKind.FUSED and self.front:
+            return Watched(self.front[-1], self.module, behind=True)
+        return Watched(self.module, self.module)
 
-    def branch(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def can(self, action: Action) -> bool:
+        """Some tokens only where tokens go in one by one and come out so."""
+        if action is Action.PARTIAL:
+            return self.site.calls == 1 and self.site.kind not in (SiteKind.JOINT_ATTENTION, SiteKind.FUSED)
+        return super().can(action)
+
+    def begin(self, op: int) -> None:
+        """Get ready for a denoiser call."""
+        super().begin(op)
+        self._call, self._outputs, self._filled = 0, [], None
+
+    def reset(self) -> None:
+        """Let go of everything that belongs to a call."""
+        super().reset()
+        self._outputs, self._filled = [], None
+
+    def branch(self, compute: Callable[..., Feature]) -> Callable[..., Feature]:
         """What stands in for the branch's ``forward``."""
 
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Feature:
             op = self.op
             if not torch.compiler.is_compiling():
                 self.reached = True
@@ -164,15 +203,37 @@ class BranchTap(Tap):
 
         return forward
 
+    def repeated(self, compute: Callable[..., Feature]) -> Callable[..., Feature]:
+        """The same for a module that a block calls several times: the outputs of all its calls are one feature."""
+
+        def forward(*args: Any, **kwargs: Any) -> Feature:
+            op, call = self.op, self._call
+            self._call = call + 1
+            if not torch.compiler.is_compiling():
+                self.reached = self._call == self.site.calls
+            if op == Op.COMPUTE:
+                return compute(*args, **kwargs)
+            if op == Op.STORE:
+                self._outputs.append(compute(*args, **kwargs))
+                if self._call == self.site.calls:
+                    self.store(tuple(self._outputs))
+                return self._outputs[-1]
+            if op == Op.OUTSIDE:
+                raise self.outside()
+            if call == 0:
+                self._filled = self.filled(op)
+            return self._filled[call]
+
+        return forward
+
     def partial(
         self, compute: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Run the branch for the chosen tokens; the others keep their last output."""
         slot, tokens = kept(self.slots[0]), self.tokens
         assert tokens is not None
-        if self.norm is None:  # else the norm has picked the tokens already
-            hidden_states, args, kwargs = first_argument(args, kwargs)
-            args = (pick(hidden_states, tokens), *args)
+        if not self.front:  # else what is in front has picked the tokens already
+            args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
         output = compute(*args, **kwargs)
         if tokens.ndim == 1:
             slot.index_copy_(1, tokens, output.detach())
@@ -181,27 +242,65 @@ class BranchTap(Tap):
         return slot
 
     def narrow(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """What stands in for the ``forward`` of the norm in front."""
+        """What stands in for the ``forward`` of a module in front."""
 
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             op = self.op
             if op == Op.REUSE or op == Op.FORECAST or op == Op.EXTEND:
-                hidden_states = hidden_states[:, :1]  # the branch is skipped: only the norm's other outputs are read
+                args, kwargs = with_first(args, kwargs, _first_token)  # of what it returns only the rest is read
             elif op == Op.PARTIAL:
-                assert self.tokens is not None
-                hidden_states = pick(hidden_states, self.tokens)
-            return compute(hidden_states, *args, **kwargs)
+                tokens = self.tokens
+                assert tokens is not None
+                args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
+            return compute(*args, **kwargs)
+
+        return forward
+
+    def hand_on(self, index: int, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands in for the ``forward`` of a module on the way: when skipped it returns what it is given."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            op = self.op
+            if op == Op.REUSE or op == Op.FORECAST or op == Op.EXTEND:
+                given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+                return tuple(given[: self._num_streams[index]]) if self._num_streams[index] else given[0]
+            output = compute(*args, **kwargs)
+            if not torch.compiler.is_compiling():  # a compiled network knows it from the dry run
+                self._num_streams[index] = len(output) if isinstance(output, tuple) else 0
+            return output
 
         return forward
 
 
-def first_argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "hidden_states"
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The first argument of a call, by place or by name, and the remaining ones."""
+def _first_token(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states[:, :1] if hidden_states.ndim > 2 else hidden_states
+
+
+def with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with ``function`` of its first one, given by place or by name, in its place."""
     if args:
-        return args[0], args[1:], kwargs
-    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+        return (function(args[0]), *args[1:]), kwargs
+    name = _first_name(kwargs)
+    return args, {**kwargs, name: function(kwargs[name])}
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first argument of a call, by place or by name."""
+    return args[0] if args else kwargs[_first_name(kwargs)]
+
+
+def _first_name(kwargs: Mapping[str, Any]) -> str:
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    return next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+
+
+@cache
+def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the arguments of a class's ``forward``."""
+    return tuple(name for name in inspect.signature(module_class.forward).parameters if name != "self")
 
 
 def pick(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -211,41 +310,9 @@ def pick(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return hidden_states.gather(1, tokens[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-def combine(slots: list[torch.Tensor | None], weights: torch.Tensor) -> torch.Tensor:
-    """``Σ_j weights[j] · slots[j]``, newest first; the weights sum to 1.
-
-    More than two are summed in float32: the weights of high orders are large and alternate in sign.
-    """
-    newest = kept(slots[0])
-    if weights.shape[0] == 2:  # one pass over memory: older + w₀·(newest − older)
-        return torch.lerp(kept(slots[1]), newest, weights[0])
-    output = newest.float() * weights[0]
-    for index in range(1, weights.shape[0]):
-        output = torch.addcmul(output, kept(slots[index]).float(), weights[index])
-    return output.to(newest.dtype)
-
-
-def empty_slot(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for one kept output, usable inside and outside of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-
-def keep(slots: list[torch.Tensor | None], value: torch.Tensor) -> None:
-    """Write a value into the first slot."""
-    slot = slots[0]
-    if slot is None:  # only outside of torch.compile, which is given its slots beforehand
-        # In the value's memory format, which decides the kernels of the convolutions that read it.
-        with torch.inference_mode(False):
-            slot = slots[0] = torch.empty_like(value, requires_grad=False)
-    slot.copy_(value.detach())
-
-
-def kept(slot: torch.Tensor | None) -> torch.Tensor:
-    """What a slot holds, which must be something."""
-    if slot is None:
-        raise EngineError("a kept feature is missing: please report this as a fault of sostenuto")
-    return slot
+def not_copied() -> EngineError:
+    """The error of copying or pickling a denoiser whose modules are replaced."""
+    return EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
 
 
 class Replacement:
@@ -259,7 +326,7 @@ class Replacement:
         return self.function(*args, **kwargs)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
+        raise not_copied()
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind
+from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import is_guided
 from sostenuto.errors import MethodError
+from sostenuto.sites import Site
 from sostenuto.state import Wanted
 
 Selection = Literal["random", "value-norm", "attention", "cross-entropy"]

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from sostenuto.anatomy import Site, num_blocks
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle, Prober, enable
@@ -17,6 +16,7 @@ from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action
 from sostenuto.progress import progress
+from sostenuto.sites import Site, num_blocks
 from sostenuto.table import CacheTable
 
 Sample = Callable[..., Any]

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.anatomy import Site
 from sostenuto.attention_tap import ConditionalHalf, is_guided
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
@@ -23,6 +22,7 @@ from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
 from sostenuto.plan import Action, Op, Plan, lower
 from sostenuto.probe import Prober
 from sostenuto.progress import Bar, progress
+from sostenuto.sites import Site
 from sostenuto.table import CacheTable
 from sostenuto.tap import Tap
 

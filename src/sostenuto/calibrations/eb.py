@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from sostenuto.anatomy import Site
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
 from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
 from sostenuto.engine import enable
 from sostenuto.errors import MethodError
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.progress import progress
+from sostenuto.sites import Site
 from sostenuto.table import CacheTable, StepActions, StepState
 
 

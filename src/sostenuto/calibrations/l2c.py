@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sostenuto import compat
-from sostenuto.anatomy import anatomy_of
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, enable
@@ -27,6 +26,7 @@ from sostenuto.methods import NoCache
 from sostenuto.methods.l2c import check_threshold
 from sostenuto.progress import progress
 from sostenuto.router import Router, cache_steps
+from sostenuto.sites import anatomy_of
 from sostenuto.tap import replace_forward
 
 Data = Callable[[torch.Generator, int], tuple[torch.Tensor, dict[str, Any]]]

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site
 from sostenuto.calibrations.base import Calibration, Settings, measure_uncached
 from sostenuto.clock import Tick
 from sostenuto.engine import Prober
@@ -18,6 +17,7 @@ from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 from sostenuto.methods.magcache import MagCache, MagCacheRatios
 from sostenuto.plan import Op
+from sostenuto.sites import Site
 from sostenuto.tap import kept
 
 

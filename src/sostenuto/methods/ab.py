@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.anatomy import OUTPUT, Site
 from sostenuto.errors import MethodError
 from sostenuto.forecast import binomial_weights, lagrange_weights
 from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
 from sostenuto.plan import Plan
+from sostenuto.sites import OUTPUT, Site
 
 Abscissa = Literal["auto", "step", "sigma", "lambda"]
 

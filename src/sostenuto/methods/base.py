@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind, inspect
+from sostenuto.anatomy import SiteKind
 from sostenuto.block_tap import BlocksTap
 from sostenuto.correct import TimeShifter
 from sostenuto.errors import MethodError
 from sostenuto.plan import Action, Plan
+from sostenuto.sites import Site, inspect
 from sostenuto.state import Policy, Selector
 from sostenuto.tap import BranchTap, Tap
 from sostenuto.unet import is_unet

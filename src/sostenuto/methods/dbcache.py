@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, num_blocks
 from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.signals import relative_l1
+from sostenuto.sites import Site, block_range, stack_range
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class DBCache(Method):
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> DBCache:
         """Refuse a network that has no block left between front and back."""
-        count = num_blocks(denoiser)
+        first, last = stack_range(denoiser)
+        count = last - first + 1
         if self.front_blocks + self.back_blocks >= count:
             raise MethodError(
                 f"DBCache's front_blocks and back_blocks are {self.front_blocks} and {self.back_blocks}, but the network has "
@@ -95,7 +96,8 @@ class DBCache(Method):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The residual of the middle blocks."""
-        return [block_range(denoiser, self.front_blocks, num_blocks(denoiser) - self.back_blocks - 1)]
+        first, last = stack_range(denoiser)
+        return [block_range(denoiser, first + self.front_blocks, last - self.back_blocks)]
 
     def tap(self, site: Site, denoiser: nn.Module) -> BlocksTap:
         """Watches what the front blocks add."""

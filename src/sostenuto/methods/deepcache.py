@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind
+from sostenuto.anatomy import SiteKind
 from sostenuto.deep_tap import DeepTap
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
 from sostenuto.plan import Plan
+from sostenuto.sites import Site
 from sostenuto.unet import beyond, is_unet, num_branches
 
 _POWER_STEP = 0.02

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, num_blocks
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.plan import Action, Plan
+from sostenuto.sites import Site, block_range, stack_range
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class DeltaDiT(Method):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The front range and the rear range; one range where all blocks are cached."""
-        count = num_blocks(denoiser)
+        first, last = stack_range(denoiser)
+        count = last - first + 1
         cached = max(1, _absolute(self.num_cached_blocks, count))
         if cached > count:
             raise MethodError(f"DeltaDiT's num_cached_blocks is {cached}, but the network has {count} blocks")
-        front, rear = block_range(denoiser, 0, cached - 1), block_range(denoiser, count - cached, count - 1)
+        front = block_range(denoiser, first, first + cached - 1)
+        rear = block_range(denoiser, last - cached + 1, last)
         return [front] if cached == count else [front, rear]
 
     def plan(self, facts: Facts) -> Plan:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind, inspect
+from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import AttentionTap, ConditionalHalf
 from sostenuto.errors import MethodError
 from sostenuto.methods.tabled import TableMethod
+from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable
 
 

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, inspect, num_blocks
 from sostenuto.methods.base import check_choice
 from sostenuto.methods.token_cycle import StepKind, TokenCycle
+from sostenuto.sites import Site, inspect, stack
 
 PatternStart = Literal["code_mod", "conservative_first", "aggressive_first"]
 
@@ -51,7 +51,7 @@ class DuCa(TokenCycle):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """All branches, and the stack as a whole, whose output is H."""
-        return [*inspect(denoiser), block_range(denoiser, 0, num_blocks(denoiser) - 1, residual=False)]
+        return [*inspect(denoiser), stack(denoiser, residual=False)]
 
     def between(self, offset: int, since_full: int) -> StepKind:
         """Conservative or aggressive, in turns."""

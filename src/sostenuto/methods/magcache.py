@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, num_blocks
 from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers
 from sostenuto.methods.base import Facts, Method, whole_steps
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.plan import Plan
+from sostenuto.sites import Site, stack
 
 # Of FLUX.1-dev, 28 steps, from the authors' code.
 _FLUX_DEV = (
@@ -130,7 +130,7 @@ class MagCache(Method):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The residual of all blocks."""
-        return [block_range(denoiser, 0, num_blocks(denoiser) - 1)]
+        return [stack(denoiser)]
 
     def plan(self, facts: Facts) -> Plan:
         """Skip as long as the accumulated deviation allows."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
-from sostenuto.anatomy import Site, SiteKind
+from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Action, Plan
+from sostenuto.sites import Site
 
 MLPBroadcast = Mapping[float, tuple[Sequence[int], int]]
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from sostenuto.anatomy import Site
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Plan
+from sostenuto.sites import Site
 from sostenuto.table import CacheTable
 from sostenuto.tables import shipped_table
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, inspect, num_blocks
 from sostenuto.forecast import check_forecast_order, lagrange_weights, taylor_weights
 from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
 from sostenuto.plan import Plan
+from sostenuto.sites import Site, inspect, stack
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TaylorSeer(Method):
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """All branches, or the hidden states after the last block."""
         if self.lite:
-            return [block_range(denoiser, 0, num_blocks(denoiser) - 1, residual=False)]
+            return [stack(denoiser, residual=False)]
         return inspect(denoiser)
 
     def plan(self, facts: Facts) -> Plan:

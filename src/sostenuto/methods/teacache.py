@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site, block_range, num_blocks
 from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers, check_timesteps
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.signals import relative_l1
+from sostenuto.sites import Site, stack
 
 # From the authors' code, highest power first.
 _FLUX_DEV = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
@@ -172,7 +172,7 @@ class TeaCache(Method):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The residual of all blocks."""
-        return [block_range(denoiser, 0, num_blocks(denoiser) - 1)]
+        return [stack(denoiser)]
 
     def tap(self, site: Site, denoiser: nn.Module) -> BlocksTap:
         """Watches what the first attention is given."""

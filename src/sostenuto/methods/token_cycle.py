@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sostenuto.anatomy import Site, SiteKind, inspect
+from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method, check_choice, check_whole
 from sostenuto.plan import Action, Plan
+from sostenuto.sites import Site, inspect
 from sostenuto.tokens import SELECTIONS, ObservedScores, RandomScores, Selection, TokenSelector, observed_modules
 
 Anchor = Literal["end", "start", "last-full"]

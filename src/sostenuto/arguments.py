@@ -1,0 +1,80 @@
+"""What the arguments of a denoiser call are: the latents, the timestep, what changes every step, and the conditioning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from sostenuto import compat
+from sostenuto.anatomy import Anatomy
+from sostenuto.errors import ClockError, EngineError
+from sostenuto.features import Feature, leaves
+from sostenuto.sites import known_anatomy
+from sostenuto.tap import argument_names
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one call was given.
+
+    Attributes:
+        latents: the noisy sample, ``[batch, …]``, or a list of one tensor per sample.
+        timestep: a number or tensor, as the network is given it.
+        conditioning: the tensors among all other arguments that stay the same from step to step.
+    """
+
+    latents: Feature
+    timestep: Any
+    conditioning: list[torch.Tensor]
+
+
+class Reader:
+    """Reads and rewrites the arguments of one class of denoisers.
+
+    Raises:
+        EngineError: its ``forward`` lacks an argument that its anatomy names.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        anatomy = known_anatomy(denoiser) or Anatomy(())
+        self._names = argument_names(type(denoiser))
+        self.latents = anatomy.latents or self._names[0]
+        self.timestep = anatomy.timestep
+        self.from_timestep = (lambda value: 1000 * (1 - value)) if anatomy.reversed_timestep else None
+        self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
+        for name in (self.latents, self.timestep):
+            if name not in self._names:
+                raise EngineError(f"{type(denoiser).__name__}.forward has no argument {name!r}")
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """Tell the arguments of a call apart.
+
+        Raises:
+            ClockError: latents or timestep are missing.
+        """
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        latents, timestep = named.pop(self.latents, None), named.pop(self.timestep, None)
+        if timestep is None or next(leaves(latents), None) is None:
+            raise ClockError(f"the denoiser was called without {self.latents} or {self.timestep}")
+        lasting = {name: value for name, value in named.items() if name not in self._stepwise}
+        return Given(latents, timestep, [value for value in tree_leaves(lasting) if isinstance(value, torch.Tensor)])
+
+    def with_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: Any) -> Arguments:
+        """The arguments with another timestep."""
+        return self._with(self.timestep, args, kwargs, timestep)
+
+    def with_latents(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Feature) -> Arguments:
+        """The arguments with other latents."""
+        return self._with(self.latents, args, kwargs, latents)
+
+    def _with(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Arguments:
+        place = self._names.index(name)
+        if place < len(args):
+            return (*args[:place], value, *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: value}

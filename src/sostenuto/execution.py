@@ -1,0 +1,187 @@
+"""One denoiser call: an op at each site, the call, and what was carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from sostenuto import compat
+from sostenuto.anatomy import SiteKind
+from sostenuto.attention_tap import check_guidance_halves
+from sostenuto.block_tap import BlocksTap
+from sostenuto.correct import keep_variance
+from sostenuto.cost import Carried, Cost
+from sostenuto.errors import EngineError, MethodError
+from sostenuto.features import kept, leaves, mapped, versions
+from sostenuto.forecast import lagrange_weights
+from sostenuto.plan import Action, Op, Plan
+from sostenuto.sites import Site
+from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
+from sostenuto.tap import Observer, Tap
+
+
+class Executor:
+    """Carries out denoiser calls with the taps of one handle.
+
+    Args:
+        sites: the sites.
+        taps: the tap of each site.
+        observers: what listens to modules for a selector.
+        compiled: whether the denoiser is compiled: memory is then given to the taps beforehand.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer], compiled: bool
+    ) -> None:
+        self._sites, self._taps, self._observers, self._compiled = sites, taps, observers, compiled
+        self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
+        self._observed_at = [  # the site that each observed module belongs to
+            next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
+            for observer in observers
+        ]
+
+    def execute(
+        self,
+        step: int,
+        num_steps: int,
+        state: PassState,
+        call: Call,
+        ops: Sequence[Op],
+        history: Sequence[tuple[int, ...]],
+        *,
+        plan: Plan | None,
+        cost: Callable[[], Cost],
+        note: Callable[[Carried], None],
+    ) -> Any:
+        """The denoiser's output with one op per site.
+
+        Args:
+            step: position in sampling order.
+            num_steps: steps of the generation.
+            state: what the pass keeps.
+            call: the call.
+            ops: what each site does.
+            history: the steps whose outputs each site's forecast combines.
+            plan: the plan that the ops are of, for its weights and ratios.
+            cost: tells what such a call costs.
+            note: is told what was carried out, also when the call failed.
+
+        Raises:
+            EngineError: a site was not reached, or the network wrote into what is kept.
+        """
+        if any(op & Op.SHARE for op in ops):
+            check_guidance_halves(next(leaves(call.latents)))
+        weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)
+        num_tokens = self._choose_tokens(step, state, ops, plan)
+        for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
+            if op == Op.PARTIAL and not num_tokens[index]:
+                op = Op.REUSE
+            tap.begin(op)
+            if op & Op.STORE:
+                state.make_room(index)
+                if state.selector is not None:
+                    state.selector.computed(step, index)
+            elif op == Op.DECIDE:
+                assert isinstance(tap, BlocksTap)
+                tap.decide = partial(self._ask, step, num_steps, state, index, weights)
+            tap.slots, tap.residual = state.slots[index], state.residuals[index]
+            if self._compiled:
+                _allocate(tap, cost(), index)
+            if op in (Op.FORECAST, Op.EXTEND):
+                tap.weights = weights(history[index], kept(tap.slots[1 if op == Op.EXTEND else 0]))
+        decided = any(tap.op == Op.DECIDE for tap in self._taps)
+        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op in (Op.REUSE, Op.PARTIAL)]
+        written = [versions(slot) + (tap.op == Op.PARTIAL) for tap, slot in reused]  # a partial site writes once
+        if state.selector is not None and step in state.program.refreshed:
+            for observer, index in zip(self._observers, self._observed_at, strict=True):
+                if index is None or ops[index].action is Action.COMPUTE:
+                    observer.hear = state.selector.observe
+        scored = 0 if state.selector is None else state.selector.macs
+        try:
+            output = self._run(state, call)
+            if not self._compiled:
+                self._check_reached()
+                for (tap, slot), version in zip(reused, written, strict=True):
+                    if versions(slot) != version:
+                        raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
+            return output
+        finally:
+            scoring = 0 if state.selector is None else state.selector.macs - scored
+            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided, scoring)
+            for tap in self._taps:
+                tap.reset()
+            for observer in self._observers:
+                observer.hear = None
+            note(carried)
+
+    def _choose_tokens(self, step: int, state: PassState, ops: Sequence[Op], plan: Plan | None) -> list[int]:
+        """Set the tokens that partial sites run; returns how many of each site, 0 where the site doesn't run partially."""
+        num_tokens = [0] * len(ops)
+        wanted = []
+        for index, op in enumerate(ops):
+            if op == Op.PARTIAL:
+                assert plan is not None
+                shape = tuple(kept(state.slots[index][0]).shape)
+                num_tokens[index] = int(plan.ratios[step][index] * shape[1])
+                wanted.append(Wanted(index, shape, num_tokens[index]))
+        wanted = [site for site in wanted if site.num_tokens]
+        if not wanted:
+            return num_tokens
+        if state.selector is None:
+            name = self._sites[wanted[0].site].id
+            raise MethodError(f"the plan runs {name} for some tokens, but the method doesn't choose them")
+        device = kept(state.slots[wanted[0].site][0]).device
+        for site, tokens in zip(wanted, state.selector.select(step, wanted, device), strict=True):
+            self._taps[site.site].tokens = tokens
+        return num_tokens
+
+    def _ask(
+        self, step: int, num_steps: int, state: PassState, index: int, weights: ForecastWeights, signal: Any
+    ) -> Op:
+        """Ask the pass's policy about its site, which is just being reached."""
+        policy = state.policy
+        assert policy is not None
+        tap = self._taps[index]
+        if not policy.skips(step, num_steps, signal, tuple(state.decided)) or not state.decided:
+            tap.slots = state.make_room(index)
+            state.decided.insert(0, step)
+            return Op.STORE
+        read = tuple(state.decided[: policy.forecast_order + 1])
+        if len(read) == 1:
+            return Op.REUSE
+        tap.weights = weights(read, kept(tap.slots[0]))
+        return Op.FORECAST
+
+    def _run(self, state: PassState, call: Call) -> Any:
+        """Call the denoiser, or spare the call where its output is filled in."""
+        tap = self._output
+        if tap is None:
+            return call.inner(*call.args, **call.kwargs)
+        tap.reached = True
+        if not Op(tap.op).is_filled:
+            output = call.inner(*call.args, **call.kwargs)
+            if tap.op == Op.STORE:
+                tap.store(compat.values_of(output))
+                state.template = compat.with_values(output, mapped(lambda tensor: tensor[:0], compat.values_of(output)))
+            return output
+        newest = kept(tap.slots[1 if tap.op == Op.EXTEND else 0])
+        values = compat.map_prediction(tap.filled(tap.op), keep_variance, compat.prediction_of(newest), call.latents)
+        if tap.op == Op.EXTEND:
+            tap.store(values)
+        return compat.with_values(state.template, mapped(torch.clone, values))
+
+    def _check_reached(self) -> None:
+        skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
+        for tap in self._taps:
+            if not tap.reached and tap.op != Op.SKIP and not any(site.covers(tap.site) for site in skipped):
+                raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
+
+
+def _allocate(tap: Tap, cost: Cost, index: int) -> None:
+    if tap.op & Op.RESIDUAL:
+        allocate(tap.residual, cost.site_residuals[index])
+    if tap.op & Op.STORE:
+        allocate(tap.slots, cost.site_outputs[index])

@@ -1,0 +1,84 @@
+"""What a site puts out: a tensor, or tensors nested in tuples as its module returns them (an image and a text stream)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from sostenuto.errors import EngineError
+
+Feature: TypeAlias = Any
+"""A tensor, or a tuple or list of features; what else a module returns among them (as a rule ``None``) is handed on."""
+
+Slots: TypeAlias = "list[Feature | None]"
+"""Kept features of one site, newest first; ``None`` where there is no memory yet."""
+
+
+def mapped(function: Callable[..., Any], *features: Feature, leaf: type = torch.Tensor) -> Feature:
+    """``function`` of the tensors at the same place of features of the same structure, in that structure."""
+    first = features[0]
+    if isinstance(first, leaf):
+        return function(*features)
+    if isinstance(first, (tuple, list)):
+        parts = [mapped(function, *places, leaf=leaf) for places in zip(*features, strict=True)]
+        return tuple(parts) if isinstance(first, tuple) else parts
+    return first
+
+
+def leaves(feature: Feature, leaf: type = torch.Tensor) -> Iterator[Any]:
+    """The tensors of a feature, in order."""
+    if isinstance(feature, leaf):
+        yield feature
+    elif isinstance(feature, (tuple, list)):
+        for part in feature:
+            yield from leaves(part, leaf)
+
+
+def num_bytes(feature: Feature | None) -> int:
+    """Size of a feature's data in bytes."""
+    return sum(tensor.nbytes for tensor in leaves(feature))
+
+
+def versions(feature: Feature) -> int:
+    """How often any of its tensors was written to; inference tensors don't tell."""
+    return sum(tensor._version for tensor in leaves(feature) if not tensor.is_inference())
+
+
+def empty_like(value: torch.Tensor) -> torch.Tensor:
+    """Memory for one kept tensor, usable inside and outside of inference mode."""
+    # In the value's memory format, which decides the kernels of the convolutions that read it.
+    with torch.inference_mode(False):
+        return torch.empty_like(value, requires_grad=False)
+
+
+def keep(slots: Slots, value: Feature) -> None:
+    """Write a value into the first slot."""
+    if slots[0] is None:  # only outside of torch.compile, which is given its slots beforehand
+        slots[0] = mapped(empty_like, value)
+    mapped(lambda slot, tensor: slot.copy_(tensor.detach()), slots[0], value)
+
+
+def kept(slot: Feature | None) -> Feature:
+    """What a slot holds, which must be something."""
+    if slot is None:
+        raise EngineError("a kept feature is missing: please report this as a fault of sostenuto")
+    return slot
+
+
+def combine(slots: Sequence[Feature | None], weights: torch.Tensor) -> Feature:
+    """``Σ_j weights[j] · slots[j]``, newest first; the weights sum to 1."""
+    read = [kept(slot) for slot in slots[: weights.shape[0]]]
+    return mapped(lambda *tensors: _combine(tensors, weights), *read)
+
+
+def _combine(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """More than two are summed in float32: the weights of high orders are large and alternate in sign."""
+    newest = tensors[0]
+    if len(tensors) == 2 and weights.dtype == newest.dtype:  # one pass over memory: older + w₀·(newest − older)
+        return torch.lerp(tensors[1], newest, weights[0])
+    output = newest.float() * weights[0]
+    for index in range(1, len(tensors)):
+        output = torch.addcmul(output, tensors[index].float(), weights[index])
+    return output.to(newest.dtype)
