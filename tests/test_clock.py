@@ -149,7 +149,7 @@ def test_a_batch_that_shrinks_in_the_middle_computes_anew(tiny, scheduler):
             assert torch.equal(tiny(latents[:1], scheduler.timesteps[1][None], labels[:1]).sample, stock)
 
 
-@pytest.mark.parametrize("timestep", [None, "soon", torch.tensor([]), torch.tensor([750, 500])])
+@pytest.mark.parametrize("timestep", [None, "soon", torch.tensor([])])
 def test_what_is_no_single_timestep_is_refused(tiny, scheduler, timestep):
     scheduler.set_timesteps(4)
     with torch.no_grad(), sostenuto.enable(tiny, FORA(2), scheduler=scheduler), pytest.raises(sostenuto.ClockError):

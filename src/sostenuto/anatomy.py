@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class SiteKind(Enum):
@@ -42,6 +44,9 @@ _ATTENTIONS = (
 class Branch:
     """One residual branch of a block. All paths are relative to the block.
 
+    A block whose ``module`` is ``None`` lacks the branch, as the last block of SD3 lacks the text's MLP; so does one whose
+    ``hollow`` module is ``None`` lack that.
+
     Attributes:
         kind: what it does.
         module: path of the submodule whose output is cached.
@@ -51,6 +56,10 @@ class Branch:
         hollow: paths of modules between ``front`` and ``module`` that are skipped with it, such as the attention in front of
             a fused projection; they hand on what they are given.
         calls: how often one call of the block calls ``module``.
+        tokenwise: whether the module takes ``[batch, tokens, channels]`` and its output for a token depends on no other token,
+            where its kind is one of which that is expected; not so for convolutions over the image, or for experts that
+            choose their tokens.
+        optional: whether some calls of the network don't run it, such as the audio branches where there is no audio.
     """
 
     kind: SiteKind
@@ -58,6 +67,8 @@ class Branch:
     front: tuple[str, ...] = ()
     hollow: tuple[str, ...] = ()
     calls: int = 1
+    tokenwise: bool = True
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,11 @@ class BlockList:
     Attributes:
         path: where it is in the network.
         branches: the branches of each block, in the order in which they run.
-        streams: the arguments of a block that it changes and hands on to the next one.
+        streams: the arguments of a block that it changes and hands on to the next one, the sample's first.
         returns: those in the order in which a block returns them; by default that of ``streams``. A block with one stream
             returns the tensor itself.
         whole: whether the network reads only what the last block returns, so that a range of blocks may be skipped.
+        long_skips: whether the blocks of the second half also read what those of the first half return, last to first.
     """
 
     path: str
@@ -78,24 +90,32 @@ class BlockList:
     streams: tuple[str, ...] = ("hidden_states",)
     returns: tuple[str, ...] = ()
     whole: bool = True
+    long_skips: bool = False
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """How to find the sites of one class of networks.
+    """How to find the sites of one class of networks, and what its arguments are.
 
     Attributes:
         blocks: its lists of blocks, in the order in which they run.
         interleaved: whether the lists run in turn, one block of each, instead of one list after the other.
         timestep: name of ``forward``'s timestep argument.
+        reversed_timestep: whether the network is given 1 − t / 1000 for the scheduler's timestep t.
+        timestep_offset: what is added to the scheduler's timestep before the network is given it.
+        negated_prediction: whether its pipelines hand the negative of what it returns to the scheduler.
         latents: name of ``forward``'s argument with the noisy latents; by default its first.
         stepwise: names of other arguments of ``forward`` that change from step to step, such as a second stream's latents.
-        reversed_timestep: whether the network is given 1 − t / 1000 for the scheduler's timestep t.
+        prefill: tells from a call's arguments by name whether it fills a key-value cache of the network's own: such a call
+            always runs in full, and steps after it begin anew.
     """
 
     blocks: tuple[BlockList, ...]
     interleaved: bool = False
     timestep: str = "timestep"
+    reversed_timestep: bool = False
+    timestep_offset: float = 0.0
+    negated_prediction: bool = False
     latents: str = ""
     stepwise: tuple[str, ...] = ()
-    reversed_timestep: bool = False
+    prefill: Callable[[Mapping[str, Any]], bool] | None = None

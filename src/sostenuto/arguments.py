@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -26,12 +26,14 @@ class Given:
     Attributes:
         latents: the noisy sample, ``[batch, …]``, or a list of one tensor per sample.
         timestep: a number or tensor, as the network is given it.
-        conditioning: the tensors among all other arguments that stay the same from step to step.
+        conditioning: all other arguments that stay the same from step to step, tensors and other values.
+        prefill: whether the call fills a key-value cache of the network's own.
     """
 
     latents: Feature
     timestep: Any
-    conditioning: list[torch.Tensor]
+    conditioning: list[Any]
+    prefill: bool = False
 
 
 class Reader:
@@ -46,7 +48,9 @@ class Reader:
         self._names = argument_names(type(denoiser))
         self.latents = anatomy.latents or self._names[0]
         self.timestep = anatomy.timestep
-        self.from_timestep = (lambda value: 1000 * (1 - value)) if anatomy.reversed_timestep else None
+        self.from_timestep = _scheduler_timestep(anatomy)
+        self.negated_prediction = anatomy.negated_prediction
+        self._prefill = anatomy.prefill
         self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
         for name in (self.latents, self.timestep):
             if name not in self._names:
@@ -63,7 +67,7 @@ class Reader:
         if timestep is None or next(leaves(latents), None) is None:
             raise ClockError(f"the denoiser was called without {self.latents} or {self.timestep}")
         lasting = {name: value for name, value in named.items() if name not in self._stepwise}
-        return Given(latents, timestep, [value for value in tree_leaves(lasting) if isinstance(value, torch.Tensor)])
+        return Given(latents, timestep, tree_leaves(lasting), self._prefill is not None and self._prefill(named))
 
     def with_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: Any) -> Arguments:
         """The arguments with another timestep."""
@@ -78,3 +82,12 @@ class Reader:
         if place < len(args):
             return (*args[:place], value, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: value}
+
+
+def _scheduler_timestep(anatomy: Anatomy) -> Callable[[float], float] | None:
+    """The scheduler's timestep from what such a network is given, where that is not t or t / 1000."""
+    if anatomy.reversed_timestep:
+        return lambda value: 1000 * (1 - value)
+    if anatomy.timestep_offset:
+        return lambda value: value - anatomy.timestep_offset
+    return None

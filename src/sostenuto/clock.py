@@ -43,6 +43,8 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 
 _MOST_PASSES = 4
+_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_MOST_VALUES = 256
 _PRECISION = 1e-4
 
 
@@ -71,7 +73,7 @@ class Clock:
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
 
-    def tick(self, timestep: Any, latents: Feature, conditioning: Sequence[torch.Tensor] = ()) -> Tick:
+    def tick(self, timestep: Any, latents: Feature, conditioning: Sequence[Any] = ()) -> Tick:
         """Place a call.
 
         Args:
@@ -79,12 +81,12 @@ class Clock:
                 levels of their own), the noisiest one tells the step.
             latents: its noisy input, ``[batch, …]`` or a list; tells a second pass from another generation at the same
                 timestep.
-            conditioning: its other tensor arguments; tell the passes apart.
+            conditioning: its other arguments, tensors and other values; tell the passes apart.
 
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
-        value, precision = _value(timestep)
+        values, precision = _values(timestep)
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
         source = getattr(scheduler, "timesteps", None)
@@ -95,7 +97,7 @@ class Clock:
             values = source.tolist() if isinstance(source, torch.Tensor) else source
             self._source, self._timesteps = source, tuple(float(t) for t in values)
         same_latents = len(self._latents) == len(tensors) and all(map(_equal, self._latents, tensors))
-        step = self._position(value, precision, scheduler, same_latents)
+        step = self._position(values, precision, scheduler, same_latents)
         fresh = self._opening < 0 or step < self._step
         pass_index = 0
         if not fresh:
@@ -119,22 +121,15 @@ class Clock:
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
-    def _position(self, value: float, precision: float, scheduler: Any, same_latents: bool) -> int:
-        readings = [value, 1000 * value] if self._from_timestep is None else [self._from_timestep(value)]
-        matches: list[int] = []
-        for reading in readings:
-            # Timesteps come rounded to the network's precision, as numbers of up to 1000 or of up to 1.
-            gaps = [abs(t - reading) for t in self._timesteps]
-            tolerance = precision * max(abs(reading), 1.0 if reading == value else 1000.0)
-            nearest = min(gaps, default=math.inf)
-            if nearest <= tolerance:
-                matches = [p for p, gap in enumerate(gaps) if gap <= max(nearest, 1e-4 * max(1.0, abs(reading)))]
-                break
-        if not matches:
+    def _position(self, values: Sequence[float], precision: float, scheduler: Any, same_latents: bool) -> int:
+        # Some frames may be given (timestep 0) or at noise levels of their own: the noisiest that the scheduler lists counts.
+        found = [matches for value in values if (matches := self._matches(value, precision))]
+        if not found:
             raise ClockError(
-                f"timestep {value:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
+                f"timestep {values[0]:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
                 "that drives this denoiser (scheduler=…) and call its set_timesteps"
             )
+        matches = min(found)
         if len(matches) == 1:
             return matches[0]
         # Second-order schedulers list a timestep twice.
@@ -143,7 +138,19 @@ class Clock:
         index = getattr(scheduler, "step_index", None)
         return index if index in matches else next((p for p in matches if p > self._step), matches[-1])
 
-    def _match(self, conditioning: Sequence[torch.Tensor]) -> int:
+    def _matches(self, value: float, precision: float) -> list[int]:
+        """The steps at which the network is given this timestep: as t, as t / 1000, or as its anatomy says."""
+        readings = [(value, 1.0), (1000 * value, 1000.0)]
+        if self._from_timestep is not None:
+            readings = [(self._from_timestep(value), 1000.0)]
+        for reading, span in readings:
+            gaps = [abs(t - reading) for t in self._timesteps]
+            nearest = min(gaps, default=math.inf)
+            if nearest <= precision * max(abs(reading), span):
+                return [p for p, gap in enumerate(gaps) if gap <= max(nearest, _PRECISION * max(1.0, abs(reading)))]
+        return []
+
+    def _match(self, conditioning: Sequence[Any]) -> int:
         """The pass with this conditioning; a new one where none has it, which then begins by computing."""
         for index, known in enumerate(self._passes):
             if len(known) == len(conditioning) and all(s.holds(t) for s, t in zip(known, conditioning, strict=True)):
@@ -157,13 +164,17 @@ class Clock:
 
 
 class _Snapshot:
-    """A tensor as it was, with a quick answer while nobody wrote into it."""
+    """A value as it was, of a tensor with a quick answer while nobody wrote into it."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._version, self._copy = tensor, _version(tensor), tensor.detach().clone()
+    def __init__(self, value: Any) -> None:
+        self._tensor, self._version, self._copy = value, None, value
+        if isinstance(value, torch.Tensor):
+            self._version, self._copy = _version(value), value.detach().clone()
 
-    def holds(self, other: torch.Tensor) -> bool:
-        """Whether the other tensor has the value of then."""
+    def holds(self, other: Any) -> bool:
+        """Whether the other value equals that of then; of objects without values of their own, whether it is the same."""
+        if not isinstance(other, torch.Tensor) or not isinstance(self._copy, torch.Tensor):
+            return other is self._tensor or (isinstance(other, _VALUES) and bool(other == self._copy))
         if other is self._tensor and self._version is not None and _version(other) == self._version:
             return True
         return _equal(self._copy, other)
@@ -177,15 +188,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _value(timestep: Any) -> tuple[float, float]:
-    """A timestep as a number, and its relative precision."""
+def _values(timestep: Any) -> tuple[list[float], float]:
+    """The different values of a timestep, and their relative precision."""
     try:
         if not isinstance(timestep, torch.Tensor):
-            return float(timestep), _PRECISION
-        values = timestep.reshape(-1)
-        if len(values) == 0:
-            raise ClockError("the denoiser was given an empty timestep")
+            return [float(timestep)], _PRECISION
+        values = timestep.unique().tolist()
+        if not 0 < len(values) <= _MOST_VALUES:
+            raise ClockError(
+                f"the denoiser was given {len(values)} different timesteps at once: its step can't be told"
+            )
         precision = torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else _PRECISION
-        return float(values.max()), max(_PRECISION, precision)
+        return values, max(_PRECISION, precision)
     except (TypeError, ValueError):
         raise ClockError(f"{timestep!r} is no timestep") from None

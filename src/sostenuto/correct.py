@@ -86,13 +86,13 @@ class Conversion:
     def to_noise(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The noise ε in a prediction; ``latents`` is x_t."""
         if self.latent_weight == 0:
-            return prediction
+            return prediction if self.weight == 1 else self.weight * prediction
         return self.weight * prediction + self.latent_weight * latents
 
     def from_noise(self, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The prediction that says the noise is ε; where x_t holds no clean sample there is none, and it divides by 0."""
         if self.latent_weight == 0:
-            return noise
+            return noise if self.weight == 1 else noise / self.weight
         return (noise - self.latent_weight * latents) / self.weight
 
     def scale(self, prediction: torch.Tensor, latents: torch.Tensor, factor: float) -> torch.Tensor:
@@ -117,20 +117,27 @@ def predicts(scheduler: Any) -> str:
     return {"flow_prediction": "flow", "original_sample": "sample"}.get(str(kind), str(kind))
 
 
-def conversions(scheduler: Any, timesteps: Sequence[float]) -> tuple[Conversion, ...]:
+def conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = False) -> tuple[Conversion, ...]:
     """One conversion per step.
+
+    Args:
+        scheduler: the scheduler.
+        timesteps: its timesteps in sampling order.
+        negated: whether the scheduler is given the negative of the prediction.
 
     Raises:
         MethodError: the scheduler is given something whose noise is not known.
     """
+    sign = -1.0 if negated else 1.0
     kind = predicts(scheduler)
     if kind == "epsilon":
-        return (Conversion(),) * len(timesteps)
+        return (Conversion(sign),) * len(timesteps)
     if kind not in ("v_prediction", "sample", "flow"):
         raise MethodError(
             f"this {type(scheduler).__name__} expects {kind}, whose noise is not known: use eps_scale=1 (no scaling)"
         )
-    return tuple(Conversion.of(kind, alpha, sigma) for alpha, sigma in noise_levels(scheduler, timesteps))
+    levels = (Conversion.of(kind, alpha, sigma) for alpha, sigma in noise_levels(scheduler, timesteps))
+    return tuple(Conversion(sign * level.weight, level.latent_weight) for level in levels)
 
 
 def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[float, float], ...]:

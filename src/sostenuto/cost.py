@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.block_tap import BlocksTap
+from sostenuto.counting import MacCounter
 from sostenuto.errors import EngineError
 from sostenuto.features import leaves, mapped
 from sostenuto.plan import Op
@@ -51,7 +55,7 @@ class Cost:
     Attributes:
         macs: multiply-accumulates of the whole call, all rows of the batch.
         site_macs: those of each site, without what it spares in front of it.
-        site_outputs: what each site would keep, tensors as :class:`TensorSpec`.
+        site_outputs: what each site would keep, tensors as :class:`TensorSpec`; ``None`` where the call doesn't reach it.
         site_residuals: what it would keep of its attention to far tokens; ``None`` where that can't be.
     """
 
@@ -96,13 +100,21 @@ def empty(output: Any) -> Any:
 class DryRun:
     """Counts calls of a denoiser with given arguments, without running them. The taps must be attached.
 
-    Attention is counted with the math backend: torch's counter sees nothing of the fused kernel on a CPU.
+    A network whose shapes depend on data (text trimmed to its length, experts that take what they are sent) can't run without
+    it: it is run on the arguments themselves.
     """
 
     def __init__(self, denoiser: nn.Module, taps: Sequence[Tap], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._denoiser, self._taps, self._args, self._kwargs = denoiser, taps, args, kwargs
+        self._denoiser, self._taps = denoiser, taps
+        self._specs = tree_map(spec, (args, kwargs))
+        self._arguments: Any = (args, kwargs)
+        self._needs_data = False
         self._cost: Cost | None = None
         self._macs: dict[Carried, int] = {}
+
+    def forget_arguments(self) -> None:
+        """Let go of the arguments; a network that can't run without data can't be counted any more."""
+        self._arguments = None
 
     @property
     def cost(self) -> Cost:
@@ -123,55 +135,54 @@ class DryRun:
 
     def _measure(self) -> Cost:
         outputs: list[list[Any]] = [[] for _ in self._taps]
-        flops = [0] * len(self._taps)
+        macs = [0] * len(self._taps)
         with ExitStack() as stack:
-            counter = FlopCounterMode(display=False)
+            counter = MacCounter()
             for index, tap in enumerate(self._taps):
                 watched = tap.watched()
                 if watched is None:
                     continue
 
                 def begin(*_: Any, index: int = index) -> None:
-                    flops[index] -= counter.get_total_flops()
+                    macs[index] -= counter.macs
 
                 def end(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
-                    flops[index] += counter.get_total_flops()
+                    macs[index] += counter.macs
                     outputs[index].append(mapped(spec, output))
 
                 first = watched.first
                 hook = first.register_forward_hook(begin) if watched.behind else first.register_forward_pre_hook(begin)
                 stack.callback(hook.remove)
                 stack.callback(watched.last.register_forward_hook(end).remove)
-            for tap in self._taps:
-                tap.begin(Op.COMPUTE)
-            result = self._run(counter)
-            total = counter.get_total_flops()
+
+            def set_taps() -> None:
+                for index, tap in enumerate(self._taps):
+                    tap.begin(Op.COMPUTE)
+                    outputs[index].clear()
+                    macs[index] = 0
+
+            result = self._run(counter, set_taps)
+            total = counter.macs
         for index, tap in enumerate(self._taps):
             if tap.site.kind is SiteKind.OUTPUT:
-                outputs[index], flops[index] = [mapped(spec, compat.values_of(result))], total
-        self._check_outputs(outputs)
-        kept = tuple(tuple(calls) if len(calls) > 1 else calls[0] for calls in outputs)
+                outputs[index], macs[index] = [mapped(spec, compat.values_of(result))], total
+        self._check_calls(outputs)
+        kept = tuple(tuple(calls) if len(calls) > 1 else next(iter(calls), None) for calls in outputs)
         residuals = tuple(
             replace(o, shape=tap.residual_shape(o.shape)) if isinstance(o, TensorSpec) else None
             for tap, o in zip(self._taps, kept, strict=True)
         )
-        return Cost(total // 2, tuple(f // 2 for f in flops), kept, residuals)
+        return Cost(total, tuple(macs), kept, residuals)
 
-    def _check_outputs(self, outputs: Sequence[Sequence[Any]]) -> None:
+    def _check_calls(self, outputs: Sequence[Sequence[Any]]) -> None:
         name = type(self._denoiser).__name__
-        missed = [tap.site.id for tap, calls in zip(self._taps, outputs, strict=True) if not calls]
-        if missed:
-            raise EngineError(
-                f"a call of {name} never reached {', '.join(missed[:3])}: its anatomy is wrong (or torch's fused transformer "
-                "layer ran in its place: torch.backends.mha.set_fastpath_enabled(False))"
-            )
         for tap, calls in zip(self._taps, outputs, strict=True):
-            if len(calls) != tap.site.calls:
+            if calls and len(calls) != tap.site.calls:
                 raise EngineError(
                     f"{tap.site.id} is called {len(calls)} times in a call of {name}, not {tap.site.calls}: its anatomy is "
                     "wrong"
                 )
-            if not any(True for _ in leaves(calls[0], TensorSpec)):
+            if calls and not any(True for _ in leaves(calls[0], TensorSpec)):
                 raise EngineError(f"{tap.site.id} returns no tensor: it can't be kept")
 
     def _count(self, carried: Carried) -> int:
@@ -180,13 +191,16 @@ class DryRun:
                 return 0
         if all(op == Op.COMPUTE for op in carried.ops) and not carried.decided:
             return self.cost.macs
-        counter = FlopCounterMode(display=False)
+        counter = MacCounter()
         cost = self.cost
         tokens = carried.num_tokens or (0,) * len(self._taps)
 
         def set_taps() -> None:
             for index, (tap, op) in enumerate(zip(self._taps, carried.ops, strict=True)):
                 output = cost.site_outputs[index]
+                if output is None:
+                    tap.begin(Op.COMPUTE)
+                    continue
                 first = next(leaves(output, TensorSpec))
                 decides = carried.decided and isinstance(tap, BlocksTap)
                 tap.begin(Op.DECIDE if decides else op)
@@ -197,24 +211,38 @@ class DryRun:
                     tap.decide = lambda _, op=op: op
 
         self._run(counter, set_taps)
-        return counter.get_total_flops() // 2
+        return counter.macs
 
-    def _run(self, counter: FlopCounterMode, set_taps: Callable[[], None] = lambda: None) -> Any:
-        """The denoiser's output on fake tensors, everything counted."""
+    def _run(self, counter: MacCounter, set_taps: Callable[[], None]) -> Any:
+        """The denoiser's output, everything counted."""
+        ops = [tap.op for tap in self._taps]
+        try:
+            if not self._needs_data:
+                try:
+                    return self._run_without_data(counter, set_taps)
+                except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+                    self._needs_data = True
+            with ExitStack() as stack:
+                if self._arguments is None:
+                    raise EngineError("its arguments are gone: read the statistics before the next generation begins")
+                stack.enter_context(counter)
+                stack.enter_context(torch.no_grad())
+                set_taps()
+                args, kwargs = self._arguments
+                return self._denoiser.forward(*args, **kwargs)
+        except Exception as error:
+            raise EngineError(f"the cost of a call of {type(self._denoiser).__name__} is unknown: {error}") from error
+        finally:
+            self._reset_taps(ops)
+
+    def _run_without_data(self, counter: MacCounter, set_taps: Callable[[], None]) -> Any:
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(counter)
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.no_grad())
-            stack.callback(self._reset_taps, [tap.op for tap in self._taps])
-            try:
-                set_taps()
-                args, kwargs = (tree_map(_without_spec, given) for given in (self._args, self._kwargs))
-                return self._denoiser.forward(*args, **kwargs)
-            except Exception as error:
-                raise EngineError(
-                    f"{type(self._denoiser).__name__} can't be run on tensors without data, so its cost is unknown: {error}"
-                ) from error
+            set_taps()
+            args, kwargs = tree_map(_without_spec, self._specs)
+            return self._denoiser.forward(*args, **kwargs)
 
     def _reset_taps(self, ops: Sequence[int]) -> None:
         for tap, op in zip(self._taps, ops, strict=True):

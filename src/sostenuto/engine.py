@@ -182,7 +182,7 @@ class Handle:
         key = repr((specs, autocast))
         if key not in self._signatures:
             self._signatures[key] = len(self._dry_runs)
-            self._dry_runs.append(DryRun(self._denoiser, self._taps, *specs))
+            self._dry_runs.append(DryRun(self._denoiser, self._taps, args, kwargs))
         return self._signatures[key]
 
     # --- one denoiser call ---------------------------------------------------------------------------------------
@@ -202,6 +202,8 @@ class Handle:
 
     def _placed_call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self._reader.read(args, kwargs)
+        if given.prefill:
+            return self._filled(inner, args, kwargs)
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
         if tick.new_generation:
             self._decide(tick)
@@ -211,6 +213,17 @@ class Handle:
             self._begin(call)
         output = self._step(tick, call)
         return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+
+    def _filled(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
+        self._drop_state()
+        for tap in self._taps:
+            tap.begin(Op.COMPUTE)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            for tap in self._taps:
+                tap.reset()
 
     def _scaled(self, tick: Tick, call: Call, output: Any, scale: float) -> Any:
         if scale == 1.0:
@@ -223,7 +236,7 @@ class Handle:
     def _conversion(self, tick: Tick) -> Conversion:
         """How the noise follows from what the network predicts at this step."""
         if self._conversions is None:
-            self._conversions = conversions(self._scheduler(), tick.timesteps)
+            self._conversions = conversions(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
         return self._conversions[tick.step]
 
     def _decide(self, tick: Tick) -> None:
@@ -258,6 +271,8 @@ class Handle:
 
     def _begin(self, call: Call) -> None:
         self._record, self._generation_signature = Record(), call.signature
+        for dry_run in self._dry_runs[: call.signature]:
+            dry_run.forget_arguments()
         if self._max_cache_bytes is not None and self._plan is not None:
             sizes, residuals = self._sizes()
             self._plan = fit(self._plan, sizes, self._max_cache_bytes, residuals)
@@ -267,7 +282,7 @@ class Handle:
         if state is None or tick.step != state.last_step + 1 or state.latents != mapped(spec, call.latents):
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
             state = self._passes[tick.pass_index] = self._fresh_pass(tick, call)
-            state.latents = mapped(spec, call.latents)
+            state.latents, state.is_further = mapped(spec, call.latents), tick.pass_index > 0
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:

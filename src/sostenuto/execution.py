@@ -74,10 +74,13 @@ class Executor:
         """
         if any(op & Op.SHARE for op in ops):
             check_guidance_halves(next(leaves(call.latents)))
+        known = cost() if self._compiled else None  # before the taps are set: a dry run resets them
         weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)
         num_tokens = self._choose_tokens(step, state, ops, plan)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
-            if op == Op.PARTIAL and not num_tokens[index]:
+            if index in state.absent:
+                op = Op.COMPUTE  # this pass leaves it out; should it come up after all, it is right to compute it
+            elif op == Op.PARTIAL and not num_tokens[index]:
                 op = Op.REUSE
             tap.begin(op)
             if op & Op.STORE:
@@ -88,8 +91,9 @@ class Executor:
                 assert isinstance(tap, BlocksTap)
                 tap.decide = partial(self._ask, step, num_steps, state, index, weights)
             tap.slots, tap.residual = state.slots[index], state.residuals[index]
-            if self._compiled:
-                _allocate(tap, cost(), index)
+            if known is not None and not self._allocate(state, known, index):
+                tap.begin(Op.COMPUTE)
+                continue
             if op in (Op.FORECAST, Op.EXTEND):
                 tap.weights = weights(history[index], kept(tap.slots[1 if op == Op.EXTEND else 0]))
         decided = any(tap.op == Op.DECIDE for tap in self._taps)
@@ -103,7 +107,7 @@ class Executor:
         try:
             output = self._run(state, call)
             if not self._compiled:
-                self._check_reached()
+                self._check_reached(state)
                 for (tap, slot), version in zip(reused, written, strict=True):
                     if versions(slot) != version:
                         raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
@@ -117,16 +121,31 @@ class Executor:
                 observer.hear = None
             note(carried)
 
+    def _allocate(self, state: PassState, cost: Cost, index: int) -> bool:
+        """Give a compiled denoiser's tap its memory beforehand; returns whether the call reaches the site."""
+        tap, output = self._taps[index], cost.site_outputs[index]
+        if output is None:
+            if not (tap.site.optional or state.is_further):
+                raise never_reached(tap.site)
+            state.absent.add(index)
+            return False
+        if tap.op & Op.RESIDUAL:
+            allocate(tap.residual, cost.site_residuals[index])
+        if tap.op & Op.STORE:
+            allocate(tap.slots, output)
+        return True
+
     def _choose_tokens(self, step: int, state: PassState, ops: Sequence[Op], plan: Plan | None) -> list[int]:
         """Set the tokens that partial sites run; returns how many of each site, 0 where the site doesn't run partially."""
         num_tokens = [0] * len(ops)
         wanted = []
         for index, op in enumerate(ops):
-            if op == Op.PARTIAL:
+            if op == Op.PARTIAL and index not in state.absent:
                 assert plan is not None
-                shape = tuple(kept(state.slots[index][0]).shape)
-                num_tokens[index] = int(plan.ratios[step][index] * shape[1])
-                wanted.append(Wanted(index, shape, num_tokens[index]))
+                slot = kept(state.slots[index][0])
+                if isinstance(slot, torch.Tensor) and slot.ndim == 3:  # else it is reused as it is
+                    num_tokens[index] = int(plan.ratios[step][index] * slot.shape[1])
+                    wanted.append(Wanted(index, tuple(slot.shape), num_tokens[index]))
         wanted = [site for site in wanted if site.num_tokens]
         if not wanted:
             return num_tokens
@@ -173,15 +192,22 @@ class Executor:
             tap.store(values)
         return compat.with_values(state.template, mapped(torch.clone, values))
 
-    def _check_reached(self) -> None:
+    def _check_reached(self, state: PassState) -> None:
+        """Every site must be reached by every call, except one that is left out from the pass's first call on."""
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
-        for tap in self._taps:
-            if not tap.reached and tap.op != Op.SKIP and not any(site.covers(tap.site) for site in skipped):
-                raise EngineError(f"a call of the denoiser never reached {tap.site.id}: it can't be cached")
+        begins = state.last_step < 0
+        for index, tap in enumerate(self._taps):
+            if tap.reached or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
+                continue
+            if begins and (tap.site.optional or state.is_further):
+                state.absent.add(index)
+            elif index not in state.absent:
+                raise never_reached(tap.site)
 
 
-def _allocate(tap: Tap, cost: Cost, index: int) -> None:
-    if tap.op & Op.RESIDUAL:
-        allocate(tap.residual, cost.site_residuals[index])
-    if tap.op & Op.STORE:
-        allocate(tap.slots, cost.site_outputs[index])
+def never_reached(site: Site) -> EngineError:
+    """The error of a site that a call left out."""
+    return EngineError(
+        f"a call of the denoiser never reached {site.id}: it can't be cached; correct its anatomy (or, where torch's fused "
+        "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False))"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -27,6 +28,8 @@ class Site:
         front: paths of the modules in front that feed only this branch, see :class:`~sostenuto.anatomy.Branch`.
         hollow: paths of the modules on the way that are skipped with it.
         calls: how often one denoiser call calls the module.
+        tokenwise: whether it can be run for some tokens.
+        optional: whether some calls of the denoiser leave it out.
         last_block: position of the last block of a range.
         residual: whether what a range adds to its input is kept, instead of its output.
     """
@@ -38,6 +41,8 @@ class Site:
     front: tuple[str, ...] = ()
     hollow: tuple[str, ...] = ()
     calls: int = 1
+    tokenwise: bool = True
+    optional: bool = False
     last_block: int | None = None
     residual: bool = False
 
@@ -116,6 +121,8 @@ def inspect(denoiser: nn.Module) -> list[Site]:
     for index, block in enumerate(blocks_of(denoiser)):
         for branch in block.place.branches:
             site = _site(denoiser, block.path, branch, index)
+            if site is None:
+                continue
             for path in (site.id, *site.front, *site.hollow):
                 module = _find(denoiser, path)
                 if owners.setdefault(module, site.id) != site.id:
@@ -166,6 +173,11 @@ def stack(denoiser: nn.Module, residual: bool = True) -> Site:
     return block_range(denoiser, first, last, residual)
 
 
+def has_stack(denoiser: nn.Module) -> bool:
+    """Whether any blocks may be skipped as a range."""
+    return any(block.place.whole for block in blocks_of(denoiser))
+
+
 def stack_range(denoiser: nn.Module) -> tuple[int, int]:
     """Positions of the first and the last block of :func:`stack`.
 
@@ -201,6 +213,9 @@ def block_range(denoiser: nn.Module, first: int, last: int, residual: bool = Tru
     bare = next((block for block in members if not block.place.whole), None)
     if bare is not None:
         raise AnatomyError(f"the network reads what {bare.path} returns: a range with it can't be skipped")
+    _check_skips(denoiser, blocks, first, last)
+    if anatomy_of(denoiser).interleaved and members[0].place is not members[-1].place:
+        residual = False  # the streams at both ends are laid out in different ways
     parameters = sum(_num_parameters(denoiser.get_submodule(block.path)) for block in members)
     begin, end = members[0].path, members[-1].path
     same_list = begin.rpartition(".")[0] == end.rpartition(".")[0]
@@ -208,11 +223,38 @@ def block_range(denoiser: nn.Module, first: int, last: int, residual: bool = Tru
     return Site(name, SiteKind.BLOCKS, first, parameters, last_block=last, residual=residual)
 
 
-def _site(denoiser: nn.Module, block: str, branch: Branch, index: int) -> Site:
+def _check_skips(denoiser: nn.Module, blocks: Sequence[Block], first: int, last: int) -> None:
+    """Refuse a range that other blocks would read stale outputs from.
+
+    With long skips block n − 1 − i reads what block i returns, which a skipped range hands on unchanged but for its last one.
+    """
+    for place in {id(block.place): block.place for block in blocks[first : last + 1]}.values():
+        if not place.long_skips or first == last:
+            continue
+        inside = [index for index, block in enumerate(blocks) if block.place is place]
+        begin, count = inside[0], len(inside)
+        if last - begin < count - 1 - (first - begin) and first - begin < count // 2 - 1:
+            raise AnatomyError(
+                f"blocks {first} to {last} of {type(denoiser).__name__} can't be skipped as a range: later blocks read what "
+                f"each of them returns; a range from block {first} must reach block {begin + count - 1 - (first - begin)}"
+            )
+
+
+def _site(denoiser: nn.Module, block: str, branch: Branch, index: int) -> Site | None:
+    """The site of a branch of one block, or ``None`` where the block lacks it."""
     path = f"{block}.{branch.module}"
-    parameters = _num_parameters(_find(denoiser, path))
-    front, hollow = (tuple(f"{block}.{name}" for name in names) for names in (branch.front, branch.hollow))
-    return Site(path, branch.kind, index, parameters, front, hollow, branch.calls)
+    if _is_absent(denoiser, path):
+        return None
+    front = tuple(f"{block}.{name}" for name in branch.front if not _is_absent(denoiser, f"{block}.{name}"))
+    hollow = tuple(f"{block}.{name}" for name in branch.hollow if not _is_absent(denoiser, f"{block}.{name}"))
+    parameters = sum(_num_parameters(_find(denoiser, name)) for name in (path, *hollow))
+    return Site(path, branch.kind, index, parameters, front, hollow, branch.calls, branch.tokenwise, branch.optional)
+
+
+def _is_absent(denoiser: nn.Module, path: str) -> bool:
+    """Whether a block has ``None`` in the place of the module."""
+    parent, _, name = path.rpartition(".")
+    return getattr(_find(denoiser, parent), name, path) is None
 
 
 def _find(denoiser: nn.Module, path: str) -> nn.Module:

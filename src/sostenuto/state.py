@@ -93,6 +93,8 @@ class PassState:
     ) -> None:
         self.program, self.policy, self.selector = program, policy, selector
         self.last_step = -1
+        self.is_further = False  # whether it is not the first pass of its step
+        self.absent: set[int] = set()  # sites that this pass leaves out
         self.latents: Any = None  # without their data
         self.slots: list[Slots] = [[None] * num_slots for _ in range(num_sites)]
         self.residuals: list[Slots] = [[None] for _ in range(num_sites)]

@@ -169,7 +169,11 @@ class BranchTap(Tap):
     def can(self, action: Action) -> bool:
         """Some tokens only where tokens go in one by one and come out so."""
         if action is Action.PARTIAL:
-            return self.site.calls == 1 and self.site.kind not in (SiteKind.JOINT_ATTENTION, SiteKind.FUSED)
+            return (
+                self.site.tokenwise
+                and self.site.calls == 1
+                and self.site.kind not in (SiteKind.JOINT_ATTENTION, SiteKind.FUSED)
+            )
         return super().can(action)
 
     def begin(self, op: int) -> None:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from sostenuto import compat
+from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick
+from sostenuto.counting import MacCounter
 from sostenuto.engine import Handle, enable
 from sostenuto.errors import VerificationError
-from sostenuto.methods import NoCache, by_name
+from sostenuto.methods import by_name
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action, Op
 from sostenuto.probe import Prober
+from sostenuto.sites import Site, has_stack, inspect, stack
 from sostenuto.unet import is_unet
+
+
+class _Everything(Method):
+    """Taps all branches of a transformer, and besides them the stack of its blocks where that can be skipped.
+
+    The stack's output is kept, not its residual, which would bring the output back but for rounding.
+    """
+
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        found = inspect(denoiser)
+        return [*found, stack(denoiser, residual=False)] if has_stack(denoiser) else found
 
 
 def verify(
@@ -32,9 +44,9 @@ def verify(
     """Prove on this model that caching is exact, and that the method's plan is what runs.
 
     At the first denoiser call of a generation it checks that an all-computed call equals the stock model's bit for bit, and
-    that with identical inputs the reuse of every site, alone and all together, gives the identical output while the
-    multiply-accumulates counted in the real run fall by exactly the site's share. Then it runs ``method`` and compares the
-    actions carried out with its plan.
+    that with identical inputs the reuse of every site, of all attention, of all MLPs, of all branches and of the whole stack
+    of blocks gives the identical output while the multiply-accumulates counted in the real run are those of the plan. Then it
+    runs ``method`` and compares the actions carried out with its plan.
 
     Args:
         target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
@@ -44,7 +56,8 @@ def verify(
         num_inference_steps: steps of the generations, 2 or more; a method with a table needs the table's number.
 
     Returns:
-        ``{"sites": …, "passes": …, "steps": …}``: how much was proved.
+        ``{"sites": …, "passes": …, "steps": …, "macs": …}``: how much was proved, and the share of the multiply-accumulates
+        that is left when ``"attention"``, ``"mlp"``, ``"branches"`` or ``"stack"`` are reused.
 
     Raises:
         VerificationError: naming the site at which it is not so.
@@ -59,11 +72,11 @@ def verify(
 
     def prove(tick: Tick, prober: Prober) -> Any:
         if not proved:
-            proved["sites"] = _prove_call(prober)
+            proved.update(sites=len(prober.handle.sites), macs=_prove_call(prober))
         return prober.run([Op.COMPUTE] * len(prober.handle.sites))
 
-    # All branches of a transformer; of a U-Net, whose branches aren't known, what the method taps.
-    tapped = method if is_unet(compat.find_denoiser(target)) else NoCache()
+    # Everything in a transformer; of a U-Net, whose branches aren't known, what the method taps.
+    tapped = method if is_unet(compat.find_denoiser(target)) else _Everything()
     with enable(target, tapped, scheduler=scheduler) as handle:
         handle.driver = prove
         sample(target, torch.Generator().manual_seed(0), num_inference_steps=num_inference_steps)
@@ -76,27 +89,41 @@ def verify(
     return proved
 
 
-def _prove_call(prober: Prober) -> int:
+def _prove_call(prober: Prober) -> dict[str, float]:
     sites = prober.handle.sites
-    compute, store = [Op.COMPUTE] * len(sites), [Op.STORE] * len(sites)
     stock = compat.first_tensor(_stock(prober))
-    for name, ops in (("computed", compute), ("stored", store)):
-        if not torch.equal(compat.first_tensor(prober.run(ops)), stock):
+    for name, op in (("computed", Op.COMPUTE), ("stored", Op.STORE)):
+        if not torch.equal(compat.first_tensor(prober.run([op] * len(sites))), stock):
             raise VerificationError(f"with every site {name} the output differs from the stock model's")
-    cost = prober.cost()
-    groups = [([index], site.id) for index, site in enumerate(sites)] + [
-        (list(range(len(sites))), "all sites together")
-    ]
-    for members, name in groups:
-        ops = [Op.REUSE if index in members else Op.COMPUTE for index in range(len(sites))]
+    shares: dict[str, float] = {}
+    for name, members in _groups(sites):
+        ops = _reuse(sites, members)
         output, macs = _counted(prober, ops)
         if not torch.equal(output, stock):
             gap = (output - stock).abs().max().item()
             raise VerificationError(f"{name}: reused with identical inputs, the output is off by {gap:.3g}")
-        expected = cost.macs - sum(cost.site_macs[index] for index in members)
+        expected = prober.handle.count(prober.call.signature, ops)
         if macs != expected:
             raise VerificationError(f"{name}: reuse ran {macs} multiply-accumulates where the plan says {expected}")
-    return len(sites)
+        shares[name] = macs / prober.cost().macs
+    return {name: shares[name] for name in ("attention", "mlp", "branches", "stack") if name in shares}
+
+
+def _groups(sites: Sequence[Site]) -> Iterator[tuple[str, list[int]]]:
+    """What is reused together: the sites' indices, by name."""
+    branches = [index for index, site in enumerate(sites) if site.kind is not SiteKind.BLOCKS]
+    yield from ((sites[index].id, [index]) for index in branches)
+    yield "attention", [index for index in branches if sites[index].kind.is_attention]
+    yield "mlp", [index for index in branches if sites[index].kind is SiteKind.MLP]
+    yield "branches", branches
+    if len(branches) < len(sites):
+        yield "stack", [len(branches)]
+
+
+def _reuse(sites: Sequence[Site], members: Sequence[int]) -> list[Op]:
+    """Reuse of some sites; what lies within one of them is not reached."""
+    covered = [any(sites[member].covers(site) for member in members) for site in sites]
+    return [Op.SKIP if within else Op.REUSE if index in members else Op.COMPUTE for index, within in enumerate(covered)]
 
 
 def _stock(prober: Prober) -> Any:
@@ -109,13 +136,10 @@ def _stock(prober: Prober) -> Any:
 
 
 def _counted(prober: Prober, ops: Sequence[Op]) -> tuple[torch.Tensor, int]:
-    """Output with the model's own attention kernel, and multiply-accumulates of a second run with the countable one."""
-    output = compat.first_tensor(prober.run(ops))
-    with ExitStack() as stack:
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        prober.run(ops)
-    return output, counter.get_total_flops() // 2
+    """Output, and multiply-accumulates of the run."""
+    with MacCounter() as counter:
+        output = compat.first_tensor(prober.run(ops))
+    return output, counter.macs
 
 
 def _prove_plan(handle: Handle) -> None:

@@ -106,7 +106,7 @@ class DeepCache(Method):
             )
         paths = beyond(denoiser, self.branch_id)
         parameters = sum(p.numel() for path in paths for p in denoiser.get_submodule(path).parameters())
-        return [Site(paths[-1], SiteKind.DEEP, self.branch_id, None, parameters)]
+        return [Site(paths[-1], SiteKind.DEEP, self.branch_id, parameters)]
 
     def tap(self, site: Site, denoiser: nn.Module) -> DeepTap:
         """Skips everything beyond the skip connection."""

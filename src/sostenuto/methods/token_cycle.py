@@ -69,6 +69,8 @@ class RatioSchedule:
     def share(self, site: Site, num_blocks: int, step: int, num_steps: int) -> float:
         """``f_step · f_layer · f_branch`` of a site, below 0 as 0."""
         weight = {SiteKind.MLP: self.mlp, SiteKind.CROSS_ATTENTION: self.cross_attention}.get(site.kind, 0.0)
+        if not site.tokenwise or site.calls > 1:
+            weight = 0.0
         if self.ascending:
             f_step = 1 - self.step_weight + 2 * self.step_weight * step / num_steps
         else:
