@@ -13,7 +13,8 @@ from sostenuto import compat
 from sostenuto.anatomy import OUTPUT, Site
 from sostenuto.errors import MethodError
 from sostenuto.forecast import binomial_weights, lagrange_weights
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
 
 Abscissa = Literal["auto", "step", "sigma", "lambda"]

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from sostenuto.anatomy import Site, block_range, inspect, num_blocks
-from sostenuto.methods.base import check_choice
+from sostenuto.methods.checks import check_choice
 from sostenuto.methods.token_cycle import StepKind, TokenCycle
 
 PatternStart = Literal["code_mod", "conservative_first", "aggressive_first"]

@@ -9,7 +9,8 @@ from torch import nn
 
 from sostenuto.anatomy import Site, block_range, inspect, num_blocks
 from sostenuto.forecast import check_forecast_order, lagrange_weights, taylor_weights
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
 
 
