@@ -112,12 +112,7 @@ class DiTFastAttnCalibration(Calibration):
             while sum(search.num_samples for search in searches) < settings.num_samples:
                 search = handle.driver = GreedySearch(handle, self, bar)
                 settings.generate(noise)
-                if len(search.actions) != search.num_steps or search.num_steps < settings.num_inference_steps:
-                    raise MethodError(
-                        f"sample ran {len(search.actions)} steps instead of "
-                        f"{max(search.num_steps, settings.num_inference_steps)}: it must pass num_inference_steps on, and run "
-                        "one whole generation"
-                    )
+                settings.check_steps(len(search.actions), search.num_steps)
                 searches.append(search)
             identity, names = made_for(handle), [site.id for site in handle.sites]
             table = CacheTable(
