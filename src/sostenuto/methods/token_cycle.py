@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_choice, check_finite, check_number, check_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.tokens import SELECTIONS, ObservedScores, RandomScores, Selection, TokenSelector, observed_modules
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Anchor = Literal["end", "start", "last-full"]
 
@@ -144,6 +147,11 @@ class TokenCycle(Method):
             check_number(f"{mine}'s {name}", getattr(self, name), least=0)
         check_finite(f"{mine}'s fresh_ratio", self.fresh_ratio, 0, 1)
         check_number(f"{mine}'s threshold_weight", self.threshold_weight, above=-1, below=1)
+
+    @classmethod
+    def _at_random(cls, **options: Any) -> Self:
+        """What later presets share: random tokens, none preferred by its tile, and full steps at equal distances."""
+        return cls(selection="random", spatial_bonus=0.0, threshold_weight=0.0, middle_interval=None, **options)
 
     def between(self, offset: int, since_full: int) -> StepKind:
         """The kind of a step that is not full, by its offset ``i mod thr`` and its distance from the last full step."""
