@@ -40,6 +40,13 @@ def scheduler() -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
 
 
+@pytest.fixture
+def model(tiny, scheduler) -> DiTTransformer2DModel:
+    """The tiny network, which knows the scheduler that it is sampled with."""
+    tiny.scheduler_for_test = scheduler
+    return tiny
+
+
 @torch.no_grad()
 def sample_loop(
     model, scheduler, num_steps=6, seed=0, batch=2, dtype=torch.float32, separate_guidance=False, stop_at=None
@@ -62,3 +69,9 @@ def sample_loop(
             noise = unconditional + 3.0 * (noise - unconditional)
         latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample.to(dtype)
     return latents, outputs
+
+
+def sample(model, generator, num_inference_steps, **kwargs):
+    """One generation of the fixture ``model``, as calibrations are given it; the generator decides the seed."""
+    seed = int(torch.randint(99, (1,), generator=generator))
+    return sample_loop(model, model.scheduler_for_test, num_inference_steps, seed=seed, **kwargs)[0]

@@ -3,24 +3,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import sostenuto
-from conftest import build_tiny, sample_loop
+from conftest import sample, sample_loop
 from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
 from sostenuto.calibrations.eb import _vote
 
 C, A, M, B = StepState
-
-
-def sample(model, generator, num_inference_steps):
-    return sample_loop(
-        model, model.scheduler_for_test, num_inference_steps, seed=int(torch.randint(99, (1,), generator=generator))
-    )[0]
-
-
-@pytest.fixture
-def model(scheduler):
-    model = build_tiny()
-    model.scheduler_for_test = scheduler
-    return model
 
 
 def calibrate(model, options, steps=12, **kwargs):

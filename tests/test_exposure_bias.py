@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 import sostenuto
-from conftest import build_tiny, sample_loop
+from conftest import sample_loop
 from sostenuto import FORA, EpsilonScaling, InputError, MethodError
 from sostenuto.analysis import NormCurves, error_variance_growth, noise_norm_curves
 from sostenuto.methods.base import Facts
@@ -40,13 +40,6 @@ def test_arguments_out_of_range_are_refused(n, rho):
 
 
 # --- norms of the noise ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(scheduler):
-    model = build_tiny()
-    model.scheduler_for_test = scheduler
-    return model
 
 
 def sample(model, generator, num_inference_steps):

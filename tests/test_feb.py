@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import sostenuto
-from conftest import build_tiny, sample_loop
+from conftest import sample, sample_loop
 from oracle import naive_forward
 from sostenuto import CacheTable, EBCache, EpsilonScaling, FEBCache, FEBCalibration, MethodError, StepState, TableError
 from sostenuto.cli import main
@@ -20,18 +20,6 @@ from sostenuto.methods.feb import noise_scale_curve
 C, A, M, B = StepState
 STATES = (C, M, B, M, C, A, B, C)
 TABLE = CacheTable(STATES, method="feb")
-
-
-def sample(model, generator, num_inference_steps):
-    seed = int(torch.randint(99, (1,), generator=generator))
-    return sample_loop(model, model.scheduler_for_test, num_inference_steps, seed=seed)[0]
-
-
-@pytest.fixture
-def model(scheduler):
-    model = build_tiny()
-    model.scheduler_for_test = scheduler
-    return model
 
 
 def calibrate(model, options, steps=11, **kwargs):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import sostenuto
-from conftest import build_tiny, sample_loop
+from conftest import build_tiny, sample, sample_loop
 from sostenuto import (
     CacheTable,
     EBCache,
@@ -28,18 +28,6 @@ from sostenuto.plan import Action
 from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 10
-
-
-@pytest.fixture
-def model(scheduler):
-    model = build_tiny()
-    model.scheduler_for_test = scheduler
-    return model
-
-
-def sample(model, generator, num_inference_steps, **kwargs):
-    seed = int(torch.randint(99, (1,), generator=generator))
-    return sample_loop(model, model.scheduler_for_test, num_inference_steps, seed=seed, **kwargs)[0]
 
 
 def calibrate(model, options=None, sample=sample, steps=STEPS, num_samples=4):

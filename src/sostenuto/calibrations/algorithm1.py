@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from sostenuto.cost import Cost
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
+from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.table import StepActions, StepState
@@ -69,27 +69,21 @@ class Algorithm1Options:
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
 
     def __post_init__(self) -> None:
-        if self.target_fraction is not None and not (
-            _is_number(self.target_fraction) and 0 < self.target_fraction <= 1
-        ):
-            raise MethodError(f"target_fraction must be a number above 0 and at most 1, not {self.target_fraction!r}")
-        if not (isinstance(self.delta, tuple) and len(self.delta) == 2 and all(map(_is_number, self.delta))):
+        if self.target_fraction is not None:
+            check_number("target_fraction", self.target_fraction, above=0, most=1)
+        if not (isinstance(self.delta, tuple) and len(self.delta) == 2 and all(map(is_number, self.delta))):
             raise MethodError(f"delta must be (intercept, slope), not {self.delta!r}")
-        if not (_is_number(self.kappa_start) and self.kappa_start > 0):
-            raise MethodError(f"kappa_start must be a number above 0, not {self.kappa_start!r}")
-        for name in ("max_consecutive_reuse", "last_computed"):
-            value = getattr(self, name)
-            if name == "max_consecutive_reuse" and value is None:
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise MethodError(f"{name} must be a whole number of 1 or more, not {value!r}")
+        check_number("kappa_start", self.kappa_start, above=0)
+        if self.max_consecutive_reuse is not None:
+            check_whole("max_consecutive_reuse", self.max_consecutive_reuse, least=1)
+        check_whole("last_computed", self.last_computed, least=1)
         known_states = all(isinstance(state, StepState) and state.groups for state in self.candidates)
         if not self.candidates or not known_states:
             raise MethodError(
                 f"candidates must be states of reuse (StepState.REUSE_…), one at least, not {self.candidates!r}"
             )
         check_forecast_order(self.forecast_order)
-        if not _is_number(self.eps_scale):
+        if not is_number(self.eps_scale):
             raise MethodError(f"eps_scale must be one number, not {self.eps_scale!r}")
         check_noise_scale(self.eps_scale)
         check_noise_scale(self.eps_scale_grid)
@@ -101,8 +95,7 @@ class Algorithm1Options:
             ("advance", ("selected", "no_cache")),
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
         ):
-            if getattr(self, name) not in known:
-                raise MethodError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
 
     def candidates_at(self, tau: float) -> tuple[StepState, ...]:
         """The states that are tried at normalised time τ, deepest reuse first."""
@@ -119,10 +112,6 @@ class Algorithm1Options:
     def noise_scales(self, multiplier: float, num_steps: int) -> tuple[float, ...]:
         """b at every step for one value of the grid."""
         return tuple(multiplier * self.curve_at(tau) for tau in normalized_times(num_steps))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass

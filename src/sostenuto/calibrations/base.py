@@ -56,6 +56,25 @@ class Settings:
         """One generation of the user's own kind."""
         return self.sample(self.target, generator, num_inference_steps=self.num_inference_steps)
 
+    def check_steps(self, ran: int, listed: int | None = None) -> None:
+        """Refuse a generation that was not one whole run of the steps asked for.
+
+        Args:
+            ran: the number of steps that were run.
+            listed: the number of steps that the scheduler lists, which is what counts where it is more than asked for: one
+                of second order lists every denoiser call. By default as many as asked for.
+
+        Raises:
+            MethodError: with both numbers and the remedy.
+        """
+        asked = self.num_inference_steps
+        listed = asked if listed is None else listed
+        if ran != listed or listed < asked:
+            raise MethodError(
+                f"sample ran {ran} steps instead of {max(listed, asked)}: it must pass num_inference_steps on, and run one "
+                "whole generation"
+            )
+
 
 class Calibration:
     """Base of the calibrations: frozen dataclasses of a method's options, which :func:`sostenuto.calibrate` runs."""
@@ -139,11 +158,7 @@ def measure_uncached(
             handle.driver = driver
             settings.generate(noise)
             for measurements in passes.values() or [[]]:
-                if len(measurements) != settings.num_inference_steps:
-                    raise MethodError(
-                        f"sample ran {len(measurements)} steps instead of {settings.num_inference_steps}: it must pass "
-                        "num_inference_steps on, and run one whole generation"
-                    )
+                settings.check_steps(len(measurements))
             series += passes.values()
             samples += rows
             bar.update(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from sostenuto.clock import Tick
 from sostenuto.engine import Handle, enable
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
+from sostenuto.methods.checks import check_choice, check_number
 from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
 from sostenuto.plan import Action, Op, Plan, lower
 from sostenuto.probe import Prober
@@ -65,13 +65,10 @@ class DiTFastAttnCalibration(Calibration):
     method: ClassVar[str] = "ditfastattn"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.theta, (int, float)) or isinstance(self.theta, bool) or not 0 < self.theta < math.inf:
-            raise MethodError(f"theta must be a number above 0, not {self.theta!r}")
+        check_number("theta", self.theta, above=0)
         check_attention(self.window, self.conditional_half)
-        if self.conditional_half is None:
-            raise MethodError("conditional_half must be 'first' or 'second', not None")
-        if self.loss not in ("ratio_abs", "ratio_signed"):
-            raise MethodError(f"loss must be 'ratio_abs' or 'ratio_signed', not {self.loss!r}")
+        check_choice("conditional_half", self.conditional_half, ("first", "second"))
+        check_choice("loss", self.loss, ("ratio_abs", "ratio_signed"))
         if not self.candidates or not all(candidate in CANDIDATES for candidate in self.candidates):
             known = ", ".join(f"Action.{action.name}" for action in CANDIDATES)
             raise MethodError(f"candidates must be among {known}, one at least, not {self.candidates!r}")
@@ -115,12 +112,7 @@ class DiTFastAttnCalibration(Calibration):
             while sum(search.num_samples for search in searches) < settings.num_samples:
                 search = handle.driver = GreedySearch(handle, self, bar)
                 settings.generate(noise)
-                if len(search.actions) != search.num_steps or search.num_steps < settings.num_inference_steps:
-                    raise MethodError(
-                        f"sample ran {len(search.actions)} steps instead of "
-                        f"{max(search.num_steps, settings.num_inference_steps)}: it must pass num_inference_steps on, and run "
-                        "one whole generation"
-                    )
+                settings.check_steps(len(search.actions), search.num_steps)
                 searches.append(search)
             identity, names = made_for(handle), [site.id for site in handle.sites]
             table = CacheTable(

@@ -14,7 +14,6 @@ from torch import nn
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
 from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
 from sostenuto.engine import enable
-from sostenuto.errors import MethodError
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.progress import progress
 from sostenuto.sites import Site
@@ -56,12 +55,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
                 handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
                 settings.generate(noise)
                 trace = algorithm.trace
-                # A second-order scheduler makes more denoiser calls than steps: what it lists is what counts.
-                if len(trace.states) != trace.num_steps or trace.num_steps < num_inference_steps:
-                    raise MethodError(
-                        f"sample ran {len(trace.states)} steps instead of {max(trace.num_steps, num_inference_steps)}: it "
-                        "must pass num_inference_steps on, and run one whole generation"
-                    )
+                settings.check_steps(len(trace.states), trace.num_steps)
                 traces.append(trace)
             facts.update(sites=handle.sites, cost=traces[0].cost, **made_for(handle))
         states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)

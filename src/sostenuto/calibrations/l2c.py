@@ -23,7 +23,7 @@ from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, enable
 from sostenuto.errors import MethodError, TableError
 from sostenuto.methods import NoCache
-from sostenuto.methods.l2c import check_threshold
+from sostenuto.methods.checks import check_number, check_whole
 from sostenuto.progress import progress
 from sostenuto.router import Router, cache_steps
 from sostenuto.sites import anatomy_of
@@ -80,14 +80,12 @@ class L2CCalibration(Calibration):
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_iterations", "checkpoint_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MethodError(f"{name} must be a whole number of 1 or more, not {value!r}")
+            check_whole(name, getattr(self, name), least=1)
         if not 0 <= self.penalty < math.inf:
             raise MethodError(f"the penalty λ must be 0 or more, not {self.penalty!r}")
         if not 0 < self.learning_rate < math.inf:
             raise MethodError(f"the learning rate must be above 0, not {self.learning_rate!r}")
-        check_threshold(self.threshold)
+        check_number("L2C's threshold", self.threshold, least=0, below=1)
 
     @classmethod
     def dit_xl_2(cls, data: Data, num_inference_steps: int = 50, resolution: int = 256) -> L2CCalibration:

@@ -67,12 +67,7 @@ class SmoothCacheCalibration(Calibration):
             while meter.num_samples < settings.num_samples:
                 meter.steps = []
                 settings.generate(noise)
-                if len(meter.steps) != meter.num_steps or meter.num_steps < settings.num_inference_steps:
-                    raise MethodError(
-                        f"sample ran {len(meter.steps)} steps instead of "
-                        f"{max(meter.num_steps, settings.num_inference_steps)}: it must pass num_inference_steps on, and "
-                        "run one whole generation"
-                    )
+                settings.check_steps(len(meter.steps), meter.num_steps)
                 meter.num_samples += meter.batch_size
                 bar.update(meter.batch_size)
             identity = made_for(handle)

@@ -12,7 +12,8 @@ from torch import nn
 from sostenuto import compat
 from sostenuto.errors import MethodError
 from sostenuto.forecast import binomial_weights, lagrange_weights
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
 from sostenuto.sites import OUTPUT, Site
 

@@ -229,25 +229,3 @@ def whole_steps(facts: Facts, skip: Sequence[bool], forecast_order: int = 0) -> 
         tuple((gap if skipped else Action.COMPUTE,) * len(facts.sites) for skipped in skip),
         forecast_order=max(1, forecast_order),
     )
-
-
-def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuse a parameter that is no whole number in its range.
-
-    Raises:
-        MethodError: with the parameter, the range and the value.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most):
-        return
-    span = f"of {least} or more" if most is None else f"from {least} to {most}"
-    raise MethodError(f"{name} must be a whole number {span}, not {value!r}")
-
-
-def check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse a parameter that is none of the known words.
-
-    Raises:
-        MethodError: with the parameter, the words and the value.
-    """
-    if value not in known:
-        raise MethodError(f"{name} must be one of {', '.join(known)}, not {value!r}")

@@ -11,7 +11,8 @@ from torch import nn
 from sostenuto.anatomy import SiteKind
 from sostenuto.deep_tap import DeepTap
 from sostenuto.errors import MethodError
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_number, check_whole
 from sostenuto.plan import Plan
 from sostenuto.sites import Site
 from sostenuto.unet import beyond, is_unet, num_branches
@@ -59,12 +60,11 @@ class DeepCache(Method):
     denoisers: ClassVar[str] = "U-Net"
 
     def __post_init__(self) -> None:
-        check_whole("DeepCache's interval", self.interval, 1)
-        check_whole("DeepCache's branch_id", self.branch_id, 0)
+        check_whole("DeepCache's interval", self.interval, least=1)
+        check_whole("DeepCache's branch_id", self.branch_id, least=0)
         check_choice("DeepCache's schedule", self.schedule, ("uniform", "non-uniform"))
-        check_whole("DeepCache's center", self.center, 0)
-        if not isinstance(self.power, (int, float)) or isinstance(self.power, bool) or not 1 < self.power < 100:
-            raise MethodError(f"DeepCache's power must be a number above 1 and below 100, not {self.power!r}")
+        check_whole("DeepCache's center", self.center, least=0)
+        check_number("DeepCache's power", self.power, above=1, below=100)
 
     @classmethod
     def sd15(cls) -> DeepCache:

@@ -11,6 +11,7 @@ from torch import nn
 from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import AttentionTap, ConditionalHalf
 from sostenuto.errors import MethodError
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.methods.tabled import TableMethod
 from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable
@@ -102,7 +103,7 @@ def check_attention(window: object, conditional_half: object) -> None:
     Raises:
         MethodError: with the value.
     """
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise MethodError(f"DiTFastAttn's window must be a whole number of tokens, 1 or more, not {window!r}")
-    if conditional_half not in (None, "first", "second"):
-        raise MethodError(f"DiTFastAttn's conditional_half must be 'first' or 'second', not {conditional_half!r}")
+    if window is not None:
+        check_whole("DiTFastAttn's window", window, least=1)
+    if conditional_half is not None:
+        check_choice("DiTFastAttn's conditional_half", conditional_half, ("first", "second"))

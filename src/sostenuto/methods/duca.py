@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from sostenuto.methods.base import check_choice
+from sostenuto.methods.checks import check_choice
 from sostenuto.methods.token_cycle import StepKind, TokenCycle
 from sostenuto.sites import Site, inspect, stack
 
@@ -79,15 +79,8 @@ class DuCa(TokenCycle):
     @classmethod
     def open_sora(cls) -> DuCa:
         """Open-Sora 1.2, rectified flow with 30 steps: F C A, cross-attention F C A C C A, 10 %, the first three steps full."""
-        return cls(
-            fresh_ratio=0.1,
-            ratio_schedule="open-sora",
-            spatial_bonus=0.0,
-            threshold_weight=0.0,
-            middle_interval=None,
-            anchor="start",
-            first_full_steps=3,
-            cross_attention_every=2,
+        return cls._at_random(
+            fresh_ratio=0.1, ratio_schedule="open-sora", anchor="start", first_full_steps=3, cross_attention_every=2
         )
 
     @classmethod
@@ -109,13 +102,10 @@ class DuCa(TokenCycle):
     def _counted_upward(
         cls, interval: int, fresh_ratio: float, ratio_schedule: str = "constant", first_full_steps: int = 1
     ) -> DuCa:
-        return cls(
+        return cls._at_random(
             interval=interval,
             fresh_ratio=fresh_ratio,
             ratio_schedule=ratio_schedule,
-            spatial_bonus=0.0,
-            threshold_weight=0.0,
-            middle_interval=None,
             anchor="last-full",
             first_full_steps=first_full_steps,
             pattern_start="conservative_first",

@@ -11,6 +11,7 @@ from sostenuto.clock import normalized_times
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import check_choice, is_whole
 
 if TYPE_CHECKING:
     from sostenuto.analysis import NormCurves
@@ -85,9 +86,8 @@ class EpsilonScaling(Method):
         Raises:
             MethodError: an option makes no sense, or a ratio is not a finite number above 0.
         """
-        if kind not in ("per_step", "cumulative"):
-            raise MethodError(f"kind must be 'per_step' or 'cumulative', not {kind!r}")
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1 or window % 2 == 0:
+        check_choice("kind", kind, ("per_step", "cumulative"))
+        if not is_whole(window, least=1) or window % 2 == 0:
             raise MethodError(f"window must be an odd whole number of 1 or more, not {window!r}")
         for step, ratio in enumerate(curves.ratios):
             if not (math.isfinite(ratio) and ratio > 0):

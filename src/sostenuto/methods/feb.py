@@ -11,6 +11,7 @@ from sostenuto.clock import normalized_times
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
 from sostenuto.methods.base import Facts
+from sostenuto.methods.checks import check_number, is_number
 from sostenuto.methods.tabled import ScaledTableMethod
 from sostenuto.table import CacheTable
 
@@ -65,16 +66,11 @@ def noise_scale_curve(
 
 def _check_curve(b_high: float, b_low: float, tau_threshold: float, denominator: str) -> None:
     for name, value in (("b_high", b_high), ("b_low", b_low)):
-        if not _is_number(value) or not (value > 0 and math.isfinite(value)):
+        if not (is_number(value) and value > 0):
             raise MethodError(f"{name} must be a finite number above 0, not {value!r}; 1 means no scaling")
-    if not _is_number(tau_threshold) or not 0 < tau_threshold < 1:
-        raise MethodError(f"tau_threshold must be a number above 0 and below 1, not {tau_threshold!r}")
+    check_number("tau_threshold", tau_threshold, above=0, below=1)
     if denominator not in ("as_reported", "symmetric"):
         raise MethodError(f"denominator must be 'as_reported' or 'symmetric', not {denominator!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -127,6 +123,6 @@ def _multiplier(table: CacheTable) -> float:
     if table.method != FEBCache.name:
         return 1.0
     value = table.calibration.get("multiplier", 1.0)
-    if not _is_number(value) or not (value > 0 and math.isfinite(value)):
+    if not (is_number(value) and value > 0):
         raise TableError(f"the cache table's calibration.multiplier must be a number above 0, not {value!r}")
     return value

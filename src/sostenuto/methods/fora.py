@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
 
 
@@ -34,10 +34,8 @@ class FORA(Method):
     state: ClassVar[str] = "one output of every branch, one more per order of the forecast"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.interval, int) or isinstance(self.interval, bool) or self.interval < 1:
-            raise MethodError(f"FORA's interval must be a whole number of 1 or more, not {self.interval!r}")
-        if self.anchor not in ("end", "start"):
-            raise MethodError(f"FORA's anchor must be 'end' or 'start', not {self.anchor!r}")
+        check_whole("FORA's interval", self.interval, least=1)
+        check_choice("FORA's anchor", self.anchor, ("end", "start"))
         check_forecast_order(self.forecast_order)
 
     @classmethod

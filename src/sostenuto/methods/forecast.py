@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order, lagrange_weights, taylor_weights
-from sostenuto.methods.base import Method, check_choice
+from sostenuto.methods.base import Method
+from sostenuto.methods.checks import check_choice
 from sostenuto.plan import Action, Plan
 
 

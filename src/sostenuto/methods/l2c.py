@@ -10,6 +10,7 @@ from torch import nn
 
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import check_number
 from sostenuto.plan import Plan
 from sostenuto.router import Router
 from sostenuto.tables import shipped_router, shipped_routers
@@ -41,7 +42,7 @@ class L2C(Method):
     def __post_init__(self) -> None:
         if self.router is not None and not isinstance(self.router, (Router, str, Path)):
             raise MethodError(f"L2C's router is a Router or the path of one, not {self.router!r}")
-        check_threshold(self.threshold)
+        check_number("L2C's threshold", self.threshold, least=0, below=1)
 
     @classmethod
     def dit_xl_2(cls, router: Router | str | Path, resolution: int = 256) -> L2C:
@@ -72,13 +73,3 @@ class L2C(Method):
         assert isinstance(router, Router)
         router.check_steps(facts.timesteps)
         return router.to_table(self.threshold).plan(facts.sites)
-
-
-def check_threshold(threshold: Any) -> None:
-    """Refuse a θ that is no gate value.
-
-    Raises:
-        MethodError: with the value.
-    """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
-        raise MethodError(f"L2C's threshold must be 0 or more and below 1, not {threshold!r}")

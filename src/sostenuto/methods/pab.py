@@ -11,6 +11,7 @@ from typing import ClassVar
 from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import is_number, is_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site
 
@@ -53,17 +54,17 @@ class PAB(Method):
     def __post_init__(self) -> None:
         for name in ("spatial_range", "temporal_range", "cross_range"):
             value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and value >= 1):
+            if value is not None and not is_whole(value, least=1):
                 raise MethodError(f"PAB's {name} must be a whole number of 1 or more, or None, not {value!r}")
         window = self.window
         if not (
-            isinstance(window, tuple) and len(window) == 2 and all(map(_is_number, window)) and window[0] < window[1]
+            isinstance(window, tuple) and len(window) == 2 and all(map(is_number, window)) and window[0] < window[1]
         ):
             raise MethodError(f"PAB's window must be two timesteps (lo, hi) with lo < hi, not {window!r}")
         if not isinstance(self.mlp, Mapping):
             raise MethodError(f"PAB's mlp must be {{timestep: (blocks, skip_count)}}, not {self.mlp!r}")
         for timestep, entry in self.mlp.items():
-            if not (_is_number(timestep) and _is_mlp_entry(entry)):
+            if not (is_number(timestep) and _is_mlp_entry(entry)):
                 raise MethodError(
                     "PAB's mlp must map a timestep to its blocks and a skip_count of 1 or more, such as "
                     f"{{720: (range(5), 2)}}, not {timestep!r} to {entry!r}"
@@ -195,12 +196,4 @@ def _is_mlp_entry(entry: object) -> bool:
     if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], Sequence)):
         return False
     blocks, skip_count = entry
-    return all(_is_whole(block) and block >= 0 for block in blocks) and _is_whole(skip_count) and skip_count >= 1
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return all(is_whole(block, least=0) for block in blocks) and is_whole(skip_count, least=1)

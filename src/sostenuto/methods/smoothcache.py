@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError, TableError
+from sostenuto.methods.checks import check_number, check_whole, is_number
 from sostenuto.methods.tabled import TableMethod, loaded
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepActions, StepState
@@ -125,14 +125,12 @@ def check_options(alpha: Any, max_lag: Any, group_by: Any, target_fraction: Any)
     Raises:
         MethodError: naming the option and its value.
     """
-    if not (_is_number(alpha) and alpha >= 0):
-        raise MethodError(f"SmoothCache's alpha must be a number of 0 or more, not {alpha!r}")
-    if not isinstance(max_lag, int) or isinstance(max_lag, bool) or max_lag < 1:
-        raise MethodError(f"SmoothCache's max_lag must be a whole number of 1 or more, not {max_lag!r}")
+    check_number("SmoothCache's alpha", alpha, least=0)
+    check_whole("SmoothCache's max_lag", max_lag, least=1)
     if group_by not in ("type", "site"):
         raise MethodError(f"SmoothCache's group_by must be 'type' or 'site', not {group_by!r}")
-    if target_fraction is not None and not (_is_number(target_fraction) and 0 < target_fraction <= 1):
-        raise MethodError(f"target_fraction must be a number above 0 and at most 1, not {target_fraction!r}")
+    if target_fraction is not None:
+        check_number("target_fraction", target_fraction, above=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class ReuseErrors:
             lags = len(rows) if isinstance(rows, Sequence) else 0
             if not lags or [_length(row) for row in rows] != [steps - lag for lag in range(1, lags + 1)]:
                 raise TableError(f"the errors of {site} are not those of {steps} steps: calibrate again")
-        sound = all(map(_is_number, macs_share.values())) and all(isinstance(kind, str) for kind in kinds.values())
+        sound = all(map(is_number, macs_share.values())) and all(isinstance(kind, str) for kind in kinds.values())
         if len({len(rows) for rows in errors.values()}) > 1 or not sound:
             raise TableError("the cache table's errors, kinds or macs_share are damaged: calibrate again")
         return cls(errors, kinds, macs_share)
@@ -235,8 +233,4 @@ def _actions(skipped: Mapping[str, bool], kinds: Mapping[str, str]) -> StepActio
 
 def _length(row: Any) -> int:
     """The number of errors in a row; 0 where it holds anything else."""
-    return len(row) if isinstance(row, Sequence) and all(map(_is_number, row)) else 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return len(row) if isinstance(row, Sequence) and all(map(is_number, row)) else 0

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from sostenuto.forecast import check_forecast_order, lagrange_weights, taylor_weights
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole, whole_steps
+from sostenuto.methods.base import Facts, Method, whole_steps
+from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
 from sostenuto.sites import Site, inspect, stack
 

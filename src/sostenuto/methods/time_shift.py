@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,8 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.errors import MethodError
-from sostenuto.methods.base import Facts, Method, check_whole
+from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,8 @@ class TimeShift(Method):
     def __post_init__(self) -> None:
         check_whole("TimeShift's window", self.window, least=1)
         check_whole("TimeShift's cutoff", self.cutoff, least=0)
-        variance = self.data_variance
-        if isinstance(variance, bool) or not isinstance(variance, (int, float)) or not 0 <= variance < math.inf:
-            raise MethodError(f"TimeShift's data_variance must be a number of 0 or more, not {variance!r}")
-        if variance == 1:
+        check_number("TimeShift's data_variance", self.data_variance, least=0)
+        if self.data_variance == 1:
             raise MethodError("TimeShift can't tell noise levels apart where data_variance is 1: leave TimeShift out")
 
     @classmethod

@@ -60,16 +60,8 @@ class ToCa(TokenCycle):
 
         Which tokens was not published in a form that this network's split attention allows: random ones, as DuCa has them.
         """
-        return cls(
-            fresh_ratio=0.1,
-            selection="random",
-            ratio_schedule="open-sora",
-            spatial_bonus=0.0,
-            threshold_weight=0.0,
-            middle_interval=None,
-            anchor="start",
-            first_full_steps=3,
-            cross_attention_every=2,
+        return cls._at_random(
+            fresh_ratio=0.1, ratio_schedule="open-sora", anchor="start", first_full_steps=3, cross_attention_every=2
         )
 
     @classmethod
@@ -78,28 +70,11 @@ class ToCa(TokenCycle):
 
         Published by attention scores, which queries that are normalised and rotated don't allow here: random ones.
         """
-        return cls(
-            interval=4,
-            fresh_ratio=0.1,
-            selection="random",
-            ratio_schedule="flux",
-            spatial_bonus=0.0,
-            threshold_weight=0.0,
-            middle_interval=None,
-            anchor="last-full",
-            first_full_steps=3,
+        return cls._at_random(
+            interval=4, fresh_ratio=0.1, ratio_schedule="flux", anchor="last-full", first_full_steps=3
         )
 
     @classmethod
     def hunyuan_video(cls) -> ToCa:
         """HunyuanVideo, 50 steps: N = 5, 10 % of the tokens, chosen at random as in the later port."""
-        return cls(
-            interval=5,
-            fresh_ratio=0.1,
-            selection="random",
-            ratio_schedule="constant",
-            spatial_bonus=0.0,
-            threshold_weight=0.0,
-            middle_interval=None,
-            anchor="last-full",
-        )
+        return cls._at_random(interval=5, fresh_ratio=0.1, ratio_schedule="constant", anchor="last-full")

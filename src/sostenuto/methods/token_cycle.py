@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from sostenuto.anatomy import SiteKind
-from sostenuto.errors import MethodError
-from sostenuto.methods.base import Facts, Method, check_choice, check_whole
+from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.checks import check_choice, check_finite, check_number, check_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site, inspect
 from sostenuto.tokens import SELECTIONS, ObservedScores, RandomScores, Selection, TokenSelector, observed_modules
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Anchor = Literal["end", "start", "last-full"]
 
@@ -29,12 +31,6 @@ class StepKind(Enum):
     """Conservative: some tokens of some branches run, everything else is reused."""
     AGGRESSIVE = "A"
     """The stack of blocks is skipped."""
-
-
-def _check_number(name: str, value: Any, valid: Callable[[float], bool], span: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and valid(value)):
-        raise MethodError(f"{name} must be a number {span}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,9 @@ class RatioSchedule:
 
     def __post_init__(self) -> None:
         for name in ("step_weight", "layer_weight"):
-            _check_number(f"a RatioSchedule's {name}", getattr(self, name), lambda _: True, "of any size")
+            check_finite(f"a RatioSchedule's {name}", getattr(self, name))
         for name, value in (("mlp", self.mlp), ("cross_attention", self.cross_attention), *self.streams):
-            _check_number(f"a RatioSchedule's factor for {name}", value, lambda factor: factor >= 0, "of 0 or more")
+            check_number(f"a RatioSchedule's factor for {name}", value, least=0)
 
     def share(self, site: Site, num_blocks: int, step: int, num_steps: int) -> float:
         """``f_step · f_layer · f_branch`` of a site, below 0 as 0."""
@@ -151,11 +147,14 @@ class TokenCycle(Method):
         if not isinstance(self.ratio_schedule, RatioSchedule):
             check_choice(f"{mine}'s ratio_schedule", self.ratio_schedule, (*RATIO_SCHEDULES, "a RatioSchedule"))
         for name in ("staleness_weight", "spatial_bonus"):
-            _check_number(f"{mine}'s {name}", getattr(self, name), lambda value: value >= 0, "of 0 or more")
-        _check_number(f"{mine}'s fresh_ratio", self.fresh_ratio, lambda value: 0 <= value <= 1, "from 0 to 1")
-        _check_number(
-            f"{mine}'s threshold_weight", self.threshold_weight, lambda value: -1 < value < 1, "between -1 and 1"
-        )
+            check_number(f"{mine}'s {name}", getattr(self, name), least=0)
+        check_finite(f"{mine}'s fresh_ratio", self.fresh_ratio, 0, 1)
+        check_number(f"{mine}'s threshold_weight", self.threshold_weight, above=-1, below=1)
+
+    @classmethod
+    def _at_random(cls, **options: Any) -> Self:
+        """What later presets share: random tokens, none preferred by its tile, and full steps at equal distances."""
+        return cls(selection="random", spatial_bonus=0.0, threshold_weight=0.0, middle_interval=None, **options)
 
     def between(self, offset: int, since_full: int) -> StepKind:
         """The kind of a step that is not full, by its offset ``i mod thr`` and its distance from the last full step."""

@@ -1,0 +1,48 @@
+"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import tyro
+
+from sostenuto.cli.calibrate import Calibrate
+from sostenuto.cli.common import ModelChoice
+from sostenuto.cli.demo import Demo
+from sostenuto.cli.examine import Inspect, Verify
+from sostenuto.cli.generate import Generate
+from sostenuto.cli.methods import Methods
+
+__all__ = ["COMMANDS", "ModelChoice", "main"]
+
+COMMANDS = {
+    "demo": Demo,
+    "generate": Generate,
+    "calibrate": Calibrate,
+    "inspect": Inspect,
+    "verify": Verify,
+    "methods": Methods,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command; returns 0, or 1 with a one-line reason on standard error (``--debug`` for the traceback)."""
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS, prog="sostenuto", description="Faster sampling for diffusion transformers.", args=words
+    )
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print("sostenuto: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"sostenuto: {reason}", file=sys.stderr)
+        return 1
+    return 0

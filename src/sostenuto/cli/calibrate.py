@@ -1,0 +1,141 @@
+"""``sostenuto calibrate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sostenuto.cli.common import ModelChoice, write_json
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure what a method needs for a model and sampler: a cache table, a polynomial, a router (on the demo model), …"""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
+    output: Path = Path("table.json")
+    target_fraction: float | None = None
+    """Share of the uncached multiply-accumulates that the table may cost."""
+    forecast_order: int | None = None
+    """How reused branches are filled: 0 last value, 1 linear extrapolation."""
+    theta: float | None = None
+    """The error that compressed attention may cause (ditfastattn); published: 0.025 to 0.15."""
+    window: int | None = None
+    """Tokens to each side that a token attends to (ditfastattn); by default an eighth of all."""
+    num_samples: int = 8
+    search_images: int = 200
+    """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
+    eps_scale_grid: tuple[float, ...] | None = None
+    """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
+    data: Path | None = None
+    """l2c: folder with Fashion-MNIST's four IDX files; by default where Debian's package puts them."""
+    penalty: float | None = None
+    """l2c: the paper's λ, the price of a computed branch; by default the preset for the number of steps."""
+    num_iterations: int | None = None
+    """l2c: batches to train on; by default the preset for the number of steps."""
+    json: Path | None = None
+    """Also write a summary to this file."""
+
+    def run(self) -> None:
+        """Calibrate and save."""
+        if self.choice.method == "l2c":
+            self._train_router()
+        else:
+            self._make_table()
+
+    def _train_router(self) -> None:
+        from dataclasses import replace
+
+        import torch
+
+        import sostenuto
+        from sostenuto.errors import MethodError
+
+        if self.choice.model != "demo":
+            raise MethodError(
+                "this command trains routers for the demo model: for another one call sostenuto.calibrate"
+            )
+        output = self.output.with_suffix(".safetensors")
+        checkpoint = output.with_suffix(".checkpoint")
+        steps = self.choice.num_inference_steps
+        given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
+        router = sostenuto.calibrate(
+            self.choice.pipeline(),
+            replace(
+                sostenuto.L2CCalibration.demo(steps, self.data),
+                checkpoint=checkpoint,
+                **{name: value for name, value in given.items() if value is not None},
+            ),
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
+        )
+        router.save(output)
+        checkpoint.unlink()
+        write_json(self.json, {"dropped": router.dropped(), "training": dict(router.training)})
+        print(f"{output}: {router.dropped():.1%} of the cache steps' branches are reused at θ = 0.1")
+        print(router.strip())
+
+    def _make_table(self) -> None:
+        import torch
+
+        import sostenuto
+
+        calibration = self.calibration()
+        pipe, extra = self.choice.pipeline(), {}
+        if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
+            from sostenuto.demo.compare import demo_sample
+            from sostenuto.demo.judge import Judge
+
+            extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+        made = sostenuto.calibrate(
+            pipe,
+            calibration,
+            self.choice.sample(),
+            num_inference_steps=self.choice.num_inference_steps,
+            num_samples=self.num_samples,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
+            **extra,
+        )
+        made.save(self.output)
+        if isinstance(made, sostenuto.CacheTable):
+            values: dict[str, Any] = {"macs_fraction": made.macs_fraction, "eps_scale": _short(made.eps_scale)}
+            print(made.strip())
+        else:
+            values = made.values
+        write_json(self.json, values)
+        print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
+
+    def calibration(self) -> Any:
+        """The calibration of the method, with the options that were given."""
+        import inspect
+
+        from sostenuto.calibrations import available_calibrations
+        from sostenuto.errors import MethodError
+
+        known = available_calibrations()
+        if self.choice.method not in known:
+            raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
+        kind = known[self.choice.method]
+        names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        takes = inspect.signature(kind).parameters
+        target = given.pop("target_fraction", None) if "target_fraction" not in takes else None
+        if target is not None:
+            return kind.at_cost(target)
+        for name in given:
+            if name not in takes:
+                raise MethodError(
+                    f"the calibration of {self.choice.method} has no --{name.replace('_', '-')}: leave it out"
+                )
+        return kind(**given)
+
+
+def _short(values: Sequence[float]) -> float | list[float]:
+    """One number where all are the same."""
+    return values[0] if len(set(values)) == 1 else list(values)

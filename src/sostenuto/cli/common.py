@@ -1,0 +1,89 @@
+"""What the commands share: which model, sampler and method; writing numbers to a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, sampler and method."""
+
+    model: str = "demo"
+    """A diffusers folder, a hub id, or "demo"."""
+    method: str = "eb"
+    """A name from "sostenuto methods", or "none"."""
+    table: Path | None = None
+    """What "sostenuto calibrate" made for the method."""
+    scheduler: str | None = None
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """Class labels."""
+    seed: int = 0
+
+    def pipeline(self) -> Any:
+        """The pipeline with its scheduler."""
+        pipe = self._load()
+        name = self.scheduler or ("DDIMScheduler" if self.method == "l2c" else None)
+        if name is not None:
+            import diffusers
+
+            from sostenuto.errors import InputError
+
+            scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+            if scheduler is None:
+                raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    def _load(self) -> Any:
+        if self.model == "demo":
+            from sostenuto.demo.pipeline import load_demo_pipeline
+
+            return load_demo_pipeline()
+        from diffusers import DiffusionPipeline
+
+        index = Path(self.model) / "model_index.json"
+        if index.is_file() and json.loads(index.read_text()).get("_class_name") == "DemoPipeline":
+            from sostenuto.demo.pipeline import DemoPipeline
+
+            return DemoPipeline.from_pretrained(self.model)
+        return DiffusionPipeline.from_pretrained(self.model)
+
+    def method_object(self) -> Any:
+        """The method with its table."""
+        from sostenuto.errors import MethodError
+        from sostenuto.methods import available_methods, by_name
+
+        method = by_name(self.method)
+        if self.table is None:
+            return method
+        if not method.calibrated:
+            raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
+        make: Any = available_methods()[self.method]
+        return make(self.table)  # what was calibrated is the first parameter of all of them
+
+    def sample(self, output_type: str = "pt") -> Any:
+        """A ``sample`` for calibrate and verify."""
+
+        def sample(pipe: Any, generator: Any, num_inference_steps: int = self.num_inference_steps) -> Any:
+            return pipe(
+                class_labels=list(self.labels),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                generator=generator,
+                output_type=output_type,
+            ).images
+
+        return sample
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write the numbers where ``--json`` says, if it does."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

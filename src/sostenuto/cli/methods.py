@@ -1,0 +1,40 @@
+"""``sostenuto methods``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sostenuto.cli.common import write_json
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods."""
+
+    json: Path | None = None
+    """Write them to this file."""
+
+    def run(self) -> None:
+        """Print two lines a method."""
+        from sostenuto.methods import available_methods
+
+        rows = [
+            {
+                "name": name,
+                "class": m.__name__,
+                "paper": m.paper,
+                "calibrated": m.calibrated,
+                "compiles": m.compiles,
+                "denoisers": m.denoisers,
+                "state": m.state,
+                "summary": m.summary,
+            }
+            for name, m in available_methods().items()
+        ]
+        for row in rows:
+            needs = "calibrated" if row["calibrated"] else "ready"
+            compiles = "compiles" if row["compiles"] else "eager only"
+            print(f"{row['name']:16} {row['class']:15} {needs:11} {compiles:11} {row['denoisers']:12} {row['summary']}")
+            print(f"{'':16} {row['paper'] or '–'}; keeps {row['state']}")
+        write_json(self.json, rows)
