@@ -16,6 +16,8 @@ from sostenuto.features import Feature, leaves
 from sostenuto.sites import known_anatomy
 from sostenuto.tap import argument_names
 
+_VALUES = (torch.Tensor, bool, int, float, complex, str)
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -26,7 +28,7 @@ class Given:
     Attributes:
         latents: the noisy sample, ``[batch, …]``, or a list of one tensor per sample.
         timestep: a number or tensor, as the network is given it.
-        conditioning: all other arguments that stay the same from step to step, tensors and other values.
+        conditioning: all other arguments that stay the same from step to step, tensors and plain values.
         prefill: whether the call fills a key-value cache of the network's own.
     """
 
@@ -67,7 +69,8 @@ class Reader:
         if timestep is None or next(leaves(latents), None) is None:
             raise ClockError(f"the denoiser was called without {self.latents} or {self.timestep}")
         lasting = {name: value for name, value in named.items() if name not in self._stepwise}
-        return Given(latents, timestep, tree_leaves(lasting), self._prefill is not None and self._prefill(named))
+        conditioning = [value for value in tree_leaves(lasting) if isinstance(value, _VALUES)]
+        return Given(latents, timestep, conditioning, self._prefill is not None and self._prefill(named))
 
     def with_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: Any) -> Arguments:
         """The arguments with another timestep."""

@@ -43,7 +43,6 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 
 _MOST_PASSES = 4
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _MOST_VALUES = 256
 _PRECISION = 1e-4
 
@@ -94,8 +93,8 @@ class Clock:
             raise ClockError("the scheduler has no timesteps yet: call its set_timesteps before the denoiser")
         if source is not self._source:
             self.forget()
-            values = source.tolist() if isinstance(source, torch.Tensor) else source
-            self._source, self._timesteps = source, tuple(float(t) for t in values)
+            listed = source.tolist() if isinstance(source, torch.Tensor) else source
+            self._source, self._timesteps = source, tuple(float(t) for t in listed)
         same_latents = len(self._latents) == len(tensors) and all(map(_equal, self._latents, tensors))
         step = self._position(values, precision, scheduler, same_latents)
         fresh = self._opening < 0 or step < self._step
@@ -172,9 +171,9 @@ class _Snapshot:
             self._version, self._copy = _version(value), value.detach().clone()
 
     def holds(self, other: Any) -> bool:
-        """Whether the other value equals that of then; of objects without values of their own, whether it is the same."""
+        """Whether the other value equals that of then."""
         if not isinstance(other, torch.Tensor) or not isinstance(self._copy, torch.Tensor):
-            return other is self._tensor or (isinstance(other, _VALUES) and bool(other == self._copy))
+            return type(other) is type(self._copy) and bool(other == self._copy)
         if other is self._tensor and self._version is not None and _version(other) == self._version:
             return True
         return _equal(self._copy, other)
