@@ -223,4 +223,4 @@ class _ReachedError(Exception):
 def _first_branch(denoiser: nn.Module, site: Site) -> nn.Module:
     """The first attention of a range, or what holds it."""
     branch = next(branch for branch in inspect(denoiser) if branch.block == site.block)
-    return denoiser.get_submodule(next(iter(branch.hollow), branch.id))
+    return denoiser.get_submodule(branch.hollow[0] if len(branch.hollow) > 0 else branch.id)

@@ -55,9 +55,9 @@ class _Listener(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        target = func if isinstance(func, HigherOrderOperator) else func._overloadpacket
-        formula = _FORMULAS.get(target)
-        if formula is None and target is not func and func.namespace != "prim":
+        is_plain = not isinstance(func, HigherOrderOperator)
+        formula = _FORMULAS.get(func._overloadpacket if is_plain else func)
+        if formula is None and is_plain and func.namespace != "prim":
             with self:  # an operation made of others, which are counted
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:

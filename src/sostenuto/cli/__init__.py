@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods``."""
+"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sostenuto.cli.demo import Demo
 from sostenuto.cli.examine import Inspect, Verify
 from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
+from sostenuto.cli.models import Models
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,
+    "models": Models,
 }
 
 

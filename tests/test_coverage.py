@@ -1,0 +1,34 @@
+"""Every transformer class of the installed diffusers is cached right, or is listed with the reason why it isn't tried."""
+
+from pathlib import Path
+
+import pytest
+
+from sostenuto.families import ANATOMIES
+from sostenuto.zoo import TINY_MODELS, UNBUILT
+from sostenuto.zoo.check import check
+from sostenuto.zoo.matrix import exported, row
+
+PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_every_exported_class_is_in_the_table_and_in_the_zoo():
+    names = set(exported())
+    assert len(names) >= 70
+    assert names <= ANATOMIES.keys()
+    assert names == TINY_MODELS.keys() | UNBUILT.keys()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_reuse_is_exact_and_costs_what_the_plan_says(name):
+    support = check(TINY_MODELS[name])
+    assert not support.error
+    assert support.macs["branches"] < support.macs["attention"] < 1
+    assert support.macs["branches"] < support.macs["mlp"] < 1
+    assert support.macs.get("stack", 0) <= support.macs["branches"]
+    assert row(support) in PAGE, "make docs/models.md anew: sostenuto models --check --output docs/models.md"
+
+
+def test_a_class_that_this_diffusers_lacks_is_an_error_in_words():
+    tiny = TINY_MODELS["DiTTransformer2DModel"]
+    assert "has no NoSuchModel" in check(type(tiny)("NoSuchModel", {}, tiny.inputs)).error
