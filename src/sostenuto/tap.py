@@ -93,7 +93,7 @@ class Tap(Attachment):
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
-        self.op, self.reached = op, False
+        self.op, self.reached = int(op), False  # the compiler puts no guard on a member of an enumeration
 
     def store(self, output: Feature) -> None:
         """Keep an output as the newest."""
