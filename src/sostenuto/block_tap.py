@@ -11,7 +11,7 @@ from torch import nn
 from sostenuto.errors import EngineError
 from sostenuto.features import Feature, versions
 from sostenuto.plan import Op
-from sostenuto.sites import Block, Site, blocks_of, inspect
+from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
 from sostenuto.tap import Tap, Watched, argument_names, first_argument, replace_forward
 
 Watch = Literal["modulated-input", "front-residual"]
@@ -43,8 +43,14 @@ class BlocksTap(Tap):
         self.blocks = [denoiser.get_submodule(member.path) for member in members]
         self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
         front = next((place for place in places[: site.block] if place.place.whole), None)
-        if watch == "front-residual" and front is None:
-            raise EngineError(f"{site.id} has no blocks in front of it whose residual could be watched")
+        if watch == "front-residual":
+            if front is None:
+                raise EngineError(f"{site.id} has no blocks in front of it whose residual could be watched")
+            if anatomy_of(denoiser).interleaved and front.place is not members[0].place:
+                raise EngineError(
+                    f"{site.id} begins in another list of blocks than the network, whose streams are laid out in another "
+                    "way: let as many blocks of each list be in front of it"
+                )
         self._front = denoiser.get_submodule(front.path) if front is not None and watch == "front-residual" else None
         self._front_streams = None if front is None or self._front is None else _Streams(front, self._front)
         self._attention = _first_branch(denoiser, site) if watch == "modulated-input" else None

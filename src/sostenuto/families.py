@@ -112,7 +112,19 @@ ANATOMIES: dict[str, Anatomy] = {
         _FF_AFTER_CROSS,
     ),
     "PriorTransformer": _one_list("transformer_blocks", *_DIT),
-    "HunyuanDiT2DModel": Anatomy((BlockList("blocks", _THREE_NORMS, long_skips=True),)),
+    "HunyuanDiT2DModel": Anatomy(
+        (
+            BlockList(
+                "blocks",
+                (
+                    _ATTN1,
+                    Branch(_CROSS, "attn2", ("norm2",), tokenwise=False),  # rotates its tokens by position
+                    _FF_AFTER_CROSS,
+                ),
+                long_skips=True,
+            ),
+        )
+    ),
     "LTXVideoTransformer3DModel": _one_list("transformer_blocks", _ATTN1, _ATTN2, _FF),
     "CosmosTransformer3DModel": _one_list("transformer_blocks", *_THREE_NORMS),
     "Kandinsky5Transformer3DModel": _one_list(
@@ -310,9 +322,9 @@ ANATOMIES: dict[str, Anatomy] = {
         Branch(_SELF, "audio_attn1", ("audio_norm1",)),
         _ATTN2_NORMED,
         Branch(_CROSS, "audio_attn2", ("audio_norm2",)),
-        # Their two norms serve both: one stream's queries are the other's keys.
-        Branch(_CROSS, "audio_to_video_attn", optional=True),
-        Branch(_CROSS, "video_to_audio_attn", optional=True),
+        # Their two norms serve both: one stream's queries are the other's keys. They rotate tokens by position.
+        Branch(_CROSS, "audio_to_video_attn", tokenwise=False, optional=True),
+        Branch(_CROSS, "video_to_audio_attn", tokenwise=False, optional=True),
         _FF_AFTER_CROSS,
         Branch(_MLP, "audio_ff", ("audio_norm3",)),
         streams=("hidden_states", "audio_hidden_states"),

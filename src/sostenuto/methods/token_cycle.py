@@ -190,6 +190,7 @@ class TokenCycle(Method):
         named = self.ratio_schedule
         schedule = named if isinstance(named, RatioSchedule) else RATIO_SCHEDULES[named]
         num_blocks = 1 + max(site.block for site in facts.sites)
+        within = [any(larger.covers(site) for larger in facts.sites) for site in facts.sites]
         actions, ratios = [], []
         for step, kind in enumerate(kinds):
             row = [
@@ -198,7 +199,12 @@ class TokenCycle(Method):
             ]
             crossed = self._computes_cross_attention(kinds, step)
             ratios.append(tuple(row))
-            actions.append(tuple(_action(site, kind, r, crossed) for site, r in zip(facts.sites, row, strict=True)))
+            actions.append(
+                tuple(
+                    Action.SKIP if inside and kind is StepKind.AGGRESSIVE else _action(site, kind, ratio, crossed)
+                    for site, ratio, inside in zip(facts.sites, row, within, strict=True)
+                )
+            )
         return Plan(tuple(actions), ratios=tuple(ratios))
 
     def _computes_cross_attention(self, kinds: Sequence[StepKind], step: int) -> bool:
@@ -229,7 +235,7 @@ def _action(site: Site, kind: StepKind, ratio: float, crossed: bool) -> Action:
     if site.kind is SiteKind.BLOCKS:
         return Action.REUSE if kind is StepKind.AGGRESSIVE else Action.COMPUTE
     if kind is StepKind.AGGRESSIVE:
-        return Action.SKIP
+        return Action.REUSE
     if kind is StepKind.FULL and (crossed or site.kind is not SiteKind.CROSS_ATTENTION):
         return Action.COMPUTE
     if ratio >= 1:
