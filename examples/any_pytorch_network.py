@@ -5,6 +5,7 @@ There is no diffusers in it: the network, its sampler and its noise schedule are
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -57,8 +58,8 @@ def sample(denoiser: Denoiser, generator: torch.Generator, num_inference_steps: 
     """Euler steps from noise to points."""
     times = torch.linspace(1, 0, num_inference_steps + 1)
     schedule.timesteps = times[:-1]  # a new tensor: a new generation
-    points = torch.randn(8, 256, 2, generator=generator)
-    for now, then in zip(times, times[1:], strict=False):
+    points = torch.randn(4, 64, 2, generator=generator)
+    for now, then in pairwise(times):
         points = points + (then - now) * denoiser(points, now.expand(len(points)))
     return points
 

@@ -26,10 +26,9 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32, 9),
         prompt="A panda plays a guitar in a bamboo grove",
     )
-    if args.tiny:
-        pipe = tiny.cogvideox()
-    else:
-        pipe = CogVideoXPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.cogvideox() if args.tiny else CogVideoXPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
+    pipe.vae.enable_tiling()  # the whole video at once takes much memory to decode
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width, frames = args.size

@@ -60,7 +60,9 @@ def arguments(
         parser.add_argument("--size", type=int, nargs=len(size), metavar=names, help=f"{size} by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(f"{_name(model)}.png"), help="%(default)s")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random pipeline in place of the model: no downloads")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny random pipeline in place of the model: no downloads"
+    )
     args = parser.parse_args(argv)
     if size:
         args.size = args.size or (tiny_size if args.tiny else size)

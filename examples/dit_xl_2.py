@@ -23,11 +23,9 @@ def main(argv: list[str] | None = None) -> Comparison:
         method=None,  # see below
         steps=50,
     )
-    if args.tiny:
-        pipe = tiny.dit_xl_2()
-    else:
-        pipe = DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float16).to(DEVICE)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe = tiny.dit_xl_2() if args.tiny else DiTPipeline.from_pretrained(args.model, torch_dtype=torch.float16)
+    pipe.to(DEVICE)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         return pipe(
@@ -38,7 +36,7 @@ def main(argv: list[str] | None = None) -> Comparison:
         ).images
 
     if args.method is None:
-        calibration = sostenuto.EBCalibration(target_fraction=0.5)
+        calibration = sostenuto.EBCalibration(target_fraction=0.6)
         args.method = sostenuto.EBCache(calibrated(args, pipe, calibration, sample, num_samples=8))
     return compare(pipe, args.method, sample, args)
 

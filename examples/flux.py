@@ -26,10 +26,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32),
         prompt="A cat with a cello on a stage, a single spotlight",
     )
-    if args.tiny:
-        pipe = tiny.flux()
-    else:
-        pipe = FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.flux() if args.tiny else FluxPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width = args.size

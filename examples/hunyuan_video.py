@@ -26,10 +26,13 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32, 9),
         prompt="A paper boat drifts down a gutter in heavy rain",
     )
-    if args.tiny:
-        pipe = tiny.hunyuan_video()
-    else:
-        pipe = HunyuanVideoPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = (
+        tiny.hunyuan_video()
+        if args.tiny
+        else HunyuanVideoPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    )
+    pipe.to(DEVICE)
+    pipe.vae.enable_tiling()  # the whole video at once takes much memory to decode
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width, frames = args.size

@@ -25,10 +25,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(64, 64, 9),
         prompt="Waves break on black rocks below a red sky",
     )
-    if args.tiny:
-        pipe = tiny.ltx_video()
-    else:
-        pipe = LTXPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.ltx_video() if args.tiny else LTXPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width, frames = args.size

@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(256, 256),
         prompt="A small cactus with a happy face in the Sahara desert",
     )
-    if args.tiny:
-        pipe = tiny.pixart_sigma()
-    else:
-        pipe = PixArtSigmaPipeline.from_pretrained(args.model, torch_dtype=torch.float16).to(DEVICE)
+    pipe = (
+        tiny.pixart_sigma() if args.tiny else PixArtSigmaPipeline.from_pretrained(args.model, torch_dtype=torch.float16)
+    )
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width = args.size

@@ -26,10 +26,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32),
         prompt="A shop window with the words 'Fresh bread' in chalk",
     )
-    if args.tiny:
-        pipe = tiny.qwen_image()
-    else:
-        pipe = QwenImagePipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.qwen_image() if args.tiny else QwenImagePipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width = args.size

@@ -25,10 +25,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32),
         prompt="A lighthouse in a storm, oil on canvas",
     )
-    if args.tiny:
-        pipe = tiny.sd3()
-    else:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.sd3() if args.tiny else StableDiffusion3Pipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width = args.size

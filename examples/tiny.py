@@ -58,9 +58,7 @@ _DECODER = _ENCODER | dict(num_key_value_heads=1, **_IDS)
 
 def _clip(projected: bool = False) -> torch.nn.Module:
     config = transformers.CLIPTextConfig(**_ENCODER, **_IDS, projection_dim=TEXT)
-    return _seeded(
-        transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel, config
-    )
+    return _seeded(transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel, config)
 
 
 def _t5(width: int = TEXT, multilingual: bool = False) -> torch.nn.Module:
@@ -183,7 +181,9 @@ def z_image() -> diffusers.ZImagePipeline:
         tokenizer=_tokenizer(512),
         text_encoder=_seeded(transformers.Qwen3Model, transformers.Qwen3Config(**_DECODER, head_dim=8)),
         vae=_image_vae(),
-        transformer=_transformer("ZImageTransformer2DModel", in_channels=LATENT, cap_feat_dim=TEXT, axes_lens=[1024, 32, 32]),
+        transformer=_transformer(
+            "ZImageTransformer2DModel", in_channels=LATENT, cap_feat_dim=TEXT, axes_lens=[1024, 32, 32]
+        ),
         scheduler=_flow(shift=3.0),
     )
 

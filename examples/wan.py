@@ -25,10 +25,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(64, 64, 9),
         prompt="Two otters juggle pebbles in a mountain stream",
     )
-    if args.tiny:
-        pipe = tiny.wan()
-    else:
-        pipe = WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.wan() if args.tiny else WanPipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width, frames = args.size

@@ -25,10 +25,8 @@ def main(argv: list[str] | None = None) -> Comparison:
         tiny_size=(32, 32),
         prompt="A street in the rain at night, neon signs in the puddles",
     )
-    if args.tiny:
-        pipe = tiny.z_image()
-    else:
-        pipe = ZImagePipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16).to(DEVICE)
+    pipe = tiny.z_image() if args.tiny else ZImagePipeline.from_pretrained(args.model, torch_dtype=torch.bfloat16)
+    pipe.to(DEVICE)
 
     def sample(pipe, generator, num_inference_steps=args.steps):
         height, width = args.size

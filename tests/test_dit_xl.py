@@ -41,7 +41,9 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "method", [FORA(2, anchor="start"), EBCache(CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH)))], ids=["fora", "eb"]
+    "method",
+    [FORA(2, anchor="start"), EBCache(CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH)))],
+    ids=["fora", "eb"],
 )
 def test_dit_xl_2_runs_two_steps_and_costs_what_its_paper_says(model, method):
     scheduler = DDIMScheduler()
