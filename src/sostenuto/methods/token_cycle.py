@@ -232,10 +232,10 @@ class TokenCycle(Method):
 
 def _action(site: Site, kind: StepKind, ratio: float, crossed: bool) -> Action:
     """What a site does in a step of a kind."""
-    if site.kind is SiteKind.BLOCKS:
-        return Action.REUSE if kind is StepKind.AGGRESSIVE else Action.COMPUTE
     if kind is StepKind.AGGRESSIVE:
         return Action.REUSE
+    if site.kind is SiteKind.BLOCKS:
+        return Action.COMPUTE
     if kind is StepKind.FULL and (crossed or site.kind is not SiteKind.CROSS_ATTENTION):
         return Action.COMPUTE
     if ratio >= 1:
