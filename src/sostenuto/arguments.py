@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
 from sostenuto.anatomy import Anatomy
+from sostenuto.discovery import arguments_of
 from sostenuto.errors import AnatomyError, ClockError
 from sostenuto.features import Feature, leaves
-from sostenuto.discovery import arguments_of
 from sostenuto.sites import known_anatomy
 from sostenuto.source import argument_names
 
@@ -59,8 +59,8 @@ class Reader:
         for role, name in (("latents", self.latents), ("timestep", self.timestep)):
             if name not in self._names:
                 raise AnatomyError(
-                    f"{type(denoiser).__name__}.forward has no argument {name!r} for the {role}, only {', '.join(self._names)}: "
-                    f"name it in its anatomy, Anatomy(…, {role}=…)"
+                    f"{type(denoiser).__name__}.forward has no argument {name!r} for the {role}, only "
+                    f"{', '.join(self._names)}: name it in its anatomy, Anatomy(…, {role}=…)"
                 )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:

@@ -180,8 +180,8 @@ class _Streams:
         unknown = [name for name in (*self._streams, *self._returns) if not accepts(type(module), name)]
         if unknown:
             raise AnatomyError(
-                f"{block.path}.forward has no argument {unknown[0]!r}, only {', '.join(self._names)}: correct the streams of its "
-                f"list, BlockList({block.path.rpartition('.')[0]!r}, …, streams=…), with sostenuto.register_anatomy"
+                f"{block.path}.forward has no argument {unknown[0]!r}, only {', '.join(self._names)}: correct the streams of "
+                f"its list, BlockList({block.path.rpartition('.')[0]!r}, …, streams=…), with sostenuto.register_anatomy"
             )
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,8 +200,11 @@ class _Streams:
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""
         single = len(self._returns) == 1
-        fits = isinstance(output, torch.Tensor) if single else isinstance(output, tuple)
-        if not fits or (not single and len(output) != len(self._returns)):
+        if (
+            not isinstance(output, torch.Tensor)
+            if single
+            else not (isinstance(output, tuple) and len(output) == len(self._returns))
+        ):
             raise EngineError(
                 f"{self._path} returns {_shape(output)} where its anatomy says {', '.join(self._returns)}: correct streams and "
                 "returns of its BlockList with sostenuto.register_anatomy"

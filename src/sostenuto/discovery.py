@@ -6,8 +6,8 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from sostenuto.errors import AnatomyError
 from sostenuto.unet import is_unet
 
 _log = logging.getLogger(__name__)
+_ANNOUNCED: WeakSet[type[nn.Module]] = WeakSet()
 
 _ATTENTION = re.compile(r"(.+_)?(attn|attention)_?\d*")
 _MLP = re.compile(r"(.+_)?(ff|ffn|mlp|feed_?forward)(_context|_moe_gen|_[it])?")
@@ -71,8 +72,8 @@ def discover(denoiser: nn.Module) -> Anatomy:
         isinstance(getattr(denoiser, path, None), nn.Module) for path in ("down_blocks", "up_blocks")
     ):
         raise AnatomyError(
-            f"{name} is a U-Net, whose branches can't be cached: use a method for U-Nets (DeepCache), one that keeps the output "
-            "alone (ABCache) or one that skips nothing (EpsilonScaling, TimeShift); or describe its branches with "
+            f"{name} is a U-Net, whose branches can't be cached: use a method for U-Nets (DeepCache), one that keeps the "
+            "output alone (ABCache) or one that skips nothing (EpsilonScaling, TimeShift); or describe its branches with "
             "sostenuto.register_anatomy"
         )
     lists = list(_lists(denoiser))
@@ -89,7 +90,7 @@ def discover(denoiser: nn.Module) -> Anatomy:
         anatomy = replace(arguments_of(denoiser), blocks=blocks)
     except AnatomyError as error:
         raise AnatomyError(f"{error}: {snippet(denoiser, lists)}") from None
-    _announce(type(denoiser))
+    _announce(type(denoiser), lists)
     return anatomy
 
 
@@ -145,12 +146,18 @@ def _written(place: BlockList) -> str:
     return f"sostenuto.BlockList({place.path!r}, ({branches or '…'},), {place.streams!r}, whole={place.whole})"
 
 
-@cache
-def _announce(model_class: type[nn.Module]) -> None:
+def _announce(model_class: type[nn.Module], lists: list[_List]) -> None:
+    """Say once for a class what was recognised and what was left out."""
+    if model_class in _ANNOUNCED:
+        return
+    _ANNOUNCED.add(model_class)
+    left_out = "; ".join(str(each) for each in lists if each.found is None)
     _log.info(
-        "%s is not in the table: its blocks were recognised by their structure; sostenuto.inspect shows what was found, "
-        "sostenuto.verify proves it",
+        "%s is not in the table: its blocks were recognised by their structure in %s; left out: %s; sostenuto.inspect shows "
+        "what was found, sostenuto.verify proves it",
         model_class.__name__,
+        ", ".join(each.path for each in lists if each.found is not None),
+        left_out or "nothing",
     )
 
 
@@ -239,7 +246,8 @@ def _layer_branches(blocks: list[nn.Module]) -> tuple[Branch, ...]:
     if any(getattr(type(block), name, None) is not getattr(layer, name, None) for name in methods):
         return ()
     crossed = layer is nn.TransformerDecoderLayer
-    normed = all(each.norm_first for each in blocks)  # else the norms stand behind the sums
+    layers: list[Any] = blocks
+    normed = all(each.norm_first for each in layers)  # else the norms stand behind the sums
 
     def front(norm: str) -> tuple[str, ...]:
         return (norm,) if normed else ()
@@ -252,7 +260,7 @@ def _layer_branches(blocks: list[nn.Module]) -> tuple[Branch, ...]:
             "linear2",
             front("norm3" if crossed else "norm2"),
             hollow=("linear1",),
-            tokenwise=all(each.self_attn.batch_first for each in blocks),
+            tokenwise=all(each.self_attn.batch_first for each in layers),
         ),
     )
 
@@ -267,7 +275,7 @@ def _streams(block: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _chained(denoiser: nn.Module, path: str, block: nn.Module) -> str | None:
-    """The argument through which one tensor goes from block to block that nothing else reads; ``None`` where it isn't certain."""
+    """The argument through which one tensor that nothing else reads goes from block to block; ``None`` if not certain."""
     names = source.argument_names(type(block))
     parent, _, name = path.rpartition(".")
     owner = denoiser.get_submodule(parent)

@@ -112,7 +112,7 @@ def inspect(denoiser: nn.Module) -> list[Site]:
     """
     denoiser = compat.unwrapped(denoiser)
     found: list[Site] = []
-    owners: dict[nn.Module, str] = {}
+    owners: dict[nn.Module, int] = {}
     for index, block in enumerate(blocks_of(denoiser)):
         for branch in block.place.branches:
             site = _site(denoiser, block.path, branch, index)
@@ -120,9 +120,9 @@ def inspect(denoiser: nn.Module) -> list[Site]:
                 continue
             for path in (site.id, *site.front, *site.hollow):
                 module = _find(denoiser, path)
-                if owners.setdefault(module, site.id) != site.id:
+                if owners.setdefault(module, len(found)) != len(found):
                     raise AnatomyError(
-                        f"{path} serves {owners[module]} and {site.id}: a tapped module or one in front of it must serve one "
+                        f"{path} serves {found[owners[module]].id} and {site.id}: a tapped module or one in front of it must serve one "
                         "branch only"
                     )
             found.append(site)

@@ -10,13 +10,12 @@ from functools import cache
 
 from torch import nn
 
-
 _CHECKPOINTED = "(checkpointed)"  # a loop that training takes, which doesn't call its blocks itself
 
 
 @cache
 def methods_of(module_class: type[nn.Module]) -> dict[str, ast.FunctionDef]:
-    """The methods of a class by name, those of its bases (but for ``nn.Module``) among them; none where no source is at hand."""
+    """The methods of a class and its bases (but for ``nn.Module``) by name; none where no source is at hand."""
     found: dict[str, ast.FunctionDef] = {}
     for base in module_class.__mro__:
         if base is nn.Module or not issubclass(base, nn.Module):
@@ -91,7 +90,7 @@ def chained(owner_class: type[nn.Module], name: str) -> str | int | None:
     measured = {argument for call in calls if ast.unparse(call.func) == "len" for argument in call.args}
     used = [node for node in nodes if _is_own(node, name) and node not in measured]
     once = list(_run_once(methods["forward"])) if "forward" in methods else []
-    if len(used) == 1 and used[0] in (call.func for call in calls):
+    if len(used) == 1 and any(call.func is used[0] for call in calls):
         call = next((node for node in once if isinstance(node, ast.Call) and node.func is used[0]), None)
         return 0 if call is not None and len(call.args) == 1 and not call.keywords else None
     loops = [node for node in once if isinstance(node, ast.For) and _block_of(node, name)]

@@ -109,8 +109,8 @@ class Tap(Attachment):
         """The error of a site that is not called as often as its anatomy says."""
         times = self.site.calls if more else self.reached
         return EngineError(
-            f"a call of the denoiser calls {self.site.id} {more}{times} time{'s' * (times != 1)}: its anatomy is wrong, correct "
-            f"Branch(…, calls={self.site.calls}) with sostenuto.register_anatomy"
+            f"a call of the denoiser calls {self.site.id} {more}{times} time{'s' * (times != 1)}: its anatomy is wrong, "
+            f"correct Branch(…, calls={self.site.calls}) with sostenuto.register_anatomy"
         )
 
     def store(self, output: Feature) -> None:
