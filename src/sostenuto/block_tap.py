@@ -174,7 +174,7 @@ class _Streams:
 
     def __init__(self, block: Block, module: nn.Module) -> None:
         self._streams = block.place.streams
-        self._returns = block.place.returns or block.place.streams
+        self._returns: tuple[str, ...] = block.place.returns or block.place.streams
         self._names = argument_names(type(module))
         self._path = block.path
         unknown = [name for name in (*self._streams, *self._returns) if not accepts(type(module), name)]

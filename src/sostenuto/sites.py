@@ -122,8 +122,8 @@ def inspect(denoiser: nn.Module) -> list[Site]:
                 module = _find(denoiser, path)
                 if owners.setdefault(module, len(found)) != len(found):
                     raise AnatomyError(
-                        f"{path} serves {found[owners[module]].id} and {site.id}: a tapped module or one in front of it must serve one "
-                        "branch only"
+                        f"{path} serves {found[owners[module]].id} and {site.id}: a tapped module or one in front of "
+                        "it must serve one branch only"
                     )
             found.append(site)
     if not found:
