@@ -173,7 +173,7 @@ class _Streams:
     """What a block is given and returns of the streams that run through the network."""
 
     def __init__(self, block: Block, module: nn.Module) -> None:
-        self._streams = block.place.streams
+        self._streams: tuple[str, ...] = block.place.streams
         self._returns: tuple[str, ...] = block.place.returns or block.place.streams
         self._names = argument_names(type(module))
         self._path = block.path
