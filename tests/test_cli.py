@@ -1,14 +1,18 @@
 import json
+import re
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 import sostenuto
-from sostenuto.cli import main
+from conftest import build_tiny
+from sostenuto.cli import ModelChoice, main
 from sostenuto.demo import compare as comparison
 from sostenuto.demo.compare import Settings, compare
 from sostenuto.demo.compare import entries as all_entries
+from unets import build_plain
 
 
 def test_methods_and_inspect_write_what_they_print(tmp_path, capsys):
@@ -21,6 +25,55 @@ def test_methods_and_inspect_write_what_they_print(tmp_path, capsys):
     sites = json.loads((tmp_path / "s.json").read_text())
     assert len(sites) == 16
     assert sites[0]["id"] == "transformer_blocks.0.attn1"
+
+
+def test_inspect_groups_the_sites_of_a_tiny_network_and_proves_them(capsys, tmp_path):
+    numbers = tmp_path / "s.json"
+    assert main(["inspect", "--model", "tiny:FluxTransformer2DModel", "--verify", "--json", str(numbers)]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: FluxTransformer2DModel" in printed
+    assert re.search(r"transformer_blocks\.0-\d\.attn +joint-attention", printed)
+    assert re.search(r"single_transformer_blocks\.0-\d\.proj_out +fused", printed)
+    assert re.search(r"9 sites in \d blocks: 2 joint-attention, 4 mlp, 3 fused|9 sites", printed)
+    assert "proved: 10 sites" in printed
+    assert re.search(r"reuse of stack +leaves +\d+\.\d%", printed)
+    assert len(json.loads(numbers.read_text())) == 9
+    assert main(["inspect", "--model", "tiny:FluxTransformer"]) == 1
+    assert "no tiny 'FluxTransformer'; there are FluxTransformer2DModel" in capsys.readouterr().err
+
+
+class TwoNetworks:
+    """Stands for a pipeline with a network for each half of the steps."""
+
+    def __init__(self, first, second):
+        self.transformer, self.transformer_2, self.scheduler = first, second, DDPMScheduler()
+
+    def __call__(self, prompt, num_inference_steps, generator, output_type):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.randn(1, 2, 8, 8, generator=generator)
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            network = self.transformer if 2 * step < num_inference_steps else self.transformer_2
+            with torch.no_grad():
+                latents = network(latents, timestep.expand(1), torch.tensor([1])).sample[:, :2]
+
+
+def test_inspect_shows_every_denoiser_of_a_pipeline(capsys, monkeypatch):
+    pipes = [TwoNetworks(build_tiny(2), build_tiny(3)), DDPMPipeline(build_plain(1), DDPMScheduler())]
+    monkeypatch.setattr(ModelChoice, "_load", lambda self: pipes[int(self.model)])
+    assert main(["inspect", "--model", "0", "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "transformer: DiTTransformer2DModel" in printed
+    assert "transformer_2: DiTTransformer2DModel" in printed
+    assert "transformer_blocks.0-1.attn1" in printed
+    assert "transformer_blocks.0-2.attn1" in printed
+    assert "in front: norm1" in printed
+    assert printed.count("proved: ") == 2
+    assert main(["inspect", "--model", "1", "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "unet: UNet2DModel" in printed
+    assert "deep" in printed
+    assert "beyond connection 0" in printed
+    assert "proved: 1 sites" in printed
 
 
 def test_a_failure_is_one_line_and_exit_status_1(tmp_path, capsys):

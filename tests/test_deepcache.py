@@ -265,7 +265,7 @@ def test_a_pipeline_with_a_unet_is_found():
     with sostenuto.enable(pipe, "deepcache") as handle:
         pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
         assert carried(handle) == "crrc"
-    with pytest.raises(AnatomyError, match="sites of a UNet2DModel are not known"):
+    with pytest.raises(AnatomyError, match="UNet2DModel is a U-Net"):
         sostenuto.enable(pipe, FORA(2))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from sostenuto.errors import AnatomyError
+
 
 class SiteKind(Enum):
     """What a tapped branch does; methods choose sites by it."""
@@ -70,6 +72,14 @@ class Branch:
     tokenwise: bool = True
     optional: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self.kind, SiteKind, "Branch's kind")
+        _check(self.module, str, "Branch's module")
+        for name in ("front", "hollow"):
+            _check_all(getattr(self, name), str, f"Branch's {name}")
+        if not isinstance(self.calls, int) or self.calls < 1:
+            raise AnatomyError(f"Branch's calls must be a whole number of 1 or more, not {self.calls!r}")
+
 
 @dataclass(frozen=True)
 class BlockList:
@@ -91,6 +101,14 @@ class BlockList:
     returns: tuple[str, ...] = ()
     whole: bool = True
     long_skips: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.path, str, "BlockList's path")
+        _check_all(self.branches, Branch, "BlockList's branches")
+        for name in ("streams", "returns"):
+            _check_all(getattr(self, name), str, f"BlockList's {name}")
+        if not self.streams:
+            raise AnatomyError("BlockList's streams must name the block's argument with the sample, such as ('x',)")
 
 
 @dataclass(frozen=True)
@@ -119,3 +137,19 @@ class Anatomy:
     latents: str = ""
     stepwise: tuple[str, ...] = ()
     prefill: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        _check_all(self.blocks, BlockList, "Anatomy's blocks")
+        _check(self.timestep, str, "Anatomy's timestep")
+        _check(self.latents, str, "Anatomy's latents")
+        _check_all(self.stepwise, str, "Anatomy's stepwise")
+
+
+def _check(value: Any, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise AnatomyError(f"{name} must be a {kind.__name__}, not {value!r}")
+
+
+def _check_all(values: Any, kind: type, name: str) -> None:
+    if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+        raise AnatomyError(f"{name} must be a tuple of {kind.__name__}, such as (…,), not {values!r}")

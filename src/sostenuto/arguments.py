@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
 from sostenuto.anatomy import Anatomy
-from sostenuto.errors import ClockError, EngineError
+from sostenuto.discovery import arguments_of
+from sostenuto.errors import AnatomyError, ClockError
 from sostenuto.features import Feature, leaves
 from sostenuto.sites import known_anatomy
-from sostenuto.tap import argument_names
+from sostenuto.source import argument_names
 
 _VALUES = (torch.Tensor, bool, int, float, complex, str)
 
@@ -43,11 +44,11 @@ class Reader:
     """Reads and rewrites the arguments of one class of denoisers.
 
     Raises:
-        EngineError: its ``forward`` lacks an argument that its anatomy names.
+        AnatomyError: its ``forward`` lacks an argument that its anatomy names, or none has the name of a timestep.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        anatomy = known_anatomy(denoiser) or Anatomy(())
+        anatomy = known_anatomy(denoiser) or arguments_of(denoiser)
         self._names = argument_names(type(denoiser))
         self.latents = anatomy.latents or self._names[0]
         self.timestep = anatomy.timestep
@@ -55,9 +56,12 @@ class Reader:
         self.negated_prediction = anatomy.negated_prediction
         self._prefill = anatomy.prefill
         self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
-        for name in (self.latents, self.timestep):
+        for role, name in (("latents", self.latents), ("timestep", self.timestep)):
             if name not in self._names:
-                raise EngineError(f"{type(denoiser).__name__}.forward has no argument {name!r}")
+                raise AnatomyError(
+                    f"{type(denoiser).__name__}.forward has no argument {name!r} for the {role}, only "
+                    f"{', '.join(self._names)}: name it in its anatomy, Anatomy(…, {role}=…)"
+                )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """Tell the arguments of a call apart.

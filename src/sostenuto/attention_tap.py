@@ -60,8 +60,7 @@ class AttentionTap(BranchTap):
             op = self.op
             if not op & _OWN:
                 return plain(*args, **kwargs)
-            if not torch.compiler.is_compiling():
-                self.reached = True
+            self.reach()
             hidden_states, *others = (*args, *kwargs.values())
             if hidden_states.ndim != 3 or any(value is not None for value in others):
                 raise MethodError(f"{self.site.id} is called with more than [batch, tokens, channels]: {_REMEDY}")

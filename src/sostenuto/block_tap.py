@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sostenuto.errors import EngineError
+from sostenuto.errors import AnatomyError, EngineError
 from sostenuto.features import Feature, versions
 from sostenuto.plan import Op
 from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
-from sostenuto.tap import Tap, Watched, argument_names, first_argument, replace_forward
+from sostenuto.source import accepts, argument_names
+from sostenuto.tap import Tap, Watched, first_argument, replace_forward
 
 Watch = Literal["modulated-input", "front-residual"]
 Decide = Callable[[torch.Tensor], Op]
@@ -109,8 +110,7 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
-        if not torch.compiler.is_compiling():
-            self.reached = True
+        self.reach()
         if self.op == Op.DECIDE:
             assert self.decide is not None
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
@@ -179,10 +179,16 @@ class _Streams:
     """What a block is given and returns of the streams that run through the network."""
 
     def __init__(self, block: Block, module: nn.Module) -> None:
-        self._streams = block.place.streams
-        self._returns = block.place.returns or block.place.streams
+        self._streams: tuple[str, ...] = block.place.streams
+        self._returns: tuple[str, ...] = block.place.returns or block.place.streams
         self._names = argument_names(type(module))
         self._path = block.path
+        unknown = [name for name in (*self._streams, *self._returns) if not accepts(type(module), name)]
+        if unknown:
+            raise AnatomyError(
+                f"{block.path}.forward has no argument {unknown[0]!r}, only {', '.join(self._names)}: correct the streams of "
+                f"its list, BlockList({block.path.rpartition('.')[0]!r}, …, streams=…), with sostenuto.register_anatomy"
+            )
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Each stream that the block is given."""
@@ -199,12 +205,18 @@ class _Streams:
 
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""
-        if len(self._returns) == 1:
-            return function(output, entry.get(self._returns[0]))
-        if not isinstance(output, tuple) or len(output) != len(self._returns):
+        single = len(self._returns) == 1
+        if (
+            not isinstance(output, torch.Tensor)
+            if single
+            else not (isinstance(output, tuple) and len(output) == len(self._returns))
+        ):
             raise EngineError(
-                f"{self._path} returns {_shape(output)} where its anatomy says {', '.join(self._returns)}: correct the anatomy"
+                f"{self._path} returns {_shape(output)} where its anatomy says {', '.join(self._returns)}: correct streams and "
+                "returns of its BlockList with sostenuto.register_anatomy"
             )
+        if single:
+            return function(output, entry.get(self._returns[0]))
         return tuple(function(part, entry.get(name)) for part, name in zip(output, self._returns, strict=True))
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -69,9 +69,11 @@ def find_denoiser(target: Any) -> nn.Module:
         denoiser = getattr(target, name, None)
         if isinstance(denoiser, nn.Module):
             return denoiser
+    parts = {**getattr(target, "components", {}), **getattr(target, "__dict__", {})}
+    modules = [f"{name} ({type(part).__name__})" for name, part in parts.items() if isinstance(part, nn.Module)]
     raise AnatomyError(
-        f"{type(target).__name__} has no transformer or unet to cache: pass a diffusers pipeline that has one, or the "
-        "denoiser itself"
+        f"{type(target).__name__} has no transformer or unet to cache, only {', '.join(modules) or 'no network at all'}: pass "
+        "a diffusers pipeline that has one, or the denoiser itself with its scheduler, enable(denoiser, method, scheduler=…)"
     )
 
 

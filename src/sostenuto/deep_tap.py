@@ -69,8 +69,7 @@ class DeepTap(Tap):
     def _last(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             op = self.op
-            if not torch.compiler.is_compiling():
-                self.reached = True
+            self.reach()
             if op == Op.OUTSIDE:
                 raise self.outside()
             if op != Op.COMPUTE and op != Op.STORE:

@@ -179,7 +179,7 @@ class Executor:
         tap = self._output
         if tap is None:
             return call.inner(*call.args, **call.kwargs)
-        tap.reached = True
+        tap.reached = 1
         if not Op(tap.op).is_filled:
             output = call.inner(*call.args, **call.kwargs)
             if tap.op == Op.STORE:
@@ -197,8 +197,10 @@ class Executor:
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
         begins = state.last_step < 0
         for index, tap in enumerate(self._taps):
-            if tap.reached or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
+            if tap.reached == tap.site.calls or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
                 continue
+            if tap.reached:
+                raise tap.miscounted()
             if begins and (tap.site.optional or state.is_further):
                 state.absent.add(index)
             elif index not in state.absent:

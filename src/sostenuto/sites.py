@@ -10,6 +10,7 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.anatomy import Anatomy, BlockList, Branch, SiteKind
+from sostenuto.discovery import discover
 from sostenuto.errors import AnatomyError
 from sostenuto.families import ANATOMIES
 
@@ -87,21 +88,15 @@ def register_anatomy(model_class: type[nn.Module], anatomy: Anatomy) -> None:
 
 
 def anatomy_of(denoiser: nn.Module) -> Anatomy:
-    """The anatomy of a denoiser, by its class or the nearest base class that is known.
+    """The anatomy of a denoiser, by its class or the nearest base class that is known, else by its structure.
 
     Raises:
-        AnatomyError: no class of it is known.
+        AnatomyError: no class of it is known, and its structure doesn't tell.
     """
     denoiser = compat.unwrapped(denoiser)
     if not isinstance(denoiser, nn.Module):
         raise AnatomyError(f"a denoiser is a torch.nn.Module, not a {type(denoiser).__name__}")
-    anatomy = known_anatomy(denoiser)
-    if anatomy is None:
-        raise AnatomyError(
-            f"the sites of a {type(denoiser).__name__} are not known: describe them with sostenuto.register_anatomy "
-            "(sostenuto models lists what is known)"
-        )
-    return anatomy
+    return known_anatomy(denoiser) or discover(denoiser)
 
 
 def known_anatomy(denoiser: nn.Module) -> Anatomy | None:
@@ -117,7 +112,7 @@ def inspect(denoiser: nn.Module) -> list[Site]:
     """
     denoiser = compat.unwrapped(denoiser)
     found: list[Site] = []
-    owners: dict[nn.Module, str] = {}
+    owners: dict[nn.Module, int] = {}
     for index, block in enumerate(blocks_of(denoiser)):
         for branch in block.place.branches:
             site = _site(denoiser, block.path, branch, index)
@@ -125,10 +120,10 @@ def inspect(denoiser: nn.Module) -> list[Site]:
                 continue
             for path in (site.id, *site.front, *site.hollow):
                 module = _find(denoiser, path)
-                if owners.setdefault(module, site.id) != site.id:
+                if owners.setdefault(module, len(found)) != len(found):
                     raise AnatomyError(
-                        f"{path} serves {owners[module]} and {site.id}: a tapped module or one in front of it must serve one "
-                        "branch only"
+                        f"{path} serves {found[owners[module]].id} and {site.id}: a tapped module or one in front of "
+                        "it must serve one branch only"
                     )
             found.append(site)
     if not found:
@@ -261,7 +256,13 @@ def _find(denoiser: nn.Module, path: str) -> nn.Module:
     try:
         return denoiser.get_submodule(path)
     except AttributeError:
-        raise AnatomyError(f"{type(denoiser).__name__} has no submodule {path!r}: its anatomy names it") from None
+        parent, _, name = path.rpartition(".")
+        owner = _find(denoiser, parent)  # the first part that isn't there is the one to tell of
+        children = ", ".join(child for child, _ in owner.named_children()) or "nothing"
+        raise AnatomyError(
+            f"{type(denoiser).__name__} has no submodule {path!r}, which its anatomy names: in {parent or 'it'} there is "
+            f"{children}; correct {name!r} with sostenuto.register_anatomy"
+        ) from None
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +56,7 @@ class Tap(Attachment):
         super().__init__()
         self.site = site
         self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
-        self.reached = False
+        self.reached = 0  # calls of it in this denoiser call
         self.slots: Slots = []
         self.residual: Slots = [None]
         self.weights: torch.Tensor | None = None
@@ -93,7 +91,27 @@ class Tap(Attachment):
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
-        self.op, self.reached = int(op), False  # the compiler puts no guard on a member of an enumeration
+        self.op, self.reached = int(op), 0  # the compiler puts no guard on a member of an enumeration
+
+    def reach(self) -> None:
+        """Note a call of the site; a compiled network is not watched.
+
+        Raises:
+            EngineError: it is called more often than its anatomy says, and what is kept belongs to one of the calls.
+        """
+        if torch.compiler.is_compiling():
+            return
+        self.reached += 1
+        if self.reached > self.site.calls and self.op not in (Op.COMPUTE, Op.OUTSIDE):
+            raise self.miscounted("more than ")
+
+    def miscounted(self, more: str = "") -> EngineError:
+        """The error of a site that is not called as often as its anatomy says."""
+        times = self.site.calls if more else self.reached
+        return EngineError(
+            f"a call of the denoiser calls {self.site.id} {more}{times} time{'s' * (times != 1)}: its anatomy is wrong, "
+            f"correct Branch(…, calls={self.site.calls}) with sostenuto.register_anatomy"
+        )
 
     def store(self, output: Feature) -> None:
         """Keep an output as the newest."""
@@ -161,10 +179,10 @@ class BranchTap(Tap):
         return found + [(module, self.hand_on(index, module.forward)) for index, module in enumerate(self.hollow)]
 
     def watched(self) -> Watched:
-        """The branch; a fused one begins behind what is in front of it."""
+        """The branch with what is skipped on the way; a fused one begins behind what is in front of it."""
         if self.site.kind is SiteKind.FUSED and self.front:
             return Watched(self.front[-1], self.module, behind=True)
-        return Watched(self.module, self.module)
+        return Watched(next(iter(self.hollow), self.module), self.module)
 
     def can(self, action: Action) -> bool:
         """Some tokens only where tokens go in one by one and come out so."""
@@ -191,8 +209,7 @@ class BranchTap(Tap):
 
         def forward(*args: Any, **kwargs: Any) -> Feature:
             op = self.op
-            if not torch.compiler.is_compiling():
-                self.reached = True
+            self.reach()
             if op == Op.COMPUTE:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
@@ -213,8 +230,7 @@ class BranchTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Feature:
             op, call = self.op, self._call
             self._call = call + 1
-            if not torch.compiler.is_compiling():
-                self.reached = self._call == self.site.calls
+            self.reach()
             if op == Op.COMPUTE:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
@@ -299,12 +315,6 @@ def _first_name(kwargs: Mapping[str, Any]) -> str:
     if "hidden_states" in kwargs:
         return "hidden_states"
     return next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-
-
-@cache
-def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a class's ``forward``."""
-    return tuple(name for name in inspect.signature(module_class.forward).parameters if name != "self")
 
 
 def pick(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

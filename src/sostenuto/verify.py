@@ -13,7 +13,7 @@ from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick
 from sostenuto.counting import MacCounter
 from sostenuto.engine import Handle, enable
-from sostenuto.errors import VerificationError
+from sostenuto.errors import SostenutoError, VerificationError
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action, Op
@@ -99,7 +99,14 @@ def _prove_call(prober: Prober) -> dict[str, float]:
     shares: dict[str, float] = {}
     for name, members in _groups(sites):
         ops = _reuse(sites, members)
-        output, macs = _counted(prober, ops)
+        try:
+            output, macs = _counted(prober, ops)
+        except SostenutoError:
+            raise
+        except Exception as error:  # as where a norm declared in front is read by somebody else
+            raise VerificationError(
+                f"{name}: reused with identical inputs, the network fails ({error}): check front and hollow of its Branch"
+            ) from error
         if not torch.equal(output, stock):
             gap = (output - stock).abs().max().item()
             raise VerificationError(f"{name}: reused with identical inputs, the output is off by {gap:.3g}")
