@@ -46,7 +46,7 @@ _MOST_PASSES = 4
 _MOST_VALUES = 256
 _PRECISION = 4 * torch.finfo(torch.float32).eps  # of a timestep that was scaled and scaled back
 _LOOSE_PRECISION = 1e-4  # of one that was computed in another way
-_WHOLE = 0.999  # what casting to whole numbers may cut off
+_WHOLE = 0.99999  # what casting to whole numbers may cut off
 _UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
 
 

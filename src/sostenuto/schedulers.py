@@ -11,6 +11,7 @@ import torch
 from sostenuto.errors import MethodError
 
 FLOWS = ("flow", "reverse-flow")
+_KINDS = ("epsilon", "v_prediction", "sample", *FLOWS)
 
 _NAMES = {"flow_prediction": "flow", "original_sample": "sample"}  # diffusers' names of one thing
 
@@ -24,8 +25,8 @@ _UNNAMED = {
 }
 
 # Classes whose lists don't tell how noisy the sample is: it is a step ahead of its timestep (inversion), each stage of the
-# sampling has a scale of its own, or the pipeline decides.
-_OWN_LEVELS = ("DDIMInverseScheduler", "HeliosScheduler", "HeliosDMDScheduler")
+# sampling has a scale of its own, the pipeline decides, or the second half of a step does as it goes.
+_OWN_LEVELS = ("DDIMInverseScheduler", "DPMSolverSDEScheduler", "HeliosScheduler", "HeliosDMDScheduler")
 
 _FLOW_TOLERANCE = 1e-6
 
@@ -37,7 +38,7 @@ def predicts(scheduler: Any) -> str:
     A scheduler without a configuration is taken to want the noise.
     """
     config = getattr(scheduler, "config", None)
-    names = [kind.__name__ for kind in type(scheduler).__mro__]
+    names = _class_names(scheduler)
     kind = next((_UNNAMED[name] for name in names if name in _UNNAMED), None)
     if kind is None and any("FlowMatch" in name for name in names):
         kind = "reverse-flow" if getattr(config, "invert_sigmas", False) else "flow"
@@ -92,29 +93,35 @@ def is_preconditioned(scheduler: Any) -> bool:
     return hasattr(scheduler, "precondition_inputs") and hasattr(scheduler, "precondition_outputs")
 
 
+def _class_names(scheduler: Any) -> list[str]:
+    return [kind.__name__ for kind in type(scheduler).__mro__]
+
+
 def _levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[float, float], ...] | None:
-    if any(kind.__name__ in _OWN_LEVELS for kind in type(scheduler).__mro__) or hasattr(scheduler, "mid_point_sigma"):
+    names = _class_names(scheduler)
+    if predicts(scheduler) not in _KINDS or any(name in _OWN_LEVELS for name in names):
         return None
     sigmas = _listed(scheduler, "sigmas", timesteps)
-    if is_flow(scheduler):
-        return None if sigmas is None else _flow_levels(scheduler, sigmas)
-    if predicts(scheduler) in FLOWS:
-        return None
-    if is_preconditioned(scheduler):
-        return None if sigmas is None else tuple((c := preconditioning(scheduler, s)[0], c * s) for s in sigmas)
-    between = _listed(scheduler, "sigmas_interpol", timesteps)
-    if sigmas is not None and between is not None:  # every second call is between two of the listed levels
-        sigmas = [(sigmas, between)[place % 2][place] for place in range(len(timesteps))]
+    if is_flow(scheduler) or is_preconditioned(scheduler):
+        if sigmas is None:
+            return None
+        if is_flow(scheduler):
+            return _flow_levels(scheduler, sigmas)
+        return tuple((c_in := preconditioning(scheduler, sigma)[0], c_in * sigma) for sigma in sigmas)
     if sigmas is not None:
+        between = _listed(scheduler, "sigmas_interpol", timesteps)
+        if between is not None:  # every second call is between two of the listed levels
+            lag = 1 if hasattr(scheduler, "sigmas_up") else 0  # the ancestral form lists them a place earlier
+            sigmas = [between[place - lag] if place % 2 else sigma for place, sigma in enumerate(sigmas)]
         return tuple((1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)) for ratio in sigmas)
+    if "IPNDMScheduler" in names:  # its betas are the σ of its steps, not a training grid's
+        alphas, betas = (_listed(scheduler, name, timesteps) for name in ("alphas", "betas"))
+        return None if alphas is None or betas is None else tuple(zip(alphas, betas, strict=True))
     shares = getattr(scheduler, "alphas_cumprod", None)
-    if shares is not None:
-        shares = torch.as_tensor(shares).tolist()
-        return tuple((math.sqrt(shares[int(t)]), math.sqrt(1 - shares[int(t)])) for t in timesteps)
-    alphas, betas = (_listed(scheduler, name, timesteps) for name in ("alphas", "betas"))
-    if isinstance(alphas, list) and betas is not None and "IPNDM" in type(scheduler).__name__:
-        return tuple(zip(alphas, betas, strict=True))
-    return None
+    if shares is None:
+        return None
+    shares = torch.as_tensor(shares).tolist()
+    return tuple((math.sqrt(shares[int(t)]), math.sqrt(1 - shares[int(t)])) for t in timesteps)
 
 
 def _listed(scheduler: Any, name: str, timesteps: Sequence[float]) -> list[float] | None:
@@ -130,6 +137,9 @@ def _flow_levels(scheduler: Any, sigmas: Sequence[float]) -> tuple[tuple[float, 
     kind = predicts(scheduler)
     # Flow predictions and velocities are each defined on levels of their own; the other kinds on any.
     wrong = kind == "v_prediction" or (kind == "flow" and not getattr(config, "use_flow_sigmas", True))
+    if getattr(config, "invert_sigmas", False):  # diffusers' other samplers take a rising level for a falling one
+        euler = "FlowMatchEulerDiscreteScheduler" in _class_names(scheduler)
+        wrong = wrong or not euler or bool(getattr(config, "stochastic_sampling", False))
     if wrong or any(not -_FLOW_TOLERANCE <= sigma <= 1 + _FLOW_TOLERANCE for sigma in sigmas):
         return None
     if getattr(config, "invert_sigmas", False):  # Mochi and LongCat-Audio count the share of data, which rises
