@@ -7,8 +7,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    MiniMaxH3Scheduler,
     UniPCMultistepScheduler,
 )
 
@@ -101,8 +105,15 @@ def test_the_published_steps_are_13_of_50(tiny, scheduler):
             lambda s, p: 0.5 * math.log(float(a := s.alphas_cumprod.double()[int(s.timesteps[p])]) / (1 - float(a))),
         ),
         (lambda: HeunDiscreteScheduler(), "step", lambda s, p: p),
+        (
+            lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True),
+            "sigma",
+            lambda s, p: 1 - float(s.timesteps[p]) / 1000,
+        ),
+        (lambda: EDMDPMSolverMultistepScheduler(), "lambda", lambda s, p: -4 * float(s.timesteps[p])),
+        (lambda: EDMEulerScheduler(), "step", lambda s, p: p),
     ],
-    ids=["ddim", "flow-euler", "dpm-solver++", "unipc", "heun"],
+    ids=["ddim", "flow-euler", "dpm-solver++", "unipc", "heun", "rising-flow", "edm-dpm-solver++", "edm-euler"],
 )
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_lagrange_is_the_naive_extrapolation_with_every_scheduler(tiny, build, kind, place, order):
@@ -135,6 +146,22 @@ def test_other_abscissae_on_request():
     flow = FlowMatchEulerDiscreteScheduler()
     flow.set_timesteps(5)
     assert abscissae("step", flow, flow.timesteps.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_abscissae_of_edm_of_midpoints_and_of_a_time_that_rises():
+    edm = EDMEulerScheduler()
+    edm.set_timesteps(6)
+    sigmas = edm.sigmas[:-1].double()
+    assert abscissae("sigma", edm, edm.timesteps.tolist()) == pytest.approx(sigmas.tolist())
+    assert abscissae("lambda", edm, edm.timesteps.tolist()) == pytest.approx((-sigmas.log()).tolist())
+    rising = MiniMaxH3Scheduler()
+    rising.set_timesteps(6)
+    times = rising.timesteps.tolist()
+    assert abscissae("auto", rising, times) == pytest.approx([1 - t for t in times])
+    midpoints = KDPM2DiscreteScheduler()
+    midpoints.set_timesteps(4)
+    places = abscissae("lambda", midpoints, midpoints.timesteps.tolist())
+    assert places[1] == pytest.approx((places[0] + places[2]) / 2)  # its midpoints are geometric means of σ
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
-    KDPM2DiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -35,14 +37,15 @@ def predict(kind, x0, noise, alpha, sigma):
         "sample": x0,
         "v_prediction": alpha * noise - sigma * x0,
         "flow": noise - x0,
+        "reverse-flow": x0 - noise,
     }[kind]
 
 
 def levels_of(kind):
-    return [(1 - s, s) for s in (0.1, 0.5, 0.9, 0.99)] if kind == "flow" else LEVELS
+    return [(1 - s, s) for s in (0.1, 0.5, 0.9, 0.99)] if "flow" in kind else LEVELS
 
 
-KINDS = ["epsilon", "v_prediction", "sample", "flow"]
+KINDS = ["epsilon", "v_prediction", "sample", "flow", "reverse-flow"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,13 +162,43 @@ def test_noise_levels_of_a_flow_are_its_sigmas():
         assert alpha + sigma == pytest.approx(1)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("solver", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_the_noise_is_found_behind_edms_preconditioning(solver, kind):
+    """The scheduler's own input and output scalings, around a sample whose x₀ and ε are known."""
+    scheduler = solver(prediction_type=kind, sigma_data=0.7)
+    scheduler.set_timesteps(5)
+    x0, noise = draw(0), draw(1)
+    steps = conversions(scheduler, [float(t) for t in scheduler.timesteps])
+    for conversion, sigma in zip(steps, scheduler.sigmas[:-1].double(), strict=True):
+        x = x0 + sigma * noise
+        c_skip, c_out = (scheduler.precondition_outputs(*one, sigma) for one in ((1.0, 0.0), (0.0, 1.0)))
+        latents, prediction = scheduler.precondition_inputs(x, sigma), (x0 - c_skip * x) / c_out
+        torch.testing.assert_close(conversion.to_noise(prediction, latents), noise, rtol=1e-5, atol=1e-5)
+        scaled = scale_noise(prediction, 0.95, latents, conversion)
+        torch.testing.assert_close(
+            scheduler.precondition_outputs(x, scaled, sigma), x - 0.95 * sigma * noise, rtol=1e-5, atol=1e-4
+        )
+
+
+def test_a_rising_flow_counts_the_share_of_data():
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert noise_levels(scheduler, scheduler.timesteps.tolist()) == ((0, 1), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25))
+    steps = conversions(scheduler, scheduler.timesteps.tolist())
+    x0, noise = draw(0), draw(1)
+    for share, conversion in zip((0.25, 0.5, 0.75), steps[1:], strict=True):
+        latents = share * x0 + (1 - share) * noise
+        torch.testing.assert_close(conversion.to_noise(x0 - noise, latents), noise)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
-        EDMEulerScheduler(prediction_type="v_prediction"),
-        KDPM2DiscreteScheduler(prediction_type="v_prediction"),
-        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        DDIMInverseScheduler(prediction_type="v_prediction"),
+        FlowMatchLCMScheduler(invert_sigmas=True),
         UniPCMultistepScheduler(prediction_type="flow_prediction"),
+        UniPCMultistepScheduler(prediction_type="v_prediction", use_flow_sigmas=True),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )

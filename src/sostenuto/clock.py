@@ -44,7 +44,10 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 _MOST_PASSES = 4
 _MOST_VALUES = 256
-_PRECISION = 1e-4
+_PRECISION = 4 * torch.finfo(torch.float32).eps  # of a timestep that was scaled and scaled back
+_LOOSE_PRECISION = 1e-4  # of one that was computed in another way
+_WHOLE = 0.99999  # what casting to whole numbers may cut off
+_UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
 
 
 class Clock:
@@ -53,6 +56,9 @@ class Clock:
     A generation begins when the scheduler's timesteps were set anew (``set_timesteps`` makes a new tensor, also with equal
     values), when the timestep jumps back up, or when its first step is called again. Within a step, a call with the same
     latents and other conditioning is another pass. Passes are told apart by their conditioning, never by their order.
+
+    Where several steps have the same timestep, because the scheduler lists it twice or because it was rounded to the network's
+    precision, the scheduler's ``step_index`` tells them apart; of schedulers that have none, the next such step is meant.
 
     Args:
         scheduler: the scheduler of the moment.
@@ -68,6 +74,7 @@ class Clock:
         self._source: Any = None
         self._timesteps: tuple[float, ...] = ()
         self._opening = self._step = -1
+        self._reading: _Reading | None = None  # what the network is given, once one call has told
         self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
@@ -85,7 +92,7 @@ class Clock:
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
-        values, precision = _values(timestep)
+        values = _values(timestep)
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
         source = getattr(scheduler, "timesteps", None)
@@ -96,7 +103,7 @@ class Clock:
             listed = source.tolist() if isinstance(source, torch.Tensor) else source
             self._source, self._timesteps = source, tuple(float(t) for t in listed)
         same_latents = len(self._latents) == len(tensors) and all(map(_equal, self._latents, tensors))
-        step = self._position(values, precision, scheduler, same_latents)
+        step = self._position(values, timestep, scheduler, same_latents)
         fresh = self._opening < 0 or step < self._step
         pass_index = 0
         if not fresh:
@@ -120,34 +127,47 @@ class Clock:
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
-    def _position(self, values: Sequence[float], precision: float, scheduler: Any, same_latents: bool) -> int:
+    def _position(self, values: Sequence[float], timestep: Any, scheduler: Any, same_latents: bool) -> int:
         # Some frames may be given (timestep 0) or at noise levels of their own: the noisiest that the scheduler lists counts.
-        found = [matches for value in values if (matches := self._matches(value, precision))]
+        rounding = _rounding(timestep)
+        found = [matches for value in values if (matches := self._matches(value, rounding))]
         if not found:
             raise ClockError(
                 f"timestep {values[0]:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
                 "that drives this denoiser (scheduler=…) and call its set_timesteps"
             )
-        matches = min(found)
+        return self._choose(min(found), scheduler, same_latents)
+
+    def _matches(self, value: float, rounding: _Rounding) -> list[int]:
+        """The steps at which the network is given this timestep, as far as its rounding tells."""
+        if self._reading is not None and (known := self._reading.matches(value, self._timesteps, rounding)):
+            return known
+        found = {reading: reading.matches(value, self._timesteps, rounding) for reading in self._readings()}
+        telling = [reading for reading, matches in found.items() if matches]
+        if len(telling) == 1:
+            self._reading = telling[0]
+        return sorted({step for matches in found.values() for step in matches})
+
+    def _readings(self) -> list[_Reading]:
+        if self._from_timestep is not None:
+            return [_Reading(self._from_timestep, 1000.0)]
+        listed = _Reading(float, 1.0)
+        if max(map(abs, self._timesteps), default=0.0) <= _UNIT_INTERVAL:
+            return [listed]
+        return [listed, _Reading(lambda value: 1000 * value, 1000.0)]
+
+    def _choose(self, matches: Sequence[int], scheduler: Any, same_latents: bool) -> int:
+        """The step that is meant, of several that the timestep fits."""
         if len(matches) == 1:
             return matches[0]
-        # Second-order schedulers list a timestep twice.
+        index, begin = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+        if index is not None and index in matches:
+            return int(index)
         if self._step in matches and same_latents:
             return self._step
-        index = getattr(scheduler, "step_index", None)
-        return index if index in matches else next((p for p in matches if p > self._step), matches[-1])
-
-    def _matches(self, value: float, precision: float) -> list[int]:
-        """The steps at which the network is given this timestep: as t, as t / 1000, or as its anatomy says."""
-        readings = [(value, 1.0), (1000 * value, 1000.0)]
-        if self._from_timestep is not None:
-            readings = [(self._from_timestep(value), 1000.0)]
-        for reading, span in readings:
-            gaps = [abs(t - reading) for t in self._timesteps]
-            nearest = min(gaps, default=math.inf)
-            if nearest <= precision * max(abs(reading), span):
-                return [p for p, gap in enumerate(gaps) if gap <= max(nearest, _PRECISION * max(1.0, abs(reading)))]
-        return []
+        if self._opening >= 0:
+            return next((step for step in matches if step > self._step), matches[0])
+        return int(begin) if begin is not None and begin in matches else matches[0]
 
     def _match(self, conditioning: Sequence[Any]) -> int:
         """The pass with this conditioning; a new one where none has it, which then begins by computing."""
@@ -187,17 +207,61 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _values(timestep: Any) -> tuple[list[float], float]:
-    """The different values of a timestep, and their relative precision."""
+@dataclass(frozen=True)
+class _Rounding:
+    """How far a timestep may be from the one it was made from.
+
+    Attributes:
+        relative: of its own size, or of the range it was computed in where that is larger.
+        absolute: whatever its size.
+    """
+
+    relative: float
+    absolute: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way of giving a network the scheduler's timestep: as t, as t / 1000, or as its anatomy says.
+
+    Attributes:
+        to_timestep: the scheduler's timestep from what the network is given.
+        span: the range of timesteps that it was computed in.
+    """
+
+    to_timestep: Callable[[float], float]
+    span: float
+
+    def matches(self, value: float, timesteps: Sequence[float], rounding: _Rounding) -> list[int]:
+        """The steps whose timestep this value may be."""
+        timestep = self.to_timestep(value)
+        gaps = [abs(t - timestep) for t in timesteps]
+        size = max(abs(timestep), self.span)
+        nearest = min(gaps, default=math.inf)
+        reach = max(rounding.relative * size, rounding.absolute)
+        if nearest > reach and nearest <= _LOOSE_PRECISION * size:
+            reach = nearest
+        return [step for step, gap in enumerate(gaps) if gap <= reach]
+
+
+def _rounding(timestep: Any) -> _Rounding:
+    if not isinstance(timestep, torch.Tensor):
+        return _Rounding(_PRECISION, _WHOLE if isinstance(timestep, int) else 0.0)
+    if not timestep.dtype.is_floating_point:
+        return _Rounding(_PRECISION, _WHOLE)
+    return _Rounding(max(_PRECISION, torch.finfo(timestep.dtype).eps))
+
+
+def _values(timestep: Any) -> list[float]:
+    """The different values of a timestep."""
     try:
         if not isinstance(timestep, torch.Tensor):
-            return [float(timestep)], _PRECISION
+            return [float(timestep)]
         values = timestep.unique().tolist()
         if not 0 < len(values) <= _MOST_VALUES:
             raise ClockError(
                 f"the denoiser was given {len(values)} different timesteps at once: its step can't be told"
             )
-        precision = torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else _PRECISION
-        return values, max(_PRECISION, precision)
+        return values
     except (TypeError, ValueError):
         raise ClockError(f"{timestep!r} is no timestep") from None

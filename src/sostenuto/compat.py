@@ -100,12 +100,6 @@ def config_of(denoiser: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(items, default=str))
 
 
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler's noise levels are those of flow matching, ``x = (1 − σ) x₀ + σ ε``."""
-    config = getattr(scheduler, "config", None)
-    return "FlowMatch" in type(scheduler).__name__ or bool(getattr(config, "use_flow_sigmas", False))
-
-
 def values_of(output: Any) -> Any:
     """What a denoiser returned, a tensor or a tuple of values, without diffusers' output object around it.
 

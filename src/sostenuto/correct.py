@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from sostenuto.errors import MethodError
+from sostenuto.schedulers import FLOWS, is_preconditioned, noise_levels, preconditioning, predicts
 
 _PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
 
@@ -68,6 +69,7 @@ class Conversion:
     v_prediction  α·ε − σ·x₀      α         σ
     sample        x₀              −α / σ    1 / σ
     flow          ε − x₀          α         1
+    reverse-flow  x₀ − ε          −α        1
     ============  ==============  ========  ===============
     """
 
@@ -81,7 +83,17 @@ class Conversion:
             return cls(alpha, sigma)
         if prediction == "sample":
             return cls(-alpha / sigma, 1 / sigma)
-        return cls(alpha, 1.0) if prediction == "flow" else cls()
+        if prediction in FLOWS:
+            return cls(alpha if prediction == "flow" else -alpha, 1.0)
+        return cls()
+
+    @classmethod
+    def preconditioned(cls, sigma: float, c_in: float, c_skip: float, c_out: float) -> Conversion:
+        """The conversion for EDM's preconditioning, where the network is given ``c_in·x`` for ``x = x₀ + σ·ε``.
+
+        ``ε = (x − x₀) / σ`` with ``x₀ = c_skip·x + c_out·y``.
+        """
+        return cls(-c_out / sigma, (1 - c_skip) / (c_in * sigma))
 
     def to_noise(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The noise ε in a prediction; ``latents`` is x_t."""
@@ -106,15 +118,10 @@ class Conversion:
         if abs(self.weight) < _PURE_NOISE:
             return prediction
         shift = (factor - 1) * self.latent_weight / self.weight
-        return prediction * factor + latents.to(prediction.dtype) * shift
-
-
-def predicts(scheduler: Any) -> str:
-    """What the scheduler is given: ``"epsilon"``, ``"v_prediction"``, ``"sample"``, ``"flow"``, or another kind's own name."""
-    kind = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    if kind is None:
-        return "flow" if "FlowMatch" in type(scheduler).__name__ else "epsilon"
-    return {"flow_prediction": "flow", "original_sample": "sample"}.get(str(kind), str(kind))
+        exact = torch.promote_types(
+            prediction.dtype, torch.float32
+        )  # one rounding: a factor may be as near to 1 as that
+        return (prediction.to(exact) * factor + latents.to(exact) * shift).to(prediction.dtype)
 
 
 def conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = False) -> tuple[Conversion, ...]:
@@ -128,44 +135,19 @@ def conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = Fals
     Raises:
         MethodError: the scheduler is given something whose noise is not known.
     """
-    sign = -1.0 if negated else 1.0
     kind = predicts(scheduler)
-    if kind == "epsilon":
-        return (Conversion(sign),) * len(timesteps)
-    if kind not in ("v_prediction", "sample", "flow"):
+    if is_preconditioned(scheduler):
+        sigmas = (sigma / alpha for alpha, sigma in noise_levels(scheduler, timesteps))
+        steps = [Conversion.preconditioned(sigma, *preconditioning(scheduler, sigma)) for sigma in sigmas]
+    elif kind == "epsilon":
+        steps = [Conversion()] * len(timesteps)
+    elif kind in ("v_prediction", "sample", *FLOWS):
+        steps = [Conversion.of(kind, alpha, sigma) for alpha, sigma in noise_levels(scheduler, timesteps)]
+    else:
         raise MethodError(
             f"this {type(scheduler).__name__} expects {kind}, whose noise is not known: use eps_scale=1 (no scaling)"
         )
-    levels = (Conversion.of(kind, alpha, sigma) for alpha, sigma in noise_levels(scheduler, timesteps))
-    return tuple(Conversion(sign * level.weight, level.latent_weight) for level in levels)
-
-
-def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """α and σ of every step in ``x_t = α·x₀ + σ·ε``, where x_t is what the denoiser is given.
-
-    Schedulers that keep ``x₀ + σ·ε`` (such as Euler) scale it to unit variance before the denoiser sees it.
-
-    Raises:
-        MethodError: the scheduler's noise levels are not known.
-    """
-    config = getattr(scheduler, "config", None)
-    flow = predicts(scheduler) == "flow"
-    sigmas, alphas_cumprod = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-    # Preconditioned inputs, midpoints between the listed steps, and flows that run the other way have levels of their own.
-    unusual = any(hasattr(scheduler, name) for name in ("precondition_inputs", "sigmas_interpol", "mid_point_sigma"))
-    unusual = unusual or getattr(config, "invert_sigmas", False) or getattr(config, "use_flow_sigmas", flow) != flow
-    if unusual or (sigmas if flow else alphas_cumprod) is None:
-        raise MethodError(
-            f"the noise levels of a {type(scheduler).__name__} set up like this are not known: use another scheduler, or "
-            "eps_scale=1 (no scaling)"
-        )
-    if sigmas is None:
-        shares = torch.as_tensor(alphas_cumprod).tolist()
-        return tuple((math.sqrt(shares[int(t)]), math.sqrt(1 - shares[int(t)])) for t in timesteps)
-    values = torch.as_tensor(sigmas).tolist()[: len(timesteps)]
-    if flow:
-        return tuple((1 - sigma, sigma) for sigma in values)
-    return tuple((1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)) for ratio in values)
+    return tuple(replace(step, weight=-step.weight) for step in steps) if negated else tuple(steps)
 
 
 # --- scaling -----------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from sostenuto.clock import Tick
-from sostenuto.correct import noise_levels
 from sostenuto.engine import enable
 from sostenuto.errors import InputError
 from sostenuto.methods.base import Method
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
+from sostenuto.schedulers import noise_levels
 
 
 def error_variance_growth(num_reuses: int, correlation: float) -> float:

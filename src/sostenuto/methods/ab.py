@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from sostenuto import compat
 from sostenuto.errors import MethodError
 from sostenuto.forecast import binomial_weights, lagrange_weights
 from sostenuto.methods.base import Facts, Method, whole_steps
 from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.plan import Plan
+from sostenuto.schedulers import is_flow, noise_levels
 from sostenuto.sites import OUTPUT, Site
 
 Abscissa = Literal["auto", "step", "sigma", "lambda"]
@@ -106,11 +106,7 @@ def abscissae(kind: Abscissa, scheduler: Any, timesteps: Sequence[float]) -> lis
     wanted = _natural(scheduler) if kind == "auto" else kind
     if wanted == "step":
         return steps
-    values = _noise_levels(scheduler, timesteps)
-    if (
-        values is not None and wanted == "lambda"
-    ):  # log(α / σ); α = 1 − σ in flow matching, σ is relative to α elsewhere
-        values = torch.log((1 - values) / values) if compat.is_flow(scheduler) else -torch.log(values)
+    values = _places(wanted, scheduler, timesteps)
     if values is not None and bool(values.isfinite().all()):
         change = values.diff()
         if bool((change > 0).all()) or bool((change < 0).all()):
@@ -124,17 +120,17 @@ def abscissae(kind: Abscissa, scheduler: Any, timesteps: Sequence[float]) -> lis
 
 
 def _natural(scheduler: Any) -> Literal["step", "sigma", "lambda"]:
-    if compat.is_flow(scheduler):
+    if is_flow(scheduler):
         return "sigma"
     return "lambda" if any(family in type(scheduler).__name__ for family in _LAMBDA_SCHEDULERS) else "step"
 
 
-def _noise_levels(scheduler: Any, timesteps: Sequence[float]) -> torch.Tensor | None:
-    """σ of every step: of flow matching as it is, otherwise relative to the signal, √((1 − ᾱ) / ᾱ)."""
-    sigmas, alphas = getattr(scheduler, "sigmas", None), getattr(scheduler, "alphas_cumprod", None)
-    if sigmas is not None and len(sigmas) >= len(timesteps):
-        return torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")[: len(timesteps)]
-    if alphas is None:
+def _places(wanted: Abscissa, scheduler: Any, timesteps: Sequence[float]) -> torch.Tensor | None:
+    """σ of every step, of flow matching as it is, otherwise relative to the signal; or λ = log(α / σ)."""
+    try:
+        alphas, sigmas = torch.tensor(noise_levels(scheduler, timesteps), dtype=torch.float64).unbind(1)
+    except MethodError:
         return None
-    alphas = alphas.double().cpu()[[round(t) for t in timesteps]]
-    return ((1 - alphas) / alphas).sqrt()
+    if wanted == "lambda":
+        return torch.log(alphas / sigmas)
+    return sigmas if is_flow(scheduler) else sigmas / alphas

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sostenuto import compat
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_number, check_whole
+from sostenuto.schedulers import is_flow
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TimeShift(Method):
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> TimeShift:
         """Refuse a scheduler without a training grid of noise levels."""
-        if getattr(scheduler, "alphas_cumprod", None) is None or compat.is_flow(scheduler):
+        if getattr(scheduler, "alphas_cumprod", None) is None or is_flow(scheduler):
             raise MethodError(
                 f"TimeShift needs the noise levels of a training grid (alphas_cumprod), which {type(scheduler).__name__} "
                 "has not: use it with variance-preserving diffusion"
