@@ -51,6 +51,7 @@ class BlocksTap(Tap):
         self._beginning: torch.Tensor | None = None  # what the first of all blocks was given
         self._entry: dict[str, Any] = {}  # what the range was given, stream by stream
         self._entry_version = 0
+        self._entered = False
         self._standing_in: Feature = None
 
     def watched(self) -> Watched:
@@ -65,6 +66,11 @@ class BlocksTap(Tap):
         for index, block in enumerate(self.blocks):
             found.append((block, self._block(block.forward, index)))
         return found
+
+    def begin(self, op: int) -> None:
+        """Get ready for a denoiser call."""
+        super().begin(op)
+        self._entered = False
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
@@ -87,6 +93,10 @@ class BlocksTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if is_first:
                 self._enter(compute, streams, args, kwargs)
+            if is_last and not torch.compiler.is_compiling():
+                if not self._entered:
+                    return compute(*args, **kwargs)  # a pass that leaves out the first block: the range isn't reached
+                self.reached = True
             op = self.op
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
@@ -103,8 +113,11 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
+        if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
+            self.op = Op.COMPUTE  # a pass that leaves out the blocks in front has no signal: the range isn't reached
+            return
         if not torch.compiler.is_compiling():
-            self.reached = True
+            self._entered = True
         if self.op == Op.DECIDE:
             assert self.decide is not None
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))

@@ -76,7 +76,7 @@ class Clock:
         self._timesteps: tuple[float, ...] = ()
         self._readings: list[torch.Tensor] = []  # what the network may be given at each step
         self._opening = self._step = -1
-        self._levels: torch.Tensor | None = None  # the last timestep, where it has several values
+        self._levels: torch.Tensor | None = None  # the last timestep
         self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
@@ -100,7 +100,7 @@ class Clock:
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
-        values, levels = _values(timestep)
+        values = _values(timestep)
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
         source = _timesteps(scheduler)
@@ -111,7 +111,7 @@ class Clock:
         same = _are_same(self._latents, tensors)
         step = self._position(values, timestep, scheduler, same)
         fresh = self._opening < 0 or step < self._step
-        again = not fresh and step == self._step and not _went_on(self._levels, levels)
+        again = not fresh and step == self._step and not (len(values) > 1 and _went_on(self._levels, timestep))
         known = [] if fresh else self._known(conditioning)
         free = [index for index in known if not again or index not in self._called]
         crowded = len(self._passes) == _MOST_PASSES and not free
@@ -133,7 +133,7 @@ class Clock:
         self._called.add(pass_index)
         # Clones: the sampler may write in place.
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
-        self._levels = None if levels is None else levels.detach().clone()
+        self._levels = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else None
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
     def _follow(self, scheduler: Any, source: Any) -> None:
@@ -313,23 +313,23 @@ def _are_akin(known: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> b
     )
 
 
-def _went_on(before: torch.Tensor | None, now: torch.Tensor | None) -> bool:
+def _went_on(before: torch.Tensor | None, now: torch.Tensor) -> bool:
     """Whether some of several noise levels fell and none rose."""
-    if before is None or now is None or before.shape != now.shape:
+    if before is None or before.shape != now.shape:
         return False
     return bool((now <= before).all()) and bool((now < before).any())
 
 
-def _values(timestep: Any) -> tuple[list[float], torch.Tensor | None]:
-    """The different values of a timestep, and the timestep itself where there are several."""
+def _values(timestep: Any) -> list[float]:
+    """The different values of a timestep."""
     try:
         if not isinstance(timestep, torch.Tensor):
-            return [float(timestep)], None
+            return [float(timestep)]
         values = timestep.unique().tolist()
         if not 0 < len(values) <= _MOST_VALUES:
             raise ClockError(
                 f"the denoiser was given {len(values)} different timesteps at once: its step can't be told"
             )
-        return values, timestep if len(values) > 1 else None
+        return values
     except (TypeError, ValueError):
         raise ClockError(f"{timestep!r} is no timestep") from None
