@@ -37,24 +37,19 @@ def guided(name, steps=range(STEPS), uncond=range(STEPS), timesteps=None, **chan
     return script
 
 
-def check(name, script, level, model=None, scheduler=None, method=None, **expected):
+def check(name, script, level, num_passes):
     """Cached it is what the oracle says; all computed it is what the network says, bit for bit."""
-    model = model or tiny(name)
-    scheduler = scheduler or schedule()[0]
-    stock = run(model, script)
-    oracle = naive(model, script, level)
-    with sostenuto.enable(model, (method or METHODS[level])(), scheduler=scheduler) as handle:
+    model, scheduler = tiny(name), schedule()[0]
+    stock, oracle = run(model, script), naive(model, script, level)
+    with sostenuto.enable(model, METHODS[level](), scheduler=scheduler) as handle:
         cached = run(model, script)
-        stats = handle.stats
-        assert stats.cache_bytes_peak <= handle.predicted_cache_bytes
+        assert handle._record.num_passes == num_passes
     with sostenuto.enable(model, "none", scheduler=scheduler):
         assert all(map(torch.equal, run(model, script), stock))
     assert any(not torch.equal(a, b) for a, b in zip(cached, stock, strict=True))
     for (step, which, _), got, wanted in zip(script, cached, oracle, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=lambda m, s=step, w=which: f"{s} {w}: {m}")
-    for what, value in expected.items():
-        assert getattr(stats, what) == value
-    return stats
+    return handle
 
 
 FAMILIES = ["WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel"]
@@ -63,7 +58,7 @@ FAMILIES = ["WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransfo
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_separate_guidance_passes_keep_their_own_features(name, level):
-    check(name, guided(name), level, num_passes=2, num_steps=STEPS)
+    check(name, guided(name), level, num_passes=2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -81,8 +76,8 @@ def test_diffusers_cache_context_around_the_passes_changes_nothing(level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_guidance_within_an_interval_computes_anew_when_it_comes_back(level):
     name = "FluxTransformer2DModel"
-    stats = check(name, guided(name, uncond=(0, 1, 4, 5)), level, num_passes=2)
-    assert stats.cache_bytes_peak > 0
+    handle = check(name, guided(name, uncond=(0, 1, 4, 5)), level, num_passes=2)
+    assert 0 < handle.stats.cache_bytes_peak <= handle.predicted_cache_bytes
 
 
 def test_a_pass_that_pauses_keeps_no_memory():
@@ -120,7 +115,7 @@ def test_embedded_guidance_is_conditioning(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("left_out", [[0], [1], [2], [0, 2]])
+@pytest.mark.parametrize("left_out", [[0], [1], [2]])
 def test_a_third_pass_that_leaves_out_blocks_keeps_to_itself(level, left_out):
     """Stable Diffusion 3: a batched pass, then one with the conditional half and ``skip_layers``, at some of the steps."""
     name = "SD3Transformer2DModel"
@@ -299,8 +294,7 @@ def test_passes_whose_latents_differ_in_a_part():
 
 
 @pytest.mark.parametrize("solver", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, FlowMatchHeunDiscreteScheduler])
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(("strength", "separate"), [(1.0, True), (0.5, False)])
 def test_second_order_schedulers_call_twice_a_step(solver, strength, separate):
     model, scheduler = build_tiny(), solver()
 
@@ -331,7 +325,7 @@ def test_second_order_schedulers_call_twice_a_step(solver, strength, separate):
 # --- one call after another -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["branches", "stack"])
 def test_list_valued_latents(level):
     name = "ZImageTransformer2DModel"
     timesteps = schedule()[1]
@@ -470,7 +464,7 @@ def test_calls_that_write_glm_images_cache_run_in_full():
         assert all(map(torch.equal, generate(), first))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["branches", "stack"])
 def test_kandinsky6_without_audio(level):
     name = "Kandinsky6Transformer3DModel"
     model, scheduler = tiny(name), schedule()[0]
