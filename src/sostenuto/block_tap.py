@@ -114,7 +114,9 @@ class BlocksTap(Tap):
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
         if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
-            self.op = Op.COMPUTE  # a pass that leaves out the blocks in front has no signal: the range isn't reached
+            self.op = int(
+                Op.COMPUTE
+            )  # a pass that leaves out the blocks in front has no signal: the range isn't reached
             return
         if not torch.compiler.is_compiling():
             self._entered = True
