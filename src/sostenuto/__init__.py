@@ -11,7 +11,8 @@ from sostenuto.calibrations import (
     TeaCacheCalibration,
     calibrate,
 )
-from sostenuto.engine import Handle, disable, enable
+from sostenuto.enabling import JointHandle, disable, enable
+from sostenuto.engine import Handle
 from sostenuto.errors import (
     AlreadyEnabledError,
     AnatomyError,
@@ -85,6 +86,7 @@ __all__ = [
     "Forecast",
     "Handle",
     "InputError",
+    "JointHandle",
     "L2CCalibration",
     "MagCache",
     "MagCacheCalibration",

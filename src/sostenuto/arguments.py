@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
 from sostenuto.anatomy import Anatomy
+from sostenuto.clock import GivenAs
 from sostenuto.discovery import arguments_of
 from sostenuto.errors import AnatomyError, ClockError
 from sostenuto.features import Feature, leaves
@@ -30,7 +30,8 @@ class Given:
     Attributes:
         latents: the noisy sample, ``[batch, …]``, or a list of one tensor per sample.
         timestep: a number or tensor, as the network is given it.
-        conditioning: all other arguments that stay the same from step to step, tensors and plain values.
+        conditioning: the names of all other arguments, and what those hold that stay the same from step to step: tensors
+            and plain values.
         prefill: whether the call fills a key-value cache of the network's own.
     """
 
@@ -52,7 +53,7 @@ class Reader:
         self._names = argument_names(type(denoiser))
         self.latents = anatomy.latents or self._names[0]
         self.timestep = anatomy.timestep
-        self.from_timestep = _scheduler_timestep(anatomy)
+        self.given_as = _given_as(anatomy)
         self.negated_prediction = anatomy.negated_prediction
         self._prefill = anatomy.prefill
         self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
@@ -73,8 +74,11 @@ class Reader:
         latents, timestep = named.pop(self.latents, None), named.pop(self.timestep, None)
         if timestep is None or next(leaves(latents), None) is None:
             raise ClockError(f"the denoiser was called without {self.latents} or {self.timestep}")
-        lasting = {name: value for name, value in named.items() if name not in self._stepwise}
-        conditioning = [value for value in tree_leaves(lasting) if isinstance(value, _VALUES)]
+        conditioning: list[Any] = []
+        for name in sorted(named):
+            values = [value for value in tree_leaves(named[name]) if isinstance(value, _VALUES)]
+            if values:  # of what changes every step only whether it is there
+                conditioning += [name] if name in self._stepwise else [name, *values]
         return Given(latents, timestep, conditioning, self._prefill is not None and self._prefill(named))
 
     def with_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: Any) -> Arguments:
@@ -92,10 +96,10 @@ class Reader:
         return args, {**kwargs, name: value}
 
 
-def _scheduler_timestep(anatomy: Anatomy) -> Callable[[float], float] | None:
-    """The scheduler's timestep from what such a network is given, where that is not t or t / 1000."""
+def _given_as(anatomy: Anatomy) -> GivenAs | None:
+    """What such a network is given for the scheduler's timesteps, where the clock can't tell by itself."""
     if anatomy.reversed_timestep:
-        return lambda value: 1000 * (1 - value)
+        return lambda timesteps: 1 - timesteps / 1000
     if anatomy.timestep_offset:
-        return lambda value: value - anatomy.timestep_offset
+        return lambda timesteps: timesteps + anatomy.timestep_offset
     return None

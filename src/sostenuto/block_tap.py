@@ -58,6 +58,7 @@ class BlocksTap(Tap):
         self._beginning: torch.Tensor | None = None  # what the first of all blocks was given
         self._entry: dict[str, Any] = {}  # what the range was given, stream by stream
         self._entry_version = 0
+        self._entered = False
         self._standing_in: Feature = None
 
     def watched(self) -> Watched:
@@ -72,6 +73,11 @@ class BlocksTap(Tap):
         for index, block in enumerate(self.blocks):
             found.append((block, self._block(block.forward, index)))
         return found
+
+    def begin(self, op: int) -> None:
+        """Get ready for a denoiser call."""
+        super().begin(op)
+        self._entered = False
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
@@ -94,6 +100,10 @@ class BlocksTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if is_first:
                 self._enter(compute, streams, args, kwargs)
+            if is_last and not torch.compiler.is_compiling():
+                if not self._entered:
+                    return compute(*args, **kwargs)  # a pass that leaves out the first block: the range isn't reached
+                self.reached = True
             op = self.op
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
@@ -110,7 +120,12 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
+        if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
+            self.op = int(Op.COMPUTE)  # a pass that leaves out the blocks in front has no signal
+            return
         self.reach()
+        if not torch.compiler.is_compiling():
+            self._entered = True
         if self.op == Op.DECIDE:
             assert self.decide is not None
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
@@ -241,4 +256,4 @@ class _ReachedError(Exception):
 def _first_branch(denoiser: nn.Module, site: Site) -> nn.Module:
     """The first attention of a range, or what holds it."""
     branch = next(branch for branch in inspect(denoiser) if branch.block == site.block)
-    return denoiser.get_submodule(branch.hollow[0] if len(branch.hollow) > 0 else branch.id)
+    return denoiser.get_submodule(next(iter(branch.hollow), branch.id))

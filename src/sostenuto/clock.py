@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,47 +45,57 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 _MOST_PASSES = 4
 _MOST_VALUES = 256
-_PRECISION = 4 * torch.finfo(torch.float32).eps  # of a timestep that was scaled and scaled back
-_LOOSE_PRECISION = 1e-4  # of one that was computed in another way
-_WHOLE = 0.99999  # what casting to whole numbers may cut off
-_UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
+_PRECISION = 1e-4
+_AKIN = 0.125
+
+GivenAs = Callable[[torch.Tensor], torch.Tensor]
+"""What a network is given for the scheduler's timesteps."""
 
 
 class Clock:
     """Tells the step of every denoiser call from the scheduler's timesteps and the call's arguments.
 
     A generation begins when the scheduler's timesteps were set anew (``set_timesteps`` makes a new tensor, also with equal
-    values), when the timestep jumps back up, or when its first step is called again. Within a step, a call with the same
-    latents and other conditioning is another pass. Passes are told apart by their conditioning, never by their order.
+    values), when the timestep jumps back up, or when its first step is called again. Within a step, a call with other
+    conditioning is another pass. Passes are told apart by their conditioning, never by their order; only where two passes
+    are given the very same inputs are they told apart by order, and then they are interchangeable.
 
     Where several steps have the same timestep, because the scheduler lists it twice or because it was rounded to the network's
     precision, the scheduler's ``step_index`` tells them apart; of schedulers that have none, the next such step is meant.
 
     Args:
         scheduler: the scheduler of the moment.
-        from_timestep: the scheduler's timestep from what the network is given, where that is not t or t / 1000.
+        given_as: what the network is given for a timestep t, where that is not t or t / 1000, nor the noise level σ or
+            σ / (1 + σ).
     """
 
-    def __init__(self, scheduler: Callable[[], Any], from_timestep: Callable[[float], float] | None = None) -> None:
-        self._scheduler, self._from_timestep = scheduler, from_timestep
+    def __init__(self, scheduler: Callable[[], Any], given_as: GivenAs | None = None) -> None:
+        self._scheduler, self._given_as = scheduler, given_as
         self.forget()
 
     def forget(self) -> None:
         """Drop everything: the next call opens a generation."""
         self._source: Any = None
         self._timesteps: tuple[float, ...] = ()
+        self._readings: list[torch.Tensor] = []  # what the network may be given at each step
         self._opening = self._step = -1
-        self._reading: _Reading | None = None  # what the network is given, once one call has told
+        self._levels: torch.Tensor | None = None  # the last timestep
         self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
+
+    @property
+    def source(self) -> Any:
+        """The scheduler's list of timesteps that the generation under way follows."""
+        return self._source
 
     def tick(self, timestep: Any, latents: Feature, conditioning: Sequence[Any] = ()) -> Tick:
         """Place a call.
 
         Args:
             timestep: what the denoiser is given: a number or a tensor. Where its elements differ (frames or samples at noise
-                levels of their own), the noisiest one tells the step.
+                levels of their own), the noisiest one tells the step; a call at the same step whose elements went on is
+                a new turn of it, in which every pass computes.
             latents: its noisy input, ``[batch, …]`` or a list; tells a second pass from another generation at the same
                 timestep.
             conditioning: its other arguments, tensors and other values; tell the passes apart.
@@ -95,91 +106,160 @@ class Clock:
         values = _values(timestep)
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
-        source = getattr(scheduler, "timesteps", None)
+        source = _timesteps(scheduler)
         if source is None:
             raise ClockError("the scheduler has no timesteps yet: call its set_timesteps before the denoiser")
         if source is not self._source:
-            self.forget()
-            listed = source.tolist() if isinstance(source, torch.Tensor) else source
-            self._source, self._timesteps = source, tuple(float(t) for t in listed)
-        same_latents = len(self._latents) == len(tensors) and all(map(_equal, self._latents, tensors))
-        step = self._position(values, timestep, scheduler, same_latents)
+            self._follow(scheduler, source)
+        same = _are_same(self._latents, tensors)
+        step = self._position(values, timestep, scheduler, same)
         fresh = self._opening < 0 or step < self._step
-        pass_index = 0
-        if not fresh:
-            pass_index = self._match(conditioning)
-            if step == self._step and (not same_latents or pass_index in self._called):
-                if step != self._opening:
-                    raise ClockError(
-                        f"the denoiser was called again at step {step} with "
-                        f"{'the same inputs' if same_latents else 'other latents'}: finish one generation before the next, "
-                        "and give every pass of a step conditioning of its own"
-                    )
-                fresh = True  # the first step again: a generation that was given up after it
+        again = not fresh and step == self._step and not (len(values) > 1 and _went_on(self._levels, timestep))
+        known = [] if fresh else self._known(conditioning)
+        free = [index for index in known if not again or index not in self._called]
+        crowded = len(self._passes) == _MOST_PASSES and not free
+        repeated = again and len(free) < len(known) and (crowded or not same)
+        if again and step == self._opening:  # a generation may be given up after its first step
+            fresh = repeated or not (same or _are_akin(self._latents, tensors))
+        elif repeated:
+            raise ClockError(
+                f"the denoiser was called again at step {step} with {'the same inputs' if same else 'other latents'}: "
+                "finish one generation before the next, and give every pass of a step conditioning of its own"
+            )
         if fresh:
-            self._opening, self._passes, pass_index = step, [], 0
-        if pass_index == len(self._passes):
-            self._passes.append(tuple(_Snapshot(tensor) for tensor in conditioning))
-        if fresh or step != self._step:
+            self._opening, self._passes, free = step, [], []
+        if fresh or not again:
             self._called = set()
+        pass_index = next(iter(free), None)
+        if pass_index is None:
+            pass_index = self._new_pass(conditioning)
         self._called.add(pass_index)
         # Clones: the sampler may write in place.
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
+        self._levels = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else None
         return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
 
-    def _position(self, values: Sequence[float], timestep: Any, scheduler: Any, same_latents: bool) -> int:
+    def _follow(self, scheduler: Any, source: Any) -> None:
+        """Begin with a list of timesteps."""
+        self.forget()
+        listed = torch.as_tensor(source, dtype=torch.float64, device="cpu")
+        self._source, self._timesteps = source, tuple(listed.tolist())
+        if self._given_as is not None:
+            self._readings = [self._given_as(listed)]
+            return
+        self._readings = [listed, listed / 1000]
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is not None and len(sigmas) >= len(listed):
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")[: len(listed)]
+            self._readings += [sigmas, sigmas / (1 + sigmas)]
+
+    def _position(self, values: Sequence[float], timestep: Any, scheduler: Any, same: bool) -> int:
         # Some frames may be given (timestep 0) or at noise levels of their own: the noisiest that the scheduler lists counts.
-        rounding = _rounding(timestep)
-        found = [matches for value in values if (matches := self._matches(value, rounding))]
-        if not found:
+        matches = self._matches(values, timestep.dtype if isinstance(timestep, torch.Tensor) else torch.float64)
+        if not matches:
             raise ClockError(
                 f"timestep {values[0]:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
-                "that drives this denoiser (scheduler=…) and call its set_timesteps"
+                "that drives this denoiser (scheduler=…) and call its set_timesteps; of a second pipeline with the same "
+                "denoiser, tell the handle with handle.share(pipeline)"
             )
-        return self._choose(min(found), scheduler, same_latents)
-
-    def _matches(self, value: float, rounding: _Rounding) -> list[int]:
-        """The steps at which the network is given this timestep, as far as its rounding tells."""
-        if self._reading is not None and (known := self._reading.matches(value, self._timesteps, rounding)):
-            return known
-        found = {reading: reading.matches(value, self._timesteps, rounding) for reading in self._readings()}
-        telling = [reading for reading, matches in found.items() if matches]
-        if len(telling) == 1:
-            self._reading = telling[0]
-        return sorted({step for matches in found.values() for step in matches})
-
-    def _readings(self) -> list[_Reading]:
-        if self._from_timestep is not None:
-            return [_Reading(self._from_timestep, 1000.0)]
-        listed = _Reading(float, 1.0)
-        if max(map(abs, self._timesteps), default=0.0) <= _UNIT_INTERVAL:
-            return [listed]
-        return [listed, _Reading(lambda value: 1000 * value, 1000.0)]
-
-    def _choose(self, matches: Sequence[int], scheduler: Any, same_latents: bool) -> int:
-        """The step that is meant, of several that the timestep fits."""
         if len(matches) == 1:
             return matches[0]
-        index, begin = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
-        if index is not None and index in matches:
-            return int(index)
-        if self._step in matches and same_latents:
+        # Second-order schedulers list a timestep twice; rounded to few bits, neighbours are given as the same.
+        if self._step in matches and same:
             return self._step
-        if self._opening >= 0:
-            return next((step for step in matches if step > self._step), matches[0])
-        return int(begin) if begin is not None and begin in matches else matches[0]
+        index = getattr(scheduler, "step_index", None)
+        if index is None and self._step < 0:
+            index = getattr(scheduler, "begin_index", None)
+        return index if index in matches else next((p for p in matches if p > self._step), matches[0])
 
-    def _match(self, conditioning: Sequence[Any]) -> int:
-        """The pass with this conditioning; a new one where none has it, which then begins by computing."""
-        for index, known in enumerate(self._passes):
-            if len(known) == len(conditioning) and all(s.holds(t) for s, t in zip(known, conditioning, strict=True)):
-                return index
+    def _matches(self, values: Sequence[float], dtype: torch.dtype) -> list[int]:
+        """The steps at which the network is given such timesteps, the noisiest of them that the scheduler lists."""
+        precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+        searches = [partial(_nearest, precision=max(precision, _PRECISION))]
+        if precision > _PRECISION:
+            searches.insert(0, partial(_rounded, dtype=dtype))
+        for search in searches:
+            for reading in self._readings:
+                found = [steps for value in values if (steps := search(reading, value))]
+                if found:
+                    self._readings = [reading]  # one network is given timesteps in one way
+                    return min(found)
+        return []
+
+    def _known(self, conditioning: Sequence[Any]) -> list[int]:
+        """The passes with this conditioning."""
+        return [
+            index
+            for index, known in enumerate(self._passes)
+            if len(known) == len(conditioning) and all(s.holds(t) for s, t in zip(known, conditioning, strict=True))
+        ]
+
+    def _new_pass(self, conditioning: Sequence[Any]) -> int:
+        """A pass not seen before, which begins by computing."""
         if len(self._passes) == _MOST_PASSES:
             raise ClockError(
                 f"this call's conditioning matches none of the {_MOST_PASSES} passes seen in this generation: conditioning "
                 "that changes from step to step can't be told from another pass, and nothing could be reused"
             )
-        return len(self._passes)
+        self._passes.append(tuple(_Snapshot(value) for value in conditioning))
+        return len(self._passes) - 1
+
+
+def _rounded(reading: torch.Tensor, value: float, dtype: torch.dtype) -> list[int]:
+    """The steps whose timestep is this one in few bits: rounded at the end, or before it is divided too."""
+    matches = (reading.to(dtype) == value) | ((1000 * reading).to(dtype) / 1000 == value)
+    return matches.nonzero().flatten().tolist()
+
+
+def _nearest(reading: torch.Tensor, value: float, precision: float) -> list[int]:
+    """The steps whose timestep is nearest to this one and near enough."""
+    gaps = (reading - value).abs()
+    nearest = gaps.min().item() if len(gaps) else math.inf
+    return (gaps <= nearest).nonzero().flatten().tolist() if nearest <= precision * max(abs(value), 1.0) else []
+
+
+class Schedulers:
+    """The schedulers that may drive a denoiser: the one whose timesteps were set last does.
+
+    Args:
+        first: the scheduler, of the moment, of the pipeline that the denoiser belongs to.
+    """
+
+    def __init__(self, first: Callable[[], Any]) -> None:
+        self._given = [first]
+        self._seen: list[Any] = [None]
+        self._driving: int | None = 0
+
+    def add(self, scheduler: Callable[[], Any]) -> None:
+        """Take in the scheduler of another pipeline with the same denoiser."""
+        self._given.append(scheduler)
+        self._seen = [_timesteps(scheduler()) for scheduler in self._given]
+
+    def __call__(self) -> Any:
+        """The scheduler in use.
+
+        Raises:
+            ClockError: the timesteps of two of them were set since the last call.
+        """
+        if len(self._given) == 1:
+            return self._given[0]()
+        schedulers = [scheduler() for scheduler in self._given]
+        now = [_timesteps(scheduler) for scheduler in schedulers]
+        changed = [index for index, (new, old) in enumerate(zip(now, self._seen, strict=True)) if new is not old]
+        self._seen = now
+        if changed:
+            one = all(now[index] is now[changed[0]] for index in changed)  # also pipelines that share their scheduler
+            self._driving = changed[0] if one else None
+        if self._driving is None:
+            raise ClockError(
+                f"{len(self._given)} pipelines share this denoiser and the timesteps of more than one were set since its "
+                "last call: set those of a pipeline right before its own steps"
+            )
+        return schedulers[self._driving]
+
+
+def _timesteps(scheduler: Any) -> Any:
+    return getattr(scheduler, "timesteps", None)
 
 
 class _Snapshot:
@@ -207,49 +287,40 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-@dataclass(frozen=True)
-class _Rounding:
-    """How far a timestep may be from the one it was made from.
-
-    Attributes:
-        relative: of its own size, or of the range it was computed in where that is larger.
-        absolute: whatever its size.
-    """
-
-    relative: float
-    absolute: float = 0.0
+def _are_same(known: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
+    """Whether the latents are the same, also where one call is given them once for each half of a batched guidance."""
+    if not known or not given:
+        return False
+    few, many = sorted((known, given), key=len)
+    if len(few) < len(many):  # one tensor per sample
+        return len(many) % len(few) == 0 and all(_equal(many[i], few[i % len(few)]) for i in range(len(many)))
+    return all(map(_repeats, known, given))
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """One way of giving a network the scheduler's timestep: as t, as t / 1000, or as its anatomy says.
-
-    Attributes:
-        to_timestep: the scheduler's timestep from what the network is given.
-        span: the range of timesteps that it was computed in.
-    """
-
-    to_timestep: Callable[[float], float]
-    span: float
-
-    def matches(self, value: float, timesteps: Sequence[float], rounding: _Rounding) -> list[int]:
-        """The steps whose timestep this value may be."""
-        timestep = self.to_timestep(value)
-        gaps = [abs(t - timestep) for t in timesteps]
-        size = max(abs(timestep), self.span)
-        nearest = min(gaps, default=math.inf)
-        reach = max(rounding.relative * size, rounding.absolute)
-        if nearest > reach and nearest <= _LOOSE_PRECISION * size:
-            reach = nearest
-        return [step for step, gap in enumerate(gaps) if gap <= reach]
+def _repeats(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape == b.shape or not a.ndim or not b.ndim:
+        return _equal(a, b)
+    few, many = sorted((a, b), key=len)
+    return (
+        len(few) > 0
+        and len(many) % len(few) == 0
+        and _equal(many, few.repeat(len(many) // len(few), *[1] * (few.ndim - 1)))
+    )
 
 
-def _rounding(timestep: Any) -> _Rounding:
-    if not isinstance(timestep, torch.Tensor):
-        return _Rounding(_PRECISION, _WHOLE if isinstance(timestep, int) else 0.0)
-    if not timestep.dtype.is_floating_point:
-        return _Rounding(_PRECISION, _WHOLE)
-    return _Rounding(max(_PRECISION, torch.finfo(timestep.dtype).eps))
+def _are_akin(known: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
+    """Whether the latents agree in a part, which noise of two generations doesn't: frames or channels that aren't zero."""
+    return len(known) == len(given) > 0 and all(
+        a.shape == b.shape and ((a == b) & (a != 0)).double().mean().item() >= _AKIN
+        for a, b in zip(known, given, strict=True)
+    )
+
+
+def _went_on(before: torch.Tensor | None, now: torch.Tensor) -> bool:
+    """Whether some of several noise levels fell and none rose."""
+    if before is None or before.shape != now.shape:
+        return False
+    return bool((now <= before).all()) and bool((now < before).any())
 
 
 def _values(timestep: Any) -> list[float]:

@@ -57,24 +57,47 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def find_denoiser(target: Any) -> nn.Module:
-    """The denoiser of a pipeline, or the module itself.
+# What pipelines call their denoisers. The second ones serve a part of the schedule (Wan 2.2), or one pass (Ideogram 4).
+_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+
+
+def find_denoisers(target: Any) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by their names in it, each once, or the module itself; optional ones may be missing.
 
     Raises:
         AnatomyError: the object is neither a module nor a pipeline with a transformer or a U-Net.
     """
     if isinstance(target, nn.Module):
-        return target
-    for name in ("transformer", "unet"):
+        return {"denoiser": target}
+    found: dict[str, nn.Module] = {}
+    for name in _DENOISERS:
         denoiser = getattr(target, name, None)
-        if isinstance(denoiser, nn.Module):
-            return denoiser
-    parts = {**getattr(target, "components", {}), **getattr(target, "__dict__", {})}
-    modules = [f"{name} ({type(part).__name__})" for name, part in parts.items() if isinstance(part, nn.Module)]
-    raise AnatomyError(
-        f"{type(target).__name__} has no transformer or unet to cache, only {', '.join(modules) or 'no network at all'}: pass "
-        "a diffusers pipeline that has one, or the denoiser itself with its scheduler, enable(denoiser, method, scheduler=…)"
-    )
+        if isinstance(denoiser, nn.Module) and all(denoiser is not other for other in found.values()):
+            found[name] = denoiser
+    if not found:
+        parts = {**getattr(target, "components", {}), **getattr(target, "__dict__", {})}
+        modules = [f"{name} ({type(part).__name__})" for name, part in parts.items() if isinstance(part, nn.Module)]
+        raise AnatomyError(
+            f"{type(target).__name__} has no transformer or unet to cache, only {', '.join(modules) or 'no network at all'}: "
+            "pass a diffusers pipeline that has one, or the denoiser itself with its scheduler, "
+            "enable(denoiser, method, scheduler=…)"
+        )
+    return found
+
+
+def find_denoiser(target: Any) -> nn.Module:
+    """The only denoiser of a pipeline, or the module itself.
+
+    Raises:
+        AnatomyError: the object is neither a module nor a pipeline with one transformer or U-Net.
+    """
+    found = find_denoisers(target)
+    if len(found) > 1:
+        raise AnatomyError(
+            f"{type(target).__name__} has several denoisers ({', '.join(found)}): pass one of them, with "
+            "scheduler=pipe.scheduler, and do this for each"
+        )
+    return next(iter(found.values()))
 
 
 # What a network beside the denoiser (ControlNet, T2I-Adapter) adds to its features; other values at every step.

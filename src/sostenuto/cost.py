@@ -136,6 +136,7 @@ class DryRun:
     def _measure(self) -> Cost:
         outputs: list[list[Any]] = [[] for _ in self._taps]
         macs = [0] * len(self._taps)
+        begun: set[int] = set()
         with ExitStack() as stack:
             counter = MacCounter()
             for index, tap in enumerate(self._taps):
@@ -145,8 +146,12 @@ class DryRun:
 
                 def begin(*_: Any, index: int = index) -> None:
                     macs[index] -= counter.macs
+                    begun.add(index)
 
                 def end(_module: Any, _inputs: Any, output: Any, index: int = index) -> None:
+                    if index not in begun:
+                        return  # a call that leaves out the first block of a range
+                    begun.remove(index)
                     macs[index] += counter.macs
                     outputs[index].append(mapped(spec, output))
 
@@ -160,6 +165,7 @@ class DryRun:
                     tap.begin(Op.COMPUTE)
                     outputs[index].clear()
                     macs[index] = 0
+                begun.clear()
 
             result = self._run(counter, set_taps)
             total = counter.macs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+_STANCE = threading.RLock()  # torch's stance is the same for all threads: one counts at a time, and gives it back
 
 
 class MacCounter:
@@ -32,6 +35,8 @@ class MacCounter:
         self._flops += flops
 
     def __enter__(self) -> MacCounter:
+        _STANCE.acquire()
+        self._stack.callback(_STANCE.release)
         self._flops = 0
         # Flexible attention compiles itself when it is called, which doesn't go together with counting.
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))

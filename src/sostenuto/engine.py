@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
-from sostenuto.clock import Clock, Tick
+from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
@@ -50,9 +50,9 @@ class Handle:
                     f"as FORA(3) | {type(part).__name__}()"
                 )
         self.sites = self.method.sites(self._denoiser)
-        self._scheduler = scheduler
+        self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
-        self._clock = Clock(scheduler, self._reader.from_timestep)
+        self._clock = Clock(self._scheduler, self._reader.given_as)
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
         self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
         self._executor = Executor(self.sites, self._taps, self._observers, self._compiled)
@@ -71,6 +71,7 @@ class Handle:
         self._signatures: dict[Any, int] = {}
         self._generation_signature = 0
         self._busy = threading.Lock()
+        self._taps_in_use = threading.RLock()  # by a call or a dry run
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -100,6 +101,24 @@ class Handle:
             self._detach.pop()()
         self._drop_state()
         vars(self._denoiser).pop(_ATTRIBUTE, None)
+
+    def share(self, pipeline: Any) -> None:
+        """Tell of another pipeline that calls the same denoiser, with a scheduler of its own.
+
+        The scheduler whose timesteps were set last is taken to drive the denoiser, as every pipeline sets them at its
+        beginning.
+
+        Raises:
+            MethodError: the pipeline has another denoiser, or the method doesn't fit its scheduler.
+        """
+        denoisers = compat.find_denoisers(pipeline).values()
+        if pipeline in denoisers or all(compat.unwrapped(denoiser) is not self._denoiser for denoiser in denoisers):
+            raise MethodError(
+                f"this {type(pipeline).__name__} doesn't call the {type(self._denoiser).__name__} that sostenuto is enabled "
+                "on: share takes a pipeline made with the same network"
+            )
+        self.method.prepare(self._denoiser, pipeline.scheduler)
+        self._scheduler.add(lambda: pipeline.scheduler)
 
     @property
     def enabled(self) -> bool:
@@ -162,19 +181,20 @@ class Handle:
     @contextmanager
     def _dry(self) -> Iterator[None]:
         """Taps attached for a dry run, also when disabled or when another handle's are in place by now."""
-        other = handle_of(self._denoiser)
-        if self.enabled:
-            yield
-            return
-        if other is not None:
-            other._detach_taps()
-        self._attach_taps()
-        try:
-            yield
-        finally:
-            self._detach_taps()
+        with self._taps_in_use:
+            other = handle_of(self._denoiser)
+            if self.enabled:
+                yield
+                return
             if other is not None:
-                other._attach_taps()
+                other._detach_taps()
+            self._attach_taps()
+            try:
+                yield
+            finally:
+                self._detach_taps()
+                if other is not None:
+                    other._attach_taps()
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         specs = tree_map(spec, args), tree_map(spec, kwargs)
@@ -193,7 +213,8 @@ class Handle:
         if not self._busy.acquire(blocking=False):
             raise EngineError("the denoiser is in a call already: one enabled denoiser serves one thread at a time")
         try:
-            return self._placed_call(inner, args, kwargs)
+            with self._taps_in_use:
+                return self._placed_call(inner, args, kwargs)
         except BaseException:
             self._drop_state()
             raise
@@ -270,7 +291,7 @@ class Handle:
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
     def _begin(self, call: Call) -> None:
-        self._record, self._generation_signature = Record(), call.signature
+        self._record, self._generation_signature = Record(self._clock.source), call.signature
         for dry_run in self._dry_runs[: call.signature]:
             dry_run.forget_arguments()
         if self._max_cache_bytes is not None and self._plan is not None:
@@ -278,6 +299,8 @@ class Handle:
             self._plan = fit(self._plan, sizes, self._max_cache_bytes, residuals)
 
     def _step(self, tick: Tick, call: Call) -> Any:
+        # What a pass that left out a step keeps is of no use any more.
+        self._passes = {index: state for index, state in self._passes.items() if state.last_step >= tick.step - 1}
         state = self._passes.get(tick.pass_index)
         if state is None or tick.step != state.last_step + 1 or state.latents != mapped(spec, call.latents):
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
@@ -341,29 +364,27 @@ class Handle:
             tap.reset()
 
 
-def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None) -> Handle:
-    """Attach a method to a pipeline's denoiser, or to a denoiser itself.
-
-    Args:
-        target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
-            before.
-        method: a method, a combination ``A | B``, or a name of :func:`sostenuto.available_methods`.
-        scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
-        max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
-            sites of the network are computed always.
-
-    Returns:
-        A handle with the statistics and ``disable()``; also a context manager.
+def attach(
+    target: Any,
+    method: str | Method,
+    *,
+    scheduler: Any = None,
+    max_cache_bytes: int | None = None,
+    denoiser: Any = None,
+) -> Handle:
+    """Attach a method to one denoiser, the only one of a pipeline where none is named; :func:`sostenuto.enable` says more.
 
     Raises:
         AlreadyEnabledError: a method is attached already.
-        AnatomyError: the object has no denoiser, or its sites are not known.
+        AnatomyError: the object has no denoiser or several, or its sites are not known.
         MethodError, TableError: the method is unknown, or doesn't fit this model and scheduler.
     """
-    denoiser = compat.find_denoiser(target)
+    if denoiser is None:
+        denoiser = compat.find_denoiser(target)
     if handle_of(denoiser) is not None:
         raise AlreadyEnabledError(
-            f"sostenuto is enabled on this {type(compat.unwrapped(denoiser)).__name__} already: disable it first"
+            f"sostenuto is enabled on this {type(compat.unwrapped(denoiser)).__name__} already: disable it first; for a "
+            "second pipeline with the same denoiser call handle.share(pipeline)"
         )
     if isinstance(method, str):
         method = by_name(method)
@@ -376,17 +397,6 @@ def enable(target: Any, method: str | Method, *, scheduler: Any = None, max_cach
     handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)
     handle._attach()
     return handle
-
-
-def disable(target: Any) -> None:
-    """Take a method off a pipeline's denoiser or a denoiser; does nothing where none is attached.
-
-    Raises:
-        AnatomyError: the object has no denoiser.
-    """
-    handle = handle_of(compat.find_denoiser(target))
-    if handle is not None:
-        handle.disable()
 
 
 def handle_of(denoiser: nn.Module) -> Handle | None:

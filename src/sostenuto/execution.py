@@ -197,7 +197,11 @@ class Executor:
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
         begins = state.last_step < 0
         for index, tap in enumerate(self._taps):
-            if tap.reached == tap.site.calls or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
+            if (
+                tap.reached == tap.site.calls
+                or tap.op == Op.SKIP
+                or any(site is not tap.site and site.meets(tap.site) for site in skipped)
+            ):
                 continue
             if tap.reached:
                 raise tap.miscounted()

@@ -56,6 +56,12 @@ class Site:
             self.last_block is not None and other is not self and self.block <= other.block <= last <= self.last_block
         )
 
+    def meets(self, other: Site) -> bool:
+        """Whether the other site is not reached, or not to its end, when this one is skipped."""
+        if self.covers(other) or self.last_block is None or other.last_block is None:
+            return self.covers(other)
+        return self.block <= other.last_block and other.block <= self.last_block
+
 
 OUTPUT = Site("output", SiteKind.OUTPUT, -1, 0)
 """The site of the denoiser's output."""

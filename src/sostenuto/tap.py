@@ -55,7 +55,7 @@ class Tap(Attachment):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.op: int = Op.COMPUTE  # also what a detached tap does whose replacement somebody else still holds
+        self.op: int = int(Op.COMPUTE)  # also what a detached tap does whose replacement somebody else still holds
         self.reached = 0  # calls of it in this denoiser call
         self.slots: Slots = []
         self.residual: Slots = [None]
@@ -77,21 +77,22 @@ class Tap(Attachment):
     def attach(self) -> None:
         """Replace the ``forward`` of what is tapped."""
         super().attach()
-        self.op = Op.OUTSIDE
+        self.op = int(Op.OUTSIDE)
 
     def detach(self) -> None:
         """Restore what was there; whoever still holds a replacement computes."""
         super().detach()
-        self.op = Op.COMPUTE
+        self.op = int(Op.COMPUTE)
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
-        self.op, self.slots, self.weights, self.tokens = Op.OUTSIDE, [], None, None
+        self.op, self.slots, self.weights, self.tokens = int(Op.OUTSIDE), [], None, None
         self.residual = [None]
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
-        self.op, self.reached = int(op), 0  # the compiler puts no guard on a member of an enumeration
+        # Not the flag itself: torch.compile doesn't guard the second of two attributes that hold the same object.
+        self.op, self.reached = int(op), 0
 
     def reach(self) -> None:
         """Note a call of the site; a compiled network is not watched.

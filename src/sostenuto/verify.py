@@ -12,7 +12,7 @@ from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick
 from sostenuto.counting import MacCounter
-from sostenuto.engine import Handle, enable
+from sostenuto.engine import Handle, attach
 from sostenuto.errors import SostenutoError, VerificationError
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Method
@@ -78,12 +78,12 @@ def verify(
 
     # Everything in a transformer; of a U-Net, whose branches aren't known, what the method taps.
     tapped = method if is_unet(compat.find_denoiser(target)) else _Everything()
-    with enable(target, tapped, scheduler=scheduler) as handle:
+    with attach(target, tapped, scheduler=scheduler) as handle:
         handle.driver = prove
         sample(target, torch.Generator().manual_seed(0), num_inference_steps=num_inference_steps)
         if not proved:
             raise VerificationError("sample never called the denoiser: does it use the pipeline that it is given?")
-    with enable(target, method, scheduler=scheduler) as handle:
+    with attach(target, method, scheduler=scheduler) as handle:
         sample(target, torch.Generator().manual_seed(0), num_inference_steps=num_inference_steps)
         _prove_plan(handle)
         proved.update(steps=handle.stats.num_steps, passes=handle.stats.num_passes)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sostenuto.clock import Tick
-from sostenuto.engine import enable
+from sostenuto.engine import attach
 from sostenuto.errors import InputError
 from sostenuto.methods.base import Method
 from sostenuto.plan import Op
@@ -96,7 +96,7 @@ def noise_norm_curves(
     batches = [real_latents] if isinstance(real_latents, torch.Tensor) else list(real_latents)
     generator = generator or torch.Generator().manual_seed(0)
     meters: list[_Meter] = []
-    with enable(target, method, scheduler=scheduler) as handle:
+    with attach(target, method, scheduler=scheduler) as handle:
         for batch in batches:
             noise = torch.randn(batch.shape, generator=generator, device=generator.device)
             meters.append(_Meter(handle._scheduler, batch, noise))

@@ -10,7 +10,7 @@ import torch
 
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
-from sostenuto.engine import Handle, Prober, enable
+from sostenuto.engine import Handle, Prober, attach
 from sostenuto.errors import MethodError
 from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
@@ -140,7 +140,7 @@ def measure_uncached(
     samples = 0
     noise = settings.fresh_generator()
     with (
-        enable(settings.target, method, scheduler=settings.scheduler) as handle,
+        attach(settings.target, method, scheduler=settings.scheduler) as handle,
         progress(settings.num_samples, "calibrate", settings.show_progress) as bar,
     ):
         handle.driver_slots = num_slots

@@ -14,7 +14,7 @@ from sostenuto import compat
 from sostenuto.attention_tap import ConditionalHalf, is_guided
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
-from sostenuto.engine import Handle, enable
+from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number
@@ -106,7 +106,7 @@ class DiTFastAttnCalibration(Calibration):
         searches: list[GreedySearch] = []
         method = _Taps(DiTFastAttn(window=self.window, conditional_half=self.conditional_half))
         with (
-            enable(settings.target, method, scheduler=settings.scheduler) as handle,
+            attach(settings.target, method, scheduler=settings.scheduler) as handle,
             progress(settings.num_samples * settings.num_inference_steps, "calibrate", settings.show_progress) as bar,
         ):
             while sum(search.num_samples for search in searches) < settings.num_samples:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
 from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
-from sostenuto.engine import enable
+from sostenuto.engine import attach
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.progress import progress
 from sostenuto.sites import Site
@@ -49,7 +49,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     def run(kappa: float) -> CacheTable:
         traces: list[Trace] = []
         noise = settings.fresh_generator()
-        with enable(target, _Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, _Tapped(options.fill), scheduler=scheduler) as handle:
             while sum(trace.samples for trace in traces) < num_samples:
                 algorithm = Algorithm1(handle, options, kappa)
                 handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
@@ -81,7 +81,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         return replace(table, macs_fraction=macs_fraction(table, facts["sites"], facts["cost"]))
 
     def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> NormMatch:
-        with enable(target, _Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, _Tapped(options.fill), scheduler=scheduler) as handle:
             matching = NormMatch(handle, options, states, wanted)
             handle.driver, handle.driver_slots = matching, options.forecast_order + 1
             settings.generate(settings.fresh_generator())
@@ -100,7 +100,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             return table
         scores: dict[float, float] = {}
         for scale in grid:
-            with enable(
+            with attach(
                 target, EBCache(table, options.noise_scales(scale, table.num_inference_steps)), scheduler=scheduler
             ):
                 noise = settings.fresh_generator()

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.correct import without_variance
-from sostenuto.engine import Handle, enable
+from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError, TableError
 from sostenuto.methods import NoCache
 from sostenuto.methods.checks import check_number, check_whole
@@ -140,7 +140,7 @@ class L2CCalibration(Calibration):
                 "L2C learns from clean latents: pass L2CCalibration(data) with data(generator, batch_size) → (latents, "
                 "keyword arguments of the denoiser's call)"
             )
-        with enable(settings.target, NoCache(), scheduler=settings.scheduler) as handle:
+        with attach(settings.target, NoCache(), scheduler=settings.scheduler) as handle:
             if handle._compiled:
                 raise MethodError("L2C trains through the denoiser as it is written: calibrate before you compile it")
             scheduler = handle._scheduler()

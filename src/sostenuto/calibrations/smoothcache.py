@@ -11,7 +11,7 @@ import torch
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
-from sostenuto.engine import Handle, enable
+from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods import NoCache, SmoothCache
 from sostenuto.methods.smoothcache import GroupBy, ReuseErrors, check_options
@@ -59,7 +59,7 @@ class SmoothCacheCalibration(Calibration):
         """Measure over as many runs as the samples need, then make the schedule."""
         noise = settings.fresh_generator()
         with (
-            enable(settings.target, NoCache(), scheduler=settings.scheduler) as handle,
+            attach(settings.target, NoCache(), scheduler=settings.scheduler) as handle,
             progress(settings.num_samples, "calibrate", settings.show_progress) as bar,
         ):
             meter = ErrorMeter(handle, self.max_lag)

@@ -1,0 +1,115 @@
+"""Turn caching on and off for a pipeline: one handle for each of its denoisers, and one for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sostenuto import compat
+from sostenuto.engine import Handle, attach, handle_of
+from sostenuto.errors import EngineError
+from sostenuto.methods.base import Method
+from sostenuto.stats import Statistics, current, joined
+
+
+class JointHandle:
+    """A method attached to the several denoisers of a pipeline; also a context manager that disables at its end.
+
+    Attributes:
+        handles: the handle of each denoiser, by its name in the pipeline.
+    """
+
+    def __init__(self, handles: Mapping[str, Handle]) -> None:
+        self.handles = dict(handles)
+
+    @property
+    def stats(self) -> Statistics:
+        """Statistics of the last generation over all denoisers; sites bear the name of their denoiser in front.
+
+        Raises:
+            EngineError: nothing was generated yet.
+        """
+        records = {name: handle._record for name, handle in self.handles.items() if handle._record is not None}
+        if not records:
+            raise EngineError("no statistics: no denoiser has been called since sostenuto was enabled")
+        records = current(records)
+        return joined(records, {name: self.handles[name].stats for name in records})
+
+    @property
+    def predicted_cache_bytes(self) -> int | None:
+        """Sum over the denoisers that were called yet of the most bytes that each keeps; ``None`` before the first call."""
+        known = [handle.predicted_cache_bytes for handle in self.handles.values()]
+        return None if all(size is None for size in known) else sum(size or 0 for size in known)
+
+    def share(self, pipeline: Any) -> None:
+        """Tell of another pipeline that calls the same denoisers, or some of them, with a scheduler of its own.
+
+        Raises:
+            MethodError: the pipeline has other denoisers, or the method doesn't fit its scheduler.
+        """
+        theirs = [handle_of(denoiser) for denoiser in compat.find_denoisers(pipeline).values()]
+        sharing = [handle for handle in self.handles.values() if handle in theirs]
+        for handle in sharing or self.handles.values():
+            handle.share(pipeline)
+
+    def disable(self) -> None:
+        """Take every trace away; does nothing when already disabled."""
+        for handle in reversed(self.handles.values()):
+            handle.disable()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the method is attached to any of them."""
+        return any(handle.enabled for handle in self.handles.values())
+
+    def __enter__(self) -> JointHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+
+def enable(
+    target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None
+) -> Handle | JointHandle:
+    """Attach a method to a pipeline's denoisers, or to a denoiser itself.
+
+    Args:
+        target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
+            before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
+            each, call this on each denoiser with ``scheduler=pipe.scheduler``.
+        method: a method, a combination ``A | B``, or a name of :func:`sostenuto.available_methods`.
+        scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
+        max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
+            sites of the network are computed always.
+
+    Returns:
+        A handle with the statistics and ``disable()``; also a context manager. With several denoisers one for all of them.
+
+    Raises:
+        AlreadyEnabledError: a method is attached already.
+        AnatomyError: the object has no denoiser, or its sites are not known.
+        MethodError, TableError: the method is unknown, or doesn't fit this model and scheduler.
+    """
+    handles: dict[str, Handle] = {}
+    try:
+        for name, denoiser in compat.find_denoisers(target).items():
+            handles[name] = attach(
+                target, method, scheduler=scheduler, max_cache_bytes=max_cache_bytes, denoiser=denoiser
+            )
+    except BaseException:
+        JointHandle(handles).disable()
+        raise
+    return JointHandle(handles) if len(handles) > 1 else next(iter(handles.values()))
+
+
+def disable(target: Any) -> None:
+    """Take a method off a pipeline's denoisers or a denoiser; does nothing where none is attached.
+
+    Raises:
+        AnatomyError: the object has no denoiser.
+    """
+    for denoiser in compat.find_denoisers(target).values():
+        handle = handle_of(denoiser)
+        if handle is not None:
+            handle.disable()
