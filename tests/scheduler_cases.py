@@ -209,3 +209,26 @@ def prediction(row, kind, x, noise, alpha, sigma):
 def network(z):
     """The noise that the network believes in."""
     return torch.tanh(1.3 * z) + 0.1 * torch.ones_like(z).cumsum(-1)
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+STEPPED_BY_HAND = ("RePaintScheduler", "DDPMWuerstchenScheduler")  # ``step`` needs more than a prediction
+
+
+def listed(scheduler):
+    return [float(t) for t in scheduler.timesteps]
+
+
+def draw(seed, *shape):
+    return torch.randn(shape or (2, 3, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def step(scheduler, output, timestep, x):
+    """The scheduler's own step; random noise, where it adds any, is the same for everyone."""
+    known = inspect.signature(scheduler.step).parameters
+    extra = {"generator": torch.Generator().manual_seed(9)} if "generator" in known else {}
+    if "old_pred_original_sample" in known:  # CogVideoX's, first order
+        extra["old_pred_original_sample"] = extra["timestep_back"] = None
+        return scheduler.step(output, None, timestep, None, x, generator=extra["generator"], return_dict=False)[0]
+    return scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
