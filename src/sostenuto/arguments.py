@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
 from sostenuto.anatomy import Anatomy
-from sostenuto.clock import GivenAs
 from sostenuto.discovery import arguments_of
 from sostenuto.errors import AnatomyError, ClockError
 from sostenuto.features import Feature, leaves
 from sostenuto.sites import known_anatomy
 from sostenuto.source import argument_names
+from sostenuto.timesteps import GivenAs
 
 _VALUES = (torch.Tensor, bool, int, float, complex, str)
 

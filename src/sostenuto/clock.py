@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from sostenuto.errors import ClockError
 from sostenuto.features import Feature, leaves
+from sostenuto.timesteps import GivenAs, Timesteps
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,7 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 
 _MOST_PASSES = 4
-_MOST_VALUES = 256
-_PRECISION = 1e-4
 _AKIN = 0.125
-
-GivenAs = Callable[[torch.Tensor], torch.Tensor]
-"""What a network is given for the scheduler's timesteps."""
 
 
 class Clock:
@@ -76,8 +70,7 @@ class Clock:
     def forget(self) -> None:
         """Drop everything: the next call opens a generation."""
         self._source: Any = None
-        self._timesteps: tuple[float, ...] = ()
-        self._readings: list[torch.Tensor] = []  # what the network may be given at each step
+        self._timesteps: Timesteps | None = None
         self._opening = self._step = -1
         self._levels: torch.Tensor | None = None  # the last timestep
         self._latents: tuple[torch.Tensor, ...] = ()
@@ -103,18 +96,18 @@ class Clock:
         Raises:
             ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
         """
-        values = _values(timestep)
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
         source = _timesteps(scheduler)
         if source is None:
             raise ClockError("the scheduler has no timesteps yet: call its set_timesteps before the denoiser")
-        if source is not self._source:
-            self._follow(scheduler, source)
+        if source is not self._source or self._timesteps is None:
+            self.forget()
+            self._source, self._timesteps = source, Timesteps(scheduler, self._given_as)
         same = _are_same(self._latents, tensors)
-        step = self._position(values, timestep, scheduler, same)
+        step = self._timesteps.find(timestep, scheduler, self._step, same)
         fresh = self._opening < 0 or step < self._step
-        again = not fresh and step == self._step and not (len(values) > 1 and _went_on(self._levels, timestep))
+        again = not fresh and step == self._step and not _went_on(self._levels, timestep)
         known = [] if fresh else self._known(conditioning)
         free = [index for index in known if not again or index not in self._called]
         crowded = len(self._passes) == _MOST_PASSES and not free
@@ -137,54 +130,8 @@ class Clock:
         # Clones: the sampler may write in place.
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
         self._levels = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else None
-        return Tick(step, pass_index, len(self._timesteps), self._timesteps, fresh)
-
-    def _follow(self, scheduler: Any, source: Any) -> None:
-        """Begin with a list of timesteps."""
-        self.forget()
-        listed = torch.as_tensor(source, dtype=torch.float64, device="cpu")
-        self._source, self._timesteps = source, tuple(listed.tolist())
-        if self._given_as is not None:
-            self._readings = [self._given_as(listed)]
-            return
-        self._readings = [listed, listed / 1000]
-        sigmas = getattr(scheduler, "sigmas", None)
-        if sigmas is not None and len(sigmas) >= len(listed):
-            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")[: len(listed)]
-            self._readings += [sigmas, sigmas / (1 + sigmas)]
-
-    def _position(self, values: Sequence[float], timestep: Any, scheduler: Any, same: bool) -> int:
-        # Some frames may be given (timestep 0) or at noise levels of their own: the noisiest that the scheduler lists counts.
-        matches = self._matches(values, timestep.dtype if isinstance(timestep, torch.Tensor) else torch.float64)
-        if not matches:
-            raise ClockError(
-                f"timestep {values[0]:g} is not among the scheduler's {len(self._timesteps)} timesteps: pass the scheduler "
-                "that drives this denoiser (scheduler=…) and call its set_timesteps; of a second pipeline with the same "
-                "denoiser, tell the handle with handle.share(pipeline)"
-            )
-        if len(matches) == 1:
-            return matches[0]
-        # Second-order schedulers list a timestep twice; rounded to few bits, neighbours are given as the same.
-        if self._step in matches and same:
-            return self._step
-        index = getattr(scheduler, "step_index", None)
-        if index is None and self._step < 0:
-            index = getattr(scheduler, "begin_index", None)
-        return index if index in matches else next((p for p in matches if p > self._step), matches[0])
-
-    def _matches(self, values: Sequence[float], dtype: torch.dtype) -> list[int]:
-        """The steps at which the network is given such timesteps, the noisiest of them that the scheduler lists."""
-        precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-        searches = [partial(_nearest, precision=max(precision, _PRECISION))]
-        if precision > _PRECISION:
-            searches.insert(0, partial(_rounded, dtype=dtype))
-        for search in searches:
-            for reading in self._readings:
-                found = [steps for value in values if (steps := search(reading, value))]
-                if found:
-                    self._readings = [reading]  # one network is given timesteps in one way
-                    return min(found)
-        return []
+        listed = self._timesteps.values
+        return Tick(step, pass_index, len(listed), listed, fresh)
 
     def _known(self, conditioning: Sequence[Any]) -> list[int]:
         """The passes with this conditioning."""
@@ -203,19 +150,6 @@ class Clock:
             )
         self._passes.append(tuple(_Snapshot(value) for value in conditioning))
         return len(self._passes) - 1
-
-
-def _rounded(reading: torch.Tensor, value: float, dtype: torch.dtype) -> list[int]:
-    """The steps whose timestep is this one in few bits: rounded at the end, or before it is divided too."""
-    matches = (reading.to(dtype) == value) | ((1000 * reading).to(dtype) / 1000 == value)
-    return matches.nonzero().flatten().tolist()
-
-
-def _nearest(reading: torch.Tensor, value: float, precision: float) -> list[int]:
-    """The steps whose timestep is nearest to this one and near enough."""
-    gaps = (reading - value).abs()
-    nearest = gaps.min().item() if len(gaps) else math.inf
-    return (gaps <= nearest).nonzero().flatten().tolist() if nearest <= precision * max(abs(value), 1.0) else []
 
 
 class Schedulers:
@@ -316,23 +250,8 @@ def _are_akin(known: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> b
     )
 
 
-def _went_on(before: torch.Tensor | None, now: torch.Tensor) -> bool:
+def _went_on(before: torch.Tensor | None, now: Any) -> bool:
     """Whether some of several noise levels fell and none rose."""
-    if before is None or before.shape != now.shape:
+    if before is None or not isinstance(now, torch.Tensor) or before.shape != now.shape or len(now.unique()) < 2:
         return False
     return bool((now <= before).all()) and bool((now < before).any())
-
-
-def _values(timestep: Any) -> list[float]:
-    """The different values of a timestep."""
-    try:
-        if not isinstance(timestep, torch.Tensor):
-            return [float(timestep)]
-        values = timestep.unique().tolist()
-        if not 0 < len(values) <= _MOST_VALUES:
-            raise ClockError(
-                f"the denoiser was given {len(values)} different timesteps at once: its step can't be told"
-            )
-        return values
-    except (TypeError, ValueError):
-        raise ClockError(f"{timestep!r} is no timestep") from None
