@@ -103,7 +103,7 @@ class BlocksTap(Tap):
             if is_last and not torch.compiler.is_compiling():
                 if not self._entered:
                     return compute(*args, **kwargs)  # a pass that leaves out the first block: the range isn't reached
-                self.reached = True
+                self.reach()
             op = self.op
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
@@ -123,7 +123,6 @@ class BlocksTap(Tap):
         if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
             self.op = int(Op.COMPUTE)  # a pass that leaves out the blocks in front has no signal
             return
-        self.reach()
         if not torch.compiler.is_compiling():
             self._entered = True
         if self.op == Op.DECIDE:
@@ -256,4 +255,5 @@ class _ReachedError(Exception):
 def _first_branch(denoiser: nn.Module, site: Site) -> nn.Module:
     """The first attention of a range, or what holds it."""
     branch = next(branch for branch in inspect(denoiser) if branch.block == site.block)
-    return denoiser.get_submodule(next(iter(branch.hollow), branch.id))
+    paths = [*branch.hollow, branch.id]
+    return denoiser.get_submodule(paths[0])

@@ -54,9 +54,6 @@ class Clock:
     conditioning is another pass. Passes are told apart by their conditioning, never by their order; only where two passes
     are given the very same inputs are they told apart by order, and then they are interchangeable.
 
-    Where several steps have the same timestep, because the scheduler lists it twice or because it was rounded to the network's
-    precision, the scheduler's ``step_index`` tells them apart; of schedulers that have none, the next such step is meant.
-
     Args:
         scheduler: the scheduler of the moment.
         given_as: what the network is given for a timestep t, where that is not t or t / 1000, nor the noise level σ or
