@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sostenuto import compat
+from sostenuto.attachment import replace_forward, runs
 from sostenuto.errors import EngineError
 from sostenuto.features import Feature, versions
 from sostenuto.plan import Op
 from sostenuto.sites import Block, Site, blocks_of, inspect
-from sostenuto.tap import Tap, Watched, argument_names, first_argument, replace_forward
+from sostenuto.tap import Tap, Watched, argument_names, first_argument
 
 Watch = Literal["modulated-input", "front-residual"]
 Decide = Callable[[torch.Tensor], Op]
@@ -52,6 +54,7 @@ class BlocksTap(Tap):
         self._entry: dict[str, Any] = {}  # what the range was given, stream by stream
         self._entry_version = 0
         self._standing_in: Feature = None
+        self._entered = False
 
     def watched(self) -> Watched:
         """The first and the last block."""
@@ -61,15 +64,16 @@ class BlocksTap(Tap):
         """All blocks of the range, and the first of all blocks where the residual in front of the range is watched."""
         found = []
         if self._front is not None:
-            found.append((self._front, self._remember(self._front.forward)))
+            found.append((self._front, self._remember(runs(self._front))))
         for index, block in enumerate(self.blocks):
-            found.append((block, self._block(block.forward, index)))
+            found.append((block, self._block(runs(block), index)))
         return found
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
         super().reset()
         self.decide = self._beginning = self._standing_in = None
+        self._entered = False
         self._entry = {}
 
     def _remember(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,13 +92,15 @@ class BlocksTap(Tap):
             if is_first:
                 self._enter(compute, streams, args, kwargs)
             op = self.op
+            if is_last and not torch.compiler.is_compiling():
+                self.reached = self._entered
+            if op == Op.OUTSIDE:
+                return self.outside_of_call(compute, args, kwargs)
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 output = compute(*args, **kwargs)
                 return self._keep(streams, output) if is_last else output
-            if op == Op.OUTSIDE:
-                raise self.outside()
             return self._standing_in if is_last else streams.handed_on(args, kwargs)
 
         return forward
@@ -104,7 +110,7 @@ class BlocksTap(Tap):
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
         if not torch.compiler.is_compiling():
-            self.reached = True
+            self._entered = True
         if self.op == Op.DECIDE:
             assert self.decide is not None
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
@@ -158,6 +164,8 @@ class BlocksTap(Tap):
             raise _ReachedError(first_argument(inner, named))
 
         restore = replace_forward(self._attention, stop)
+        if compat.is_compiled(self.blocks[0]):
+            compute = self.blocks[0].forward  # without its graph, which nothing can leave in the middle
         try:
             compute(*args, **kwargs)
         except _ReachedError as reached:

@@ -30,13 +30,10 @@ class Executor:
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
-        compiled: whether the denoiser is compiled: memory is then given to the taps beforehand.
     """
 
-    def __init__(
-        self, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer], compiled: bool
-    ) -> None:
-        self._sites, self._taps, self._observers, self._compiled = sites, taps, observers, compiled
+    def __init__(self, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]) -> None:
+        self._sites, self._taps, self._observers = sites, taps, observers
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
             next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
@@ -74,7 +71,8 @@ class Executor:
         """
         if any(op & Op.SHARE for op in ops):
             check_guidance_halves(next(leaves(call.latents)))
-        known = cost() if self._compiled else None  # before the taps are set: a dry run resets them
+        # Taps in a compiled graph are given their memory beforehand. Before the taps are set: a dry run resets them.
+        known = cost() if any(tap.in_graph for tap in self._taps) else None
         weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)
         num_tokens = self._choose_tokens(step, state, ops, plan)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
@@ -91,7 +89,7 @@ class Executor:
                 assert isinstance(tap, BlocksTap)
                 tap.decide = partial(self._ask, step, num_steps, state, index, weights)
             tap.slots, tap.residual = state.slots[index], state.residuals[index]
-            if known is not None and not self._allocate(state, known, index):
+            if known is not None and tap.in_graph and not self._allocate(state, known, index):
                 tap.begin(Op.COMPUTE)
                 continue
             if op in (Op.FORECAST, Op.EXTEND):
@@ -106,10 +104,9 @@ class Executor:
         scored = 0 if state.selector is None else state.selector.macs
         try:
             output = self._run(state, call)
-            if not self._compiled:
-                self._check_reached(state)
-                for (tap, slot), version in zip(reused, written, strict=True):
-                    if versions(slot) != version:
+            self._check_reached(state)
+            for (tap, slot), version in zip(reused, written, strict=True):
+                if not tap.in_graph and versions(slot) != version:
                         raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
             return output
         finally:
@@ -197,7 +194,7 @@ class Executor:
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
         begins = state.last_step < 0
         for index, tap in enumerate(self._taps):
-            if tap.reached or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
+            if tap.reached or tap.in_graph or tap.op == Op.SKIP or any(site.covers(tap.site) for site in skipped):
                 continue
             if begins and (tap.site.optional or state.is_further):
                 state.absent.add(index)
@@ -209,5 +206,6 @@ def never_reached(site: Site) -> EngineError:
     """The error of a site that a call left out."""
     return EngineError(
         f"a call of the denoiser never reached {site.id}: it can't be cached; correct its anatomy (or, where torch's fused "
-        "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False))"
+        "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False); where hooks or a compilation came "
+        "after sostenuto, enable it after them)"
     )
