@@ -22,28 +22,29 @@ class Replacement:
     """A function in the place of a module's ``forward``, which says why the module can't be copied now.
 
     Once it is detached whoever still holds it (a hook that was put around it) may copy it, as what was there before.
+
+    Its :attr:`forward` is what is put there, a bound method: the compiler then guards on what the function reads and not on
+    the object, so that the blocks of a regionally compiled network share their graphs.
     """
 
-    def __init__(self, function: Callable[..., Any], before: Callable[..., Any]) -> None:
-        self.function, self._before, self.detached = function, before, False
+    def __init__(self, function: Callable[..., Any], before: Callable[..., Any], detached: bool = False) -> None:
+        self.function, self.detached = function, detached
+        self._before = before
+        self.forward = self._forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
         if not self.detached:
             raise not_copied()
-        return copy.deepcopy(self._before, memo)
+        before = copy.deepcopy(self._before, memo)
+        return Replacement(before, before, detached=True)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         if not self.detached:
             raise not_copied()
-        return _itself, (self._before,)
-
-
-def _itself(value: Any) -> Any:
-    return value
+        return Replacement, (self._before, self._before, True)
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
@@ -55,7 +56,7 @@ class _Standing:
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self.entry = Entry(module)
         self.replacement = Replacement(function, self.entry.function)
-        self._restore = self.entry.replace(self.replacement)
+        self._restore = self.entry.replace(self.replacement.forward)
 
     def restore(self) -> None:
         self._restore()
@@ -63,7 +64,7 @@ class _Standing:
 
     @property
     def stands(self) -> bool:
-        return self.entry.leads_to(self.replacement)
+        return self.entry.leads_to(self.replacement.forward)
 
 
 class Attachment:

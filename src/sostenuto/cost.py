@@ -116,7 +116,9 @@ class DryRun:
         self._specs = tree_map(spec, (args, kwargs))
         self._arguments: Any = (args, kwargs)
         self._autocast = autocast_state()
-        self._device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None)
+        self._device = next(
+            (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None
+        )
         self._needs_data = False
         self._cost: Cost | None = None
         self._macs: dict[Carried, int] = {}

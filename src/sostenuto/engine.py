@@ -85,13 +85,15 @@ class Handle:
     def _make_taps(self) -> None:
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
         self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
-        self._executor = Executor(self.sites, self._taps, self._observers)
+        self._executor = Executor(self._denoiser, self.sites, self._taps, self._observers)
 
     def _attach_taps(self) -> None:
         attached = (*self._observers, *self._taps)
         for tap in attached:
             tap.attach()
-        self._surroundings = Surroundings(self._denoiser, (module for tap in attached for module in tap.modules_replaced))
+        self._surroundings = Surroundings(
+            self._denoiser, (module for tap in attached for module in tap.modules_replaced)
+        )
         for tap in attached:
             tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
         self._check_graph(any(tap.in_graph for tap in attached))

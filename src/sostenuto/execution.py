@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
@@ -17,7 +18,9 @@ from sostenuto.cost import Carried, Cost
 from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.forecast import lagrange_weights
+from sostenuto.foreign import parallel_group
 from sostenuto.plan import Action, Op, Plan
+from sostenuto.signals import current_group, sharded_over
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.tap import Observer, Tap
@@ -27,12 +30,16 @@ class Executor:
     """Carries out denoiser calls with the taps of one handle.
 
     Args:
+        denoiser: the network.
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
     """
 
-    def __init__(self, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]) -> None:
+    def __init__(
+        self, denoiser: nn.Module, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]
+    ) -> None:
+        self._denoiser = denoiser
         self._sites, self._taps, self._observers = sites, taps, observers
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
@@ -107,7 +114,7 @@ class Executor:
             self._check_reached(state)
             for (tap, slot), version in zip(reused, written, strict=True):
                 if not tap.in_graph and versions(slot) != version:
-                        raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
+                    raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
             return output
         finally:
             scoring = 0 if state.selector is None else state.selector.macs - scored
@@ -161,7 +168,9 @@ class Executor:
         policy = state.policy
         assert policy is not None
         tap = self._taps[index]
-        if not policy.skips(step, num_steps, signal, tuple(state.decided)) or not state.decided:
+        with sharded_over(current_group() or parallel_group(self._denoiser)):
+            skips = policy.skips(step, num_steps, signal, tuple(state.decided))
+        if not skips or not state.decided:
             tap.slots = state.make_room(index)
             state.decided.insert(0, step)
             return Op.STORE

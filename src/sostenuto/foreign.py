@@ -40,7 +40,7 @@ class Entry:
     @property
     def function(self) -> Callable[..., Any]:
         """What the module runs now."""
-        return self._place[self._name] if self._name in self._place else self.module.forward
+        return self._place.get(self._name, self.module.forward)
 
     def replace(self, function: Callable[..., Any]) -> Callable[[], None]:
         """Put a function there; returns the one that restores what was there."""
@@ -104,6 +104,13 @@ def has_foreign_cache(denoiser: nn.Module) -> bool:
     )
 
 
+def parallel_group(denoiser: nn.Module) -> Any:
+    """The processes among which diffusers' context parallelism splits a denoiser's tokens, or ``None``."""
+    config = getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(config, "_flattened_mesh", None)
+    return None if mesh is None or mesh.size() == 1 else mesh.get_group()
+
+
 @contextmanager
 def set_aside(denoiser: nn.Module, device: torch.device) -> Iterator[None]:
     """Without the hooks that move or cast weights: as if all weights lay on ``device`` in the dtype that they compute in.
@@ -120,9 +127,9 @@ def set_aside(denoiser: nn.Module, device: torch.device) -> Iterator[None]:
             for name, ref in _diffusers_hooks(module):
                 if name in _PLACING:
                     found = True
-                    dtype = getattr(module._diffusers_hook.hooks[name], "compute_dtype", None)  # type: ignore[union-attr]
+                    dtype = getattr(vars(module)["_diffusers_hook"].hooks[name], "compute_dtype", None)
                     if dtype is not None:
-                        dtypes.update(dict.fromkeys(module.modules(), dtype))
+                        dtypes.update((inner, dtype) for inner in module.modules())
                     _swap(stack, vars(ref), "pre_forward", _idle_before)
                     _swap(stack, vars(ref), "post_forward", _idle_after)
         made: dict[int, torch.Tensor] = {}

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sostenuto import compat
+from sostenuto.attachment import replace_forward, runs
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, enable
@@ -27,7 +28,6 @@ from sostenuto.methods.checks import check_number, check_whole
 from sostenuto.progress import progress
 from sostenuto.router import Router, cache_steps
 from sostenuto.sites import anatomy_of
-from sostenuto.attachment import replace_forward, runs
 
 Data = Callable[[torch.Generator, int], tuple[torch.Tensor, dict[str, Any]]]
 
