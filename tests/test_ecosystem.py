@@ -1,4 +1,4 @@
-"""What else people do with a denoiser (compile, offload, cast, adapt, train, copy) goes together with sostenuto, or is refused."""
+"""What else is done with a denoiser (compile, offload, cast, adapt, train, copy) works while enabled, or is refused."""
 
 import copy
 import io
@@ -127,10 +127,10 @@ def test_compiling_the_whole_denoiser_while_enabled_is_refused_also_with_graph_b
 
 
 class Idle(ModelHook):
-    calls = 0
+    called = []
 
     def pre_forward(self, module, *args, **kwargs):
-        Idle.calls += 1
+        Idle.called.append(module)
         return args, kwargs
 
 
@@ -204,20 +204,22 @@ def test_hooks_put_on_before_or_after_and_taken_off_in_any_order(scheduler, name
         take_off(model)
     assert torch.equal(sample_loop(model, scheduler)[0], stock)
     assert not any("sostenuto" in repr(vars(module).get("forward")) for module in model.modules())
-    assert torch.equal(sample_loop(copy.deepcopy(model), scheduler)[0], stock)
+    if take_off is not None:
+        assert torch.equal(sample_loop(copy.deepcopy(model), scheduler)[0], stock)
 
 
 def test_hooks_around_a_skipped_branch_that_were_there_first_do_not_run(tiny, scheduler):
     hook_everything(tiny)
+    branches = {
+        inner for block in tiny.transformer_blocks for part in (block.attn1, block.ff) for inner in part.modules()
+    }
     with sostenuto.enable(tiny, FORA(2, anchor="start"), scheduler=scheduler):
         scheduler.set_timesteps(2)
-        counts = []
-        for timestep in scheduler.timesteps:
-            Idle.calls = 0
+        for step, timestep in enumerate(scheduler.timesteps):
+            Idle.called.clear()
             with torch.no_grad():
                 tiny(torch.randn(1, 2, 8, 8), timestep[None], torch.tensor([1]))
-            counts.append(Idle.calls)
-    assert counts[1] < counts[0] / 2  # no weights are brought to the device for what is skipped
+            assert branches.isdisjoint(Idle.called) == (step == 1)  # no weights are fetched for what is skipped
 
 
 def test_hooks_changed_in_the_middle_of_a_generation_are_refused_and_the_next_generation_is_right(tiny, scheduler):
@@ -234,9 +236,6 @@ def test_hooks_changed_in_the_middle_of_a_generation_are_refused_and_the_next_ge
 
 @pytest.mark.parametrize("config", [FirstBlockCacheConfig(), PyramidAttentionBroadcastConfig(2)])
 def test_a_cache_of_diffusers_at_the_same_time_is_refused_in_either_order(scheduler, config):
-    class Cacheable(DiTTransformer2DModel):
-        pass
-
     model = TINY_MODELS["FluxTransformer2DModel"].build()
     if isinstance(config, PyramidAttentionBroadcastConfig):
         config.current_timestep_callback = lambda: 500
@@ -302,19 +301,20 @@ def test_adapters_loaded_switched_and_unloaded_while_enabled(scheduler):
 
     model = TINY_MODELS[name].build().requires_grad_(False)
     with sostenuto.enable(model, FORA(2), scheduler=scheduler) as handle:
-        for scales in ((), (1.0, -2.0)):
-            output, macs = fresh()
+
+        def check(scale):
+            output, macs = fresh(scale)
             assert torch.equal(run_zoo(model, name, scheduler), output)
             assert handle.stats.macs == macs
-            if not scales:
-                adapters, remove = adapt(model)
-                for scale in (1.0, -2.0):
-                    for adapter in adapters:
-                        adapter.scale = scale
-                    output, macs = fresh(scale)
-                    assert torch.equal(run_zoo(model, name, scheduler), output)
-                    assert handle.stats.macs == macs
-                remove()
+
+        check(None)
+        adapters, remove = adapt(model)
+        for scale in (1.0, -2.0):
+            for adapter in adapters:
+                adapter.scale = scale
+            check(scale)
+        remove()
+        check(None)
 
 
 def test_an_adapter_loaded_in_the_middle_of_a_generation_is_refused(scheduler):
@@ -375,10 +375,11 @@ def test_int8_weights_of_torchao_before_and_while_enabled(scheduler):
 def test_attention_processors_and_projections_are_swapped_while_enabled(tiny, scheduler):
     expected = cached(tiny, scheduler)
     with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
-        tiny.set_attn_processor(AttnProcessor())
-        torch.testing.assert_close(sample_loop(tiny, scheduler)[0], expected, rtol=1e-4, atol=1e-4)
-        tiny.set_attn_processor(AttnProcessor2_0())
         for block in tiny.transformer_blocks:
+            block.attn1.set_processor(AttnProcessor())
+        torch.testing.assert_close(sample_loop(tiny, scheduler)[0], expected, rtol=1e-4, atol=1e-4)
+        for block in tiny.transformer_blocks:
+            block.attn1.set_processor(AttnProcessor2_0())
             block.attn1.fuse_projections()
         torch.testing.assert_close(sample_loop(tiny, scheduler)[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -513,15 +514,17 @@ def test_copies_are_refused_while_enabled_and_fine_afterwards(tiny, scheduler, h
 
 @pytest.mark.parametrize("method", [FORA(2), TeaCache(threshold=1.0)])
 def test_the_dtype_may_change_between_generations(scheduler, method):
-    model = build_tiny()
+    model, seen = build_tiny(), []
     with sostenuto.enable(model, method, scheduler=scheduler) as handle:
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
             model.to(dtype)
+            twin = build_tiny()
+            if seen:  # what went through bfloat16 keeps its precision
+                twin.to(torch.bfloat16)
+            seen.append(dtype)
             got = sample_loop(model, scheduler, dtype=dtype)[0]
-            assert got.dtype == dtype
-            assert torch.equal(
-                got, cached(build_tiny().to(torch.bfloat16).to(dtype), scheduler, method, dtype=dtype)
-            ) or (handle.stats.cache_bytes_peak > 0 and dtype == torch.float32)
+            assert torch.equal(got, cached(twin.to(dtype), scheduler, method, dtype=dtype))
+            assert handle.predicted_cache_bytes > 0
 
 
 def test_inference_mode_and_no_grad_may_take_turns(tiny, scheduler):
