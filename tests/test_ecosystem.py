@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,9 +17,21 @@ from torch.utils._pytree import tree_leaves
 
 import sostenuto
 from conftest import build_tiny, sample_loop
-from sostenuto import FORA, DBCache, DuCa, EngineError, MethodError, TaylorSeer, TeaCache
+from sostenuto import (
+    FORA,
+    CacheTable,
+    DBCache,
+    DuCa,
+    EBCache,
+    EngineError,
+    MethodError,
+    StepState,
+    TaylorSeer,
+    TeaCache,
+)
 from sostenuto.zoo import TINY_MODELS
 
+C, A, M, B = StepState
 CPU = torch.device("cpu")
 
 
@@ -62,7 +75,7 @@ def compile_blocks(model):
 
 
 REGIONAL = [
-    ("DiTTransformer2DModel", FORA(2)),
+    ("DiTTransformer2DModel", EBCache(CacheTable((C, B, A, C, B, C)))),
     ("DiTTransformer2DModel", TeaCache(threshold=1.0)),
     *(
         pytest.param(name, method, marks=pytest.mark.slow)
@@ -127,7 +140,7 @@ def test_compiling_the_whole_denoiser_while_enabled_is_refused_also_with_graph_b
 
 
 class Idle(ModelHook):
-    called = []
+    called: ClassVar[list] = []
 
     def pre_forward(self, module, *args, **kwargs):
         Idle.called.append(module)

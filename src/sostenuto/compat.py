@@ -54,7 +54,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, in which gradient checkpointing repeats calls."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -74,7 +74,8 @@ class Tap(Attachment):
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
-        self.op, self.reached = op, False
+        # An enum's member, which torch.compile sees as an object, would let it run a graph of other ops.
+        self.op, self.reached = int(op), False
 
     def store(self, output: Feature) -> None:
         """Keep an output as the newest."""
