@@ -108,7 +108,11 @@ def test_regional_compilation_keeps_plan_and_outputs_and_blocks_share_graphs(sch
         got = run_zoo(model, name, scheduler)
         assert handle.stats.plan == plan
         assert any("reuse" in row or "forecast" in row for row in plan)
-        modes = {op for _, _, _, carried in handle._record.calls for op in carried.ops}
+        modes = {
+            tuple(op for site, op in zip(handle.sites, carried.ops, strict=True) if site.block == block)
+            for _, _, _, carried in handle._record.calls
+            for block in {site.block for site in handle.sites}
+        }
         if handle._taps[0].in_graph:
             assert of_one_mode < graphs() <= of_one_mode * len(modes)
         else:
