@@ -28,8 +28,7 @@ class Replacement:
     """
 
     def __init__(self, function: Callable[..., Any], before: Callable[..., Any], detached: bool = False) -> None:
-        self.function, self.detached = function, detached
-        self._before = before
+        self.function, self.before, self.detached = function, before, detached
         self.forward = self._forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,13 +37,13 @@ class Replacement:
     def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
         if not self.detached:
             raise not_copied()
-        before = copy.deepcopy(self._before, memo)
+        before = copy.deepcopy(self.before, memo)
         return Replacement(before, before, detached=True)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         if not self.detached:
             raise not_copied()
-        return Replacement, (self._before, self._before, True)
+        return Replacement, (self.before, self.before, True)
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:

@@ -60,14 +60,21 @@ class Entry:
     def leads_to(self, function: Callable[..., Any]) -> bool:
         """Whether the module still runs the function, as far as can be told."""
         if self.is_compiled or compat.is_compiled(self.module):
-            return vars(self.module).get(compat.CALL_SLOT) is function
-        if self._place.get(self._name) is function:
+            return _wraps(vars(self.module).get(compat.CALL_SLOT), function)
+        if _wraps(self._place.get(self._name), function):
             return True
         forward = vars(self.module).get("forward")
         if forward is None or isinstance(forward, MethodType):
             return False
         places = list(_places(self.module))
-        return not places or any(place[name] is function for place, name in places)
+        return not places or any(_wraps(place[name], function) for place, name in places)
+
+
+def _wraps(outer: Any, function: Callable[..., Any]) -> bool:
+    """Whether one function is another, or one of ours around it."""
+    while outer is not None and outer is not function:
+        outer = getattr(getattr(outer, "__self__", None), "before", None)
+    return outer is function
 
 
 def _diffusers_hooks(module: nn.Module) -> Iterator[tuple[str, Any]]:
