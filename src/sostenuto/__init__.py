@@ -52,6 +52,7 @@ from sostenuto.methods import (
 from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
+from sostenuto.signals import sharded_over
 from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
@@ -116,5 +117,6 @@ __all__ = [
     "enable",
     "inspect",
     "register_anatomy",
+    "sharded_over",
     "verify",
 ]

@@ -8,12 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sostenuto import compat
+from sostenuto.attachment import replace_forward, runs
 from sostenuto.errors import AnatomyError, EngineError
 from sostenuto.features import Feature, versions
 from sostenuto.plan import Op
 from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
 from sostenuto.source import accepts, argument_names
-from sostenuto.tap import Tap, Watched, first_argument, replace_forward
+from sostenuto.tap import Tap, Watched, first_argument
 
 Watch = Literal["modulated-input", "front-residual"]
 Decide = Callable[[torch.Tensor], Op]
@@ -69,9 +71,9 @@ class BlocksTap(Tap):
         """All blocks of the range, and the first of all blocks where the residual in front of the range is watched."""
         found = []
         if self._front is not None:
-            found.append((self._front, self._remember(self._front.forward)))
+            found.append((self._front, self._remember(runs(self._front))))
         for index, block in enumerate(self.blocks):
-            found.append((block, self._block(block.forward, index)))
+            found.append((block, self._block(runs(block), index)))
         return found
 
     def begin(self, op: int) -> None:
@@ -83,6 +85,7 @@ class BlocksTap(Tap):
         """Let go of everything that belongs to a call."""
         super().reset()
         self.decide = self._beginning = self._standing_in = None
+        self._entered = False
         self._entry = {}
 
     def _remember(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,13 +108,13 @@ class BlocksTap(Tap):
                     return compute(*args, **kwargs)  # a pass that leaves out the first block: the range isn't reached
                 self.reach()
             op = self.op
+            if op == Op.OUTSIDE:
+                return self.outside_of_call(compute, args, kwargs)
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 output = compute(*args, **kwargs)
                 return self._keep(streams, output) if is_last else output
-            if op == Op.OUTSIDE:
-                raise self.outside()
             return self._standing_in if is_last else streams.handed_on(args, kwargs)
 
         return forward
@@ -178,6 +181,8 @@ class BlocksTap(Tap):
             raise _ReachedError(first_argument(inner, named))
 
         restore = replace_forward(self._attention, stop)
+        if compat.is_compiled(self.blocks[0]):
+            compute = self.blocks[0].forward  # without its graph, which nothing can leave in the middle
         try:
             compute(*args, **kwargs)
         except _ReachedError as reached:
@@ -210,7 +215,7 @@ class _Streams:
 
     def main(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The first stream: the sample's."""
-        return self._argument(self._streams[0], args, kwargs)
+        return self._argument(next(iter(self._streams)), args, kwargs)
 
     def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a block that changes nothing returns."""

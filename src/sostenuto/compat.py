@@ -13,7 +13,7 @@ from torch import nn
 from sostenuto.errors import AnatomyError, EngineError
 from sostenuto.features import leaves, mapped
 
-_CALL_SLOT = "_compiled_call_impl"  # Module.__call__ prefers this instance attribute; Module.compile() fills it
+CALL_SLOT = "_compiled_call_impl"  # Module.__call__ prefers this instance attribute; Module.compile() fills it
 
 
 def intercept_calls(
@@ -28,28 +28,33 @@ def intercept_calls(
     Returns:
         A function that takes the interception away again.
     """
-    if not hasattr(nn.Module, _CALL_SLOT) or not hasattr(module, "_call_impl"):
-        raise EngineError(f"torch {torch.__version__} has no {_CALL_SLOT}: sostenuto needs torch 2.6 or newer")
-    had_own = _CALL_SLOT in module.__dict__
-    before = getattr(module, _CALL_SLOT)
+    if not hasattr(nn.Module, CALL_SLOT) or not hasattr(module, "_call_impl"):
+        raise EngineError(f"torch {torch.__version__} has no {CALL_SLOT}: sostenuto needs torch 2.6 or newer")
+    had_own = CALL_SLOT in module.__dict__
+    before = getattr(module, CALL_SLOT)
     inner = before if before is not None else module._call_impl
     outer = around(inner)
-    object.__setattr__(module, _CALL_SLOT, outer)
+    object.__setattr__(module, CALL_SLOT, outer)
 
     def restore() -> None:
-        if getattr(module, _CALL_SLOT) is not outer:
+        if getattr(module, CALL_SLOT) is not outer:
             return  # compiled after us: that compilation is the user's
         if had_own:
-            object.__setattr__(module, _CALL_SLOT, before)
+            object.__setattr__(module, CALL_SLOT, before)
         else:
-            object.__delattr__(module, _CALL_SLOT)
+            object.__delattr__(module, CALL_SLOT)
 
     return restore
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module go through ``torch.compile``, by either of its forms."""
-    return hasattr(module, "_orig_mod") or getattr(module, _CALL_SLOT, None) is not None
+    return hasattr(module, "_orig_mod") or getattr(module, CALL_SLOT, None) is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, in which gradient checkpointing repeats calls."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

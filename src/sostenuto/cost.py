@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
@@ -26,6 +26,7 @@ from sostenuto.block_tap import BlocksTap
 from sostenuto.counting import MacCounter
 from sostenuto.errors import EngineError
 from sostenuto.features import leaves, mapped
+from sostenuto.foreign import set_aside
 from sostenuto.plan import Op
 from sostenuto.tap import Tap
 
@@ -92,6 +93,12 @@ def spec(value: Any) -> Any:
     return TensorSpec(tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
 
 
+def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
+    """The devices that autocast is on for, each with its dtype."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+
+
 def empty(output: Any) -> Any:
     """Tensors for specs, in the same structure."""
     return mapped(TensorSpec.empty, output, leaf=TensorSpec)
@@ -108,6 +115,10 @@ class DryRun:
         self._denoiser, self._taps = denoiser, taps
         self._specs = tree_map(spec, (args, kwargs))
         self._arguments: Any = (args, kwargs)
+        self._autocast = autocast_state()
+        self._device = next(
+            (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None
+        )
         self._needs_data = False
         self._cost: Cost | None = None
         self._macs: dict[Carried, int] = {}
@@ -231,8 +242,7 @@ class DryRun:
             with ExitStack() as stack:
                 if self._arguments is None:
                     raise EngineError("its arguments are gone: read the statistics before the next generation begins")
-                stack.enter_context(counter)
-                stack.enter_context(torch.no_grad())
+                self._enter(stack, counter)
                 set_taps()
                 args, kwargs = self._arguments
                 return self._denoiser.forward(*args, **kwargs)
@@ -244,11 +254,17 @@ class DryRun:
     def _run_without_data(self, counter: MacCounter, set_taps: Callable[[], None]) -> Any:
         with ExitStack() as stack:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(counter)
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(set_aside(self._denoiser, self._device or torch.device("cpu")))
+            self._enter(stack, counter)
             set_taps()
             args, kwargs = tree_map(_without_spec, self._specs)
             return self._denoiser.forward(*args, **kwargs)
+
+    def _enter(self, stack: ExitStack, counter: MacCounter) -> None:
+        stack.enter_context(counter)
+        stack.enter_context(torch.no_grad())
+        for kind, dtype in self._autocast:
+            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
 
     def _reset_taps(self, ops: Sequence[int]) -> None:
         for tap, op in zip(self._taps, ops, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sostenuto import compat
+from sostenuto.attachment import runs
 from sostenuto.cost import TensorSpec, spec
 from sostenuto.features import kept
 from sostenuto.plan import Op
@@ -43,7 +44,7 @@ class DeepTap(Tap):
         """All of the modules."""
         last = len(self.modules) - 1
         return [
-            (module, self._last(module.forward) if index == last else self._inner(module.forward, index))
+            (module, self._last(runs(module)) if index == last else self._inner(runs(module), index))
             for index, module in enumerate(self.modules)
         ]
 
@@ -51,7 +52,7 @@ class DeepTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Any:
             op = self.op
             if op == Op.OUTSIDE:
-                raise self.outside()
+                return self.outside_of_call(compute, args, kwargs)
             if op != Op.COMPUTE and op != Op.STORE:
                 return _filled(self._shapes_of(index))
             output = compute(*args, **kwargs)
@@ -71,7 +72,7 @@ class DeepTap(Tap):
             op = self.op
             self.reach()
             if op == Op.OUTSIDE:
-                raise self.outside()
+                return self.outside_of_call(compute, args, kwargs)
             if op != Op.COMPUTE and op != Op.STORE:
                 return _filled(self._shapes_of(-1), self.filled(op))
             output = compute(*args, **kwargs)

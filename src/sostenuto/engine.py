@@ -13,19 +13,21 @@ from torch.utils._pytree import tree_map
 
 from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
+from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, spec
+from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor
 from sostenuto.features import Feature, leaves, mapped
+from sostenuto.foreign import has_foreign_cache
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Observer, not_copied
+from sostenuto.tap import Observer
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -38,12 +40,8 @@ class Handle:
         self._denoiser = compat.unwrapped(denoiser)
         self._compiled = compat.is_compiled(denoiser)
         self.method = method.prepare(self._denoiser, scheduler())
+        self._check_neighbours()
         for part in parts(self.method):
-            if self._compiled and (not part.compiles or part.observed(self._denoiser)):
-                raise MethodError(
-                    f"{type(part).__name__} looks at features while the network runs, which a compiled denoiser can't: use "
-                    "the denoiser uncompiled, or a method with a plan (and random tokens)"
-                )
             if part.refines and not self.method.skips:
                 raise MethodError(
                     f"{type(part).__name__} fills the gaps that another method leaves: combine it with one that skips, such "
@@ -53,9 +51,7 @@ class Handle:
         self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
         self._clock = Clock(self._scheduler, self._reader.given_as)
-        self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
-        self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
-        self._executor = Executor(self.sites, self._taps, self._observers, self._compiled)
+        self._make_taps()
         self._max_cache_bytes = max_cache_bytes
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
@@ -87,9 +83,51 @@ class Handle:
             self.disable()
             raise
 
+    def _make_taps(self) -> None:
+        self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
+        self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
+        self._executor = Executor(self._denoiser, self.sites, self._taps, self._observers)
+
     def _attach_taps(self) -> None:
-        for tap in (*self._observers, *self._taps):
+        attached = (*self._observers, *self._taps)
+        for tap in attached:
             tap.attach()
+        self._surroundings = Surroundings(
+            self._denoiser, (module for tap in attached for module in tap.modules_replaced)
+        )
+        for tap in attached:
+            tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
+        self._check_graph(any(tap.in_graph for tap in attached))
+
+    def _check_graph(self, in_graph: bool) -> None:
+        for part in parts(self.method):
+            if in_graph and (not part.compiles or part.observed(self._denoiser)):
+                raise MethodError(
+                    f"{type(part).__name__} looks at features while the network runs, which a compiled denoiser can't: use "
+                    "the denoiser uncompiled, or a method with a plan (and random tokens)"
+                )
+
+    def _check_neighbours(self) -> None:
+        if has_foreign_cache(self._denoiser):
+            raise MethodError(
+                f"a cache of diffusers' own is enabled on this {type(self._denoiser).__name__}, and two caches don't go "
+                "together: call its disable_cache(), or disable sostenuto"
+            )
+
+    def _settle(self, between: bool) -> None:
+        """Make sure that every tap is still in its place; between generations put them in place again."""
+        attached = (*self._observers, *self._taps)
+        if self._surroundings.stand(between) and all(tap.stands for tap in attached):
+            return
+        if not between:
+            raise EngineError(
+                "modules of the denoiser were replaced, hooked or compiled in the middle of a generation (a LoRA loaded, "
+                "offloading switched): do that between generations"
+            )
+        self._detach_taps()
+        self._make_taps()
+        self._attach_taps()
+        self._record, self._dry_runs, self._signatures = None, [], {}
 
     def _detach_taps(self) -> None:
         for tap in reversed((*self._observers, *self._taps)):
@@ -198,8 +236,7 @@ class Handle:
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         specs = tree_map(spec, args), tree_map(spec, kwargs)
-        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-        key = repr((specs, autocast))
+        key = repr((specs, autocast_state()))
         if key not in self._signatures:
             self._signatures[key] = len(self._dry_runs)
             self._dry_runs.append(DryRun(self._denoiser, self._taps, args, kwargs))
@@ -226,7 +263,9 @@ class Handle:
         if given.prefill:
             return self._filled(inner, args, kwargs)
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
+        self._settle(between=tick.new_generation)
         if tick.new_generation:
+            self._check_neighbours()
             self._decide(tick)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
@@ -238,6 +277,7 @@ class Handle:
     def _filled(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
         self._drop_state()
+        self._settle(between=True)
         for tap in self._taps:
             tap.begin(Op.COMPUTE)
         try:
@@ -316,9 +356,26 @@ class Handle:
     def _follow(self, tick: Tick, state: PassState, call: Call) -> Any:
         """Carry out the step of the plan."""
         program = state.program
+        self._check_gradients(program.ops[tick.step])
         output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
         state.free(tick.step)
         return output
+
+    def _check_gradients(self, ops: Sequence[Op]) -> None:
+        """Refuse to skip in a call that autograd will repeat, or whose like are no steps of one sampling."""
+        if not torch.is_grad_enabled() or all(op.action is Action.COMPUTE and op != Op.DECIDE for op in ops):
+            return
+        network = self._denoiser
+        if network.training:
+            raise EngineError(
+                f"{type(self.method).__name__} would skip in a call of a denoiser in training mode: disable sostenuto while it "
+                "is trained, or call its eval() for sampling"
+            )
+        if getattr(network, "is_gradient_checkpointing", False):
+            raise EngineError(
+                f"{type(self.method).__name__} would skip in a call that gradient checkpointing repeats, when what was kept is "
+                "gone: use torch.no_grad(), or the denoiser's disable_gradient_checkpointing()"
+            )
 
     def _fresh_pass(self, tick: Tick, call: Call) -> PassState:
         assert self._facts is not None

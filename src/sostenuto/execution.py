@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
@@ -17,7 +18,9 @@ from sostenuto.cost import Carried, Cost
 from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.forecast import lagrange_weights
+from sostenuto.foreign import parallel_group
 from sostenuto.plan import Action, Op, Plan
+from sostenuto.signals import current_group, sharded_over
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.tap import Observer, Tap
@@ -27,16 +30,17 @@ class Executor:
     """Carries out denoiser calls with the taps of one handle.
 
     Args:
+        denoiser: the network.
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
-        compiled: whether the denoiser is compiled: memory is then given to the taps beforehand.
     """
 
     def __init__(
-        self, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer], compiled: bool
+        self, denoiser: nn.Module, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]
     ) -> None:
-        self._sites, self._taps, self._observers, self._compiled = sites, taps, observers, compiled
+        self._denoiser = denoiser
+        self._sites, self._taps, self._observers = sites, taps, observers
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
             next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
@@ -74,7 +78,8 @@ class Executor:
         """
         if any(op & Op.SHARE for op in ops):
             check_guidance_halves(next(leaves(call.latents)))
-        known = cost() if self._compiled else None  # before the taps are set: a dry run resets them
+        # Taps in a compiled graph are given their memory beforehand. Before the taps are set: a dry run resets them.
+        known = cost() if any(tap.in_graph for tap in self._taps) else None
         weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)
         num_tokens = self._choose_tokens(step, state, ops, plan)
         for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
@@ -91,7 +96,7 @@ class Executor:
                 assert isinstance(tap, BlocksTap)
                 tap.decide = partial(self._ask, step, num_steps, state, index, weights)
             tap.slots, tap.residual = state.slots[index], state.residuals[index]
-            if known is not None and not self._allocate(state, known, index):
+            if known is not None and tap.in_graph and not self._allocate(state, known, index):
                 tap.begin(Op.COMPUTE)
                 continue
             if op in (Op.FORECAST, Op.EXTEND):
@@ -106,11 +111,10 @@ class Executor:
         scored = 0 if state.selector is None else state.selector.macs
         try:
             output = self._run(state, call)
-            if not self._compiled:
-                self._check_reached(state)
-                for (tap, slot), version in zip(reused, written, strict=True):
-                    if versions(slot) != version:
-                        raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
+            self._check_reached(state)
+            for (tap, slot), version in zip(reused, written, strict=True):
+                if not tap.in_graph and versions(slot) != version:
+                    raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
             return output
         finally:
             scoring = 0 if state.selector is None else state.selector.macs - scored
@@ -164,7 +168,9 @@ class Executor:
         policy = state.policy
         assert policy is not None
         tap = self._taps[index]
-        if not policy.skips(step, num_steps, signal, tuple(state.decided)) or not state.decided:
+        with sharded_over(current_group() or parallel_group(self._denoiser)):
+            skips = policy.skips(step, num_steps, signal, tuple(state.decided))
+        if not skips or not state.decided:
             tap.slots = state.make_room(index)
             state.decided.insert(0, step)
             return Op.STORE
@@ -199,6 +205,7 @@ class Executor:
         for index, tap in enumerate(self._taps):
             if (
                 tap.reached == tap.site.calls
+                or tap.in_graph
                 or tap.op == Op.SKIP
                 or any(site is not tap.site and site.meets(tap.site) for site in skipped)
             ):
@@ -215,5 +222,6 @@ def never_reached(site: Site) -> EngineError:
     """The error of a site that a call left out."""
     return EngineError(
         f"a call of the denoiser never reached {site.id}: it can't be cached; correct its anatomy (or, where torch's fused "
-        "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False))"
+        "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False); where hooks or a compilation came "
+        "after sostenuto, enable it after them)"
     )

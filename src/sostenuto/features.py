@@ -55,7 +55,8 @@ def empty_like(value: torch.Tensor) -> torch.Tensor:
 
 def keep(slots: Slots, value: Feature) -> None:
     """Write a value into the first slot."""
-    if slots[0] is None:  # only outside of torch.compile, which is given its slots beforehand
+    recorded = not torch.compiler.is_compiling() and any(tensor.requires_grad for tensor in leaves(value))
+    if slots[0] is None or recorded:  # autograd may yet read what is there; torch.compile is given its slots beforehand
         slots[0] = mapped(empty_like, value)
     mapped(lambda slot, tensor: slot.copy_(tensor.detach()), slots[0], value)
 

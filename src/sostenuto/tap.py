@@ -8,32 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sostenuto import compat
 from sostenuto.anatomy import SiteKind
+from sostenuto.attachment import Attachment, runs
 from sostenuto.errors import EngineError
 from sostenuto.features import Feature, Slots, combine, keep, kept
 from sostenuto.plan import Action, Op
 from sostenuto.sites import Site
-
-
-class Attachment:
-    """Replaces ``forward`` of some modules, on these instances alone, and restores it."""
-
-    def __init__(self) -> None:
-        self._restore: list[Callable[[], None]] = []
-
-    def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The modules whose ``forward`` is replaced, each with the replacement."""
-        return []
-
-    def attach(self) -> None:
-        """Replace every ``forward``."""
-        for module, forward in self.replacements():
-            self._restore.append(replace_forward(module, forward))
-
-    def detach(self) -> None:
-        """Take every replacement away, last first."""
-        while self._restore:
-            self._restore.pop()()
 
 
 class Watched(NamedTuple):
@@ -129,6 +110,18 @@ class Tap(Attachment):
         self.store(output)
         return output
 
+    def outside_of_call(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call does that the engine doesn't know of: nothing but the repetition of a computed one is right.
+
+        Gradient checkpointing repeats it in the backward pass; the engine lets it do so only for calls that skip nothing.
+
+        Raises:
+            EngineError: it is no such repetition.
+        """
+        if compat.in_backward():
+            return compute(*args, **kwargs)
+        raise self.outside()
+
     def outside(self) -> EngineError:
         """The error of a call that the engine doesn't know of."""
         return EngineError(
@@ -148,7 +141,7 @@ class Observer(Attachment):
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """The module."""
-        compute = self._module.forward
+        compute = runs(self._module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = compute(*args, **kwargs)
@@ -174,10 +167,10 @@ class BranchTap(Tap):
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """The branch, what is in front of it and what is on the way."""
-        branch = self.branch(self.module.forward)
-        found = [(self.module, branch if self.site.calls == 1 else self.repeated(self.module.forward))]
-        found += [(module, self.narrow(module.forward)) for module in self.front]
-        return found + [(module, self.hand_on(index, module.forward)) for index, module in enumerate(self.hollow)]
+        branch = self.branch(runs(self.module))
+        found = [(self.module, branch if self.site.calls == 1 else self.repeated(runs(self.module)))]
+        found += [(module, self.narrow(runs(module))) for module in self.front]
+        return found + [(module, self.hand_on(index, runs(module))) for index, module in enumerate(self.hollow)]
 
     def watched(self) -> Watched:
         """The branch with what is skipped on the way; a fused one begins behind what is in front of it."""
@@ -220,7 +213,7 @@ class BranchTap(Tap):
             if op == Op.PARTIAL:
                 return self.partial(compute, args, kwargs)
             if op == Op.OUTSIDE:
-                raise self.outside()
+                return self.outside_of_call(compute, args, kwargs)
             return self.filled(op)
 
         return forward
@@ -240,7 +233,7 @@ class BranchTap(Tap):
                     self.store(tuple(self._outputs))
                 return self._outputs[-1]
             if op == Op.OUTSIDE:
-                raise self.outside()
+                return self.outside_of_call(compute, args, kwargs)
             if call == 0:
                 self._filled = self.filled(op)
             return self._filled[call]
@@ -256,6 +249,11 @@ class BranchTap(Tap):
         if not self.front:  # else what is in front has picked the tokens already
             args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
         output = compute(*args, **kwargs)
+        if output.requires_grad:  # the gradients of the chosen tokens are kept
+            places = tokens if tokens.ndim == 1 else tokens[..., None].expand_as(output)
+            refreshed = (slot.index_copy if tokens.ndim == 1 else slot.scatter)(1, places, output)
+            slot.copy_(refreshed.detach())
+            return refreshed
         if tokens.ndim == 1:
             slot.index_copy_(1, tokens, output.detach())
         else:
@@ -323,40 +321,3 @@ def pick(hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     if tokens.ndim == 1:
         return hidden_states.index_select(1, tokens)
     return hidden_states.gather(1, tokens[..., None].expand(-1, -1, hidden_states.shape[-1]))
-
-
-def not_copied() -> EngineError:
-    """The error of copying or pickling a denoiser whose modules are replaced."""
-    return EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
-
-
-class Replacement:
-    """A function in the place of a module's ``forward``, which says why the module can't be copied now."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        raise not_copied()
-
-
-def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Replace ``forward`` on an instance; returns the function that restores what was there."""
-    forward = Replacement(function)
-    had_own = "forward" in module.__dict__
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-
-    def restore() -> None:
-        if module.__dict__.get("forward") is not forward:
-            return  # somebody hooked the module after us: what they hold passes through once detached
-        if had_own:
-            module.__dict__["forward"] = before
-        else:
-            del module.__dict__["forward"]
-
-    return restore

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from sostenuto import compat
+from sostenuto.attachment import replace_forward, runs
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, attach
@@ -27,7 +28,6 @@ from sostenuto.methods.checks import check_number, check_whole
 from sostenuto.progress import progress
 from sostenuto.router import Router, cache_steps
 from sostenuto.sites import anatomy_of
-from sostenuto.tap import replace_forward
 
 Data = Callable[[torch.Generator, int], tuple[torch.Tensor, dict[str, Any]]]
 
@@ -207,7 +207,7 @@ def gated(denoiser: nn.Module, sites: tuple[str, ...]) -> Iterator[Gates]:
         denoiser.requires_grad_(False).eval()
         for index, site in enumerate(sites):
             module = denoiser.get_submodule(site)
-            stack.callback(replace_forward(module, gates.branch(index, module.forward)))
+            stack.callback(replace_forward(module, gates.branch(index, runs(module))))
         yield gates
 
 

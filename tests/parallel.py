@@ -1,0 +1,137 @@
+"""One of several processes that share a denoiser's tokens; run by ``test_parallel``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import sostenuto
+from sostenuto import FORA, Anatomy, BlockList, Branch, DBCache, SiteKind, TeaCache
+from sostenuto.zoo import TINY_MODELS
+
+METHODS = {
+    "fora": lambda: FORA(2),
+    "teacache": lambda: TeaCache(threshold=0.3),
+    "dbcache": lambda: DBCache(1, 0, 0.2, warmup=1),
+}
+OWN_METHODS = {"teacache": lambda: TeaCache(threshold=0.25), "dbcache": lambda: DBCache(1, 0, 0.15, warmup=1)}
+STEPS = 8
+
+
+def tiny_inputs(name, step):
+    """The same conditioning at every step, latents that move more and more slowly; an even number of tokens of each kind."""
+    timestep = 900.0 - 100 * step
+    inputs = TINY_MODELS[name].inputs(timestep, torch.Generator().manual_seed(0))
+    inputs["hidden_states"] = inputs["hidden_states"] * (1 + 0.5**step)
+    if name.startswith("Flux"):
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :4]
+        inputs["txt_ids"] = inputs["txt_ids"][:4]
+    return timestep, inputs | {"return_dict": False}
+
+
+def generate(model, name, method):
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0 - 100 * step for step in range(STEPS)]))
+    outputs = []
+    with torch.no_grad(), sostenuto.enable(model, method, scheduler=scheduler) as handle:
+        for step in range(STEPS):
+            outputs.append(model(**tiny_inputs(name, step)[1])[0])
+        return torch.stack(outputs), [[row[0] for row in handle.stats.plan], handle.stats.cache_bytes_peak]
+
+
+def parallelize(model):
+    """What ``enable_parallelism`` does; itself it looks for an accelerator."""
+    from diffusers import ContextParallelConfig
+    from diffusers.hooks.context_parallel import apply_context_parallel
+    from diffusers.models._modeling_parallel import ParallelConfig
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", mesh_shape=(1, 2), mesh_dim_names=("ring", "ulysses"))
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
+    config.setup(dist.get_rank(), 2, torch.device("cpu"), mesh=mesh)
+    model._parallel_config = config
+    for module in model.modules():
+        if hasattr(getattr(module, "processor", None), "_parallel_config"):
+            module.processor._parallel_config = config
+    apply_context_parallel(model, config.context_parallel_config, model._cp_plan)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, hidden_states):
+        return hidden_states + torch.tanh(self.mix(self.norm(hidden_states)))
+
+
+class Own(nn.Module):
+    """A network that is given its part of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, hidden_states, timestep):
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+def run_own(method, parts, part, group):
+    """The part's output and what was decided, of tokens whose two halves change at different rates."""
+    branch = Branch(SiteKind.SELF_ATTENTION, "mix", front=("norm",))
+    sostenuto.register_anatomy(Own, Anatomy((BlockList("layers", (branch,), streams=("hidden_states",)),)))
+    torch.manual_seed(0)
+    model = Own().eval()
+    latents, other = torch.randn(2, 2, 8, 8)
+    rates = torch.cat([torch.full((4, 1), 0.9), torch.full((4, 1), 0.2)])
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0 - 100 * step for step in range(STEPS)]))
+    outputs = []
+    with torch.no_grad(), sostenuto.sharded_over(group), sostenuto.enable(model, method, scheduler=scheduler) as handle:
+        for step in range(STEPS):
+            now = latents + rates**step * other
+            outputs.append(model(now.chunk(parts, dim=1)[part], scheduler.timesteps[step]))
+        return torch.stack(outputs), [row[0] for row in handle.stats.plan]
+
+
+def main():
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {}
+    for name in ("FluxTransformer2DModel", "WanTransformer3DModel"):
+        for label, method in METHODS.items():
+            for order in ("before", "after"):
+                whole, (plan, size) = generate(TINY_MODELS[name].build(), name, method())
+                model = TINY_MODELS[name].build()
+                if order == "before":
+                    parallelize(model)
+                    sharded, (own_plan, own_size) = generate(model, name, method())
+                else:
+                    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0 - 100 * step for step in range(STEPS)]))
+                    with torch.no_grad(), sostenuto.enable(model, method(), scheduler=scheduler) as handle:
+                        parallelize(model)
+                        sharded = torch.stack([model(**tiny_inputs(name, step)[1])[0] for step in range(STEPS)])
+                        own_plan = [row[0] for row in handle.stats.plan]
+                        own_size = handle.stats.cache_bytes_peak
+                gap = (whole - sharded).abs().max().item()
+                found[f"{name} {label} {order}"] = [gap, plan, own_plan, size, own_size]
+    for label, method in OWN_METHODS.items():
+        whole, plan = run_own(method(), 1, 0, None)
+        part, own_plan = run_own(method(), 2, rank, dist.group.WORLD)
+        _, alone = run_own(method(), 2, rank, None)
+        gap = (whole.chunk(2, dim=2)[rank] - part).abs().max().item()
+        found[f"own {label}"] = [gap, plan, own_plan, alone]
+    dist.destroy_process_group()
+    with open(f"{store}.{rank}", "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,46 @@
+"""Processes that share a denoiser's tokens decide alike, and make what one process makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers.hooks.context_parallel")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes found: for each case the gap to one process, and the decisions of one and of both."""
+    store, here = tmp_path_factory.mktemp("parallel") / "store", Path(__file__).parent
+    path = os.pathsep.join([str(here), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / "parallel.py")]
+    processes = [subprocess.Popen([*command, str(rank), str(store)], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    return [json.loads(Path(f"{store}.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("method", ["fora", "teacache", "dbcache"])
+@pytest.mark.parametrize("network", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_context_parallelism_set_up_before_or_after_changes_no_decision_and_no_output(found, network, method, order):
+    for rank in range(2):
+        gap, plan, own_plan, size, own_size = found[rank][f"{network} {method} {order}"]
+        assert gap < 1e-5
+        assert own_plan == plan
+        assert "reuse" in plan
+        assert own_size == size / 2  # each keeps the features of its own tokens
+
+
+@pytest.mark.parametrize("method", ["teacache", "dbcache"])
+def test_a_network_sharded_by_other_means_decides_alike_within_sharded_over(found, method):
+    alone = []
+    for rank in range(2):
+        gap, plan, own_plan, without = found[rank][f"own {method}"]
+        assert gap < 1e-5
+        assert own_plan == plan
+        alone.append(without)
+    assert alone[0] != alone[1]  # the parts by themselves would have disagreed
