@@ -219,8 +219,8 @@ class _Streams:
 
     def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a block that changes nothing returns."""
-        streams = tuple(self._argument(name, args, kwargs) for name in self._returns)
-        return streams if len(streams) > 1 else streams[0]
+        streams = [self._argument(name, args, kwargs) for name in self._returns]
+        return tuple(streams) if len(streams) > 1 else streams[0]
 
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""
