@@ -93,7 +93,7 @@ class BlocksTap(Tap):
                 self._enter(compute, streams, args, kwargs)
             op = self.op
             if is_last and not torch.compiler.is_compiling():
-                self.reached = self._entered
+                self.reached = self.reached or self._entered
             if op == Op.OUTSIDE:
                 return self.outside_of_call(compute, args, kwargs)
             if op == Op.COMPUTE or op == Op.SKIP:  # what is skipped here is skipped by the tap of a range around it
@@ -116,6 +116,8 @@ class BlocksTap(Tap):
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
         op = self.op
         if op == Op.COMPUTE or op == Op.SKIP or op == Op.OUTSIDE:
+            if not torch.compiler.is_compiling():
+                self.reached = True  # its end may be skipped as part of another range
             return
         self._entry = streams.given(args, kwargs)
         if op == Op.STORE:
