@@ -133,8 +133,6 @@ class BlocksTap(Tap):
             self.op = int(self.decide(self._signal(compute, streams, args, kwargs)))
         op = self.op
         if op == Op.COMPUTE or op == Op.SKIP or op == Op.OUTSIDE:
-            if not torch.compiler.is_compiling():
-                self.reached = True  # its end may be skipped as part of another range
             return
         self._entry = streams.given(args, kwargs)
         if op == Op.STORE:
