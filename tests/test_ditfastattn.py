@@ -75,7 +75,7 @@ def test_the_work_of_window_attention_is_that_of_its_chunks():
 def test_full_attention_that_keeps_its_residual_returns_what_the_module_returns(tiny):
     tap, forward = attention_tap(tiny)
     x = torch.randn(2, 16, 32)
-    tap.op = int(Op.RESIDUAL | Op.STORE)
+    tap.begin(Op.RESIDUAL | Op.STORE)
     assert torch.equal(forward(x), tap.module(x))
     assert torch.equal(tap.slots[0], tap.module(x))
 
@@ -86,11 +86,12 @@ def test_window_and_residual_of_the_same_tokens_is_full_attention(tiny, qk_norm)
     tiny.transformer_blocks[0].attn1 = Attention(32, heads=4, dim_head=16, qk_norm=qk_norm, out_dim=None)
     tap, forward = attention_tap(tiny)
     x = torch.randn(2, 16, 32)
-    tap.op = int(Op.RESIDUAL)
+    tap.begin(Op.RESIDUAL)
     full = forward(x)
     assert tap.residual[0].shape == tap.residual_shape(full.shape) == (2, 16, 64)
-    tap.op = int(Op.WINDOW)
+    tap.begin(Op.WINDOW)
     torch.testing.assert_close(forward(x), tap.module(x))
+    tap.begin(Op.WINDOW)
     assert not torch.allclose(forward(2 * x), tap.module(2 * x))
 
 
@@ -99,12 +100,12 @@ def test_window_and_residual_of_the_same_tokens_is_full_attention(tiny, qk_norm)
 def test_sharing_gives_both_halves_what_the_conditional_one_computes(tiny, op, half):
     tap, forward = attention_tap(tiny, half=half)
     x = torch.randn(4, 16, 32)
-    tap.op = int(Op.RESIDUAL)
+    tap.begin(Op.RESIDUAL)
     forward(x)
     conditional = tap.module(x)[:2] if half == "first" else tap.module(x)[2:]
-    tap.op = int(op)
+    tap.begin(op)
     torch.testing.assert_close(forward(x), torch.cat([conditional, conditional]))
-    tap.op = int(Op.WINDOW)
+    tap.begin(Op.WINDOW)
     tap.module, same = tap.module, torch.cat([x[:2] if half == "first" else x[2:]] * 2)
     if op & Op.RESIDUAL:  # the shared residual is the conditional one, for both halves
         torch.testing.assert_close(forward(same), tap.module(same))
@@ -115,7 +116,7 @@ def test_the_default_window_is_an_eighth_of_the_tokens(tiny):
     residuals = []
     for window in (None, 2):
         tap, forward = attention_tap(tiny, window=window)
-        tap.op = int(Op.RESIDUAL)
+        tap.begin(Op.RESIDUAL)
         forward(x)
         residuals.append(tap.residual[0])
     assert torch.equal(*residuals)
@@ -302,7 +303,7 @@ def test_attention_of_another_kind_is_refused_by_name(tiny, scheduler, attention
 
 def test_a_mask_is_refused_where_the_window_is_to_run(tiny):
     tap, forward = attention_tap(tiny)
-    tap.op = int(Op.RESIDUAL)
+    tap.begin(Op.RESIDUAL)
     with pytest.raises(MethodError, match=r"transformer_blocks\.0\.attn1 is called with more than"):
         forward(torch.randn(2, 16, 32), attention_mask=torch.ones(2, 16))
 

@@ -27,16 +27,16 @@ CASTS = {
     "t / 1000": (lambda t: t / 1000, None),
     "bfloat16 / 1000": (lambda t: t.bfloat16() / 1000, None),
     "(t / 1000) in float16": (lambda t: (t / 1000).half(), None),
-    "1 - t / 1000": (lambda t: 1 - t / 1000, lambda value: 1000 * (1 - value)),
-    "1 - t / 1000 in bfloat16": (lambda t: 1 - t.bfloat16() / 1000, lambda value: 1000 * (1 - value)),
+    "1 - t / 1000": (lambda t: 1 - t / 1000, lambda t: 1 - t / 1000),
+    "1 - t / 1000 in bfloat16": (lambda t: 1 - t.bfloat16() / 1000, lambda t: 1 - t / 1000),
 }
 SMALL = ("EDM", "Cosine", "MiniMax", "IPNDM")  # their timesteps lie around 0 to 1: given as they are
 
 
 def clocked(scheduler, cast, first=0, passes=1, calls=None):
     """Run a sampler's loop with one pixel; the ticks of all its calls."""
-    convert, from_timestep = CASTS[cast]
-    clock = Clock(lambda: scheduler, from_timestep)
+    convert, given_as = CASTS[cast]
+    clock = Clock(lambda: scheduler, given_as)
     x, ticks = draw(0, 1, 1, 2, 2).float(), []
     for t in scheduler.timesteps[first:][:calls]:
         z = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x

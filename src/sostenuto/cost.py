@@ -164,7 +164,7 @@ class DryRun:
                         return  # a call that leaves out the first block of a range
                     begun.remove(index)
                     macs[index] += counter.macs
-                    outputs[index].append(mapped(spec, output))
+                    outputs[index].append(mapped(spec, self._taps[index].feature(output)))
 
                 first = watched.first
                 hook = first.register_forward_hook(begin) if watched.behind else first.register_forward_pre_hook(begin)

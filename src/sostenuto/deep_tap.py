@@ -11,7 +11,7 @@ from torch import nn
 from sostenuto import compat
 from sostenuto.attachment import runs
 from sostenuto.cost import TensorSpec, spec
-from sostenuto.features import kept
+from sostenuto.features import Feature, kept
 from sostenuto.plan import Op
 from sostenuto.sites import Site
 from sostenuto.tap import Tap, Watched
@@ -39,6 +39,10 @@ class DeepTap(Tap):
     def watched(self) -> Watched:
         """The first and the last module."""
         return Watched(self.modules[0], self.modules[-1])
+
+    def feature(self, output: Any) -> Feature:
+        """The tensor in it: attentions return a tuple of one."""
+        return compat.only_tensor(output)
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """All of the modules."""
@@ -76,7 +80,7 @@ class DeepTap(Tap):
             if op != Op.COMPUTE and op != Op.STORE:
                 return _filled(self._shapes_of(-1), self.filled(op))
             output = compute(*args, **kwargs)
-            feature = compat.only_tensor(output)
+            feature = self.feature(output)
             if not torch.compiler.is_compiling():
                 self._seen[-1] = _shapes(output)
                 self._outputs[_kind(feature)] = tuple(self._seen)

@@ -47,6 +47,10 @@ class Tap(Attachment):
         """Where the site begins and ends."""
         return None
 
+    def feature(self, output: Any) -> Feature:
+        """What of the last module's output is kept."""
+        return output
+
     def can(self, action: Action) -> bool:
         """Whether it can carry out an action."""
         return not action.changes_attention
