@@ -60,7 +60,12 @@ def generate(model, tiny, scheduler):
     return outputs
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("PixArtTransformer2DModel", "FluxTransformer2DModel", "WanVACETransformer3DModel", "LatteTransformer3DModel")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_the_method_runs_saves_and_leaves_nothing_behind(name):
     tiny = TINY_MODELS[name]
     model, scheduler = tiny.build(), FlowMatchEulerDiscreteScheduler()
