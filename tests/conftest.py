@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_attention_backend():
+    """``set_attention_backend`` of one model sets the default of all, and ``reset_attention_backend`` leaves it set."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
 
 
 def build_tiny(num_layers: int = 3, out_channels: int = 2, seed: int = 0) -> DiTTransformer2DModel:
