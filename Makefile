@@ -37,7 +37,7 @@ bench: install
 	$(BIN)/python benchmarks/efficiency.py --json docs/results/efficiency.json
 
 evidence: install
-	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --json docs/results/demo-10k.json
+	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --dtype bfloat16 --json docs/results/demo-10k.json
 
 clean:
 	rm -rf $(VENV) demo-output runs

@@ -166,6 +166,19 @@ def test_a_folder_of_another_run_is_refused(demo_run):
         compare(folder, Settings(num_images=8, batch_size=4, search_images=0), show=False)
 
 
+def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, demo_run):
+    monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:2])
+    results = compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0, dtype="bfloat16"), show=False)
+    assert results["machine"]["dtype"] == "bfloat16"
+    single, half = (load_file(folder / "batches" / name)["images"] for folder, name in (
+        (demo_run[0], "uncached-seed0-00000.safetensors"), (tmp_path, "uncached-seed0-00000.safetensors")
+    ))  # fmt: skip
+    difference = (single[:4].float() - half.float()).abs()
+    assert difference.max() > 0
+    with pytest.raises(sostenuto.InputError, match="dtype"):
+        compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0), show=False)
+
+
 def test_shards_share_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:3])
     halves = [Settings(num_images=4, batch_size=2, search_images=0, shard=(part, 2)) for part in (0, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sostenuto.cli.common import write_json
 
@@ -23,6 +24,8 @@ class Demo:
     """Images per value when the noise scale is searched; 0 takes the shipped tables instead of calibrating."""
     shard: tuple[int, int] = (0, 1)
     """This process's part of the batches and the number of parts, to share a long run among processes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's matrix products, for every row alike."""
     threads: int = 0
     """Threads that torch uses; 0 leaves torch's default."""
     fresh: bool = False
@@ -39,7 +42,7 @@ class Demo:
         from sostenuto.demo.compare import Settings, compare
         from sostenuto.demo.show import terminal_table, write_pictures
 
-        settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard)
+        settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard, self.dtype)
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.fresh and (self.output / "batches").is_dir():

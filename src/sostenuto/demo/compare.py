@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -52,6 +52,8 @@ class Settings:
     """Images per value when the noise scale b is searched; 0 takes the shipped tables instead of calibrating."""
     shard: tuple[int, int] = (0, 1)
     """This process's part of the batches and the number of parts."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's matrix products, of every row alike; the latents stay float32."""
 
     def __post_init__(self) -> None:
         if self.num_images < 4 or self.batch_size < 1 or not self.seeds or self.search_images < 0:
@@ -216,7 +218,8 @@ def run_entries(folder: Path, todo: Sequence[Entry], settings: Settings, show: b
             for entry in todo:
                 path = batch_file(folder, entry.name, seed, start)
                 if not path.exists() and number % settings.shard[1] == settings.shard[0]:
-                    _generate(pipe, entry, seed, start, labels, path)
+                    with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                        _generate(pipe, entry, seed, start, labels, path)
                 bar.update()
     missing = sum(not batch_file(folder, e.name, seed, start).exists() for seed, start, _ in batches for e in todo)
     if missing:
@@ -248,6 +251,7 @@ def _check_folder(folder: Path, settings: Settings) -> None:
         "tables": [_digest(path) for path in sorted(folder.glob("table-*.json"))],
         "num_images": settings.num_images,
         "batch_size": settings.batch_size,
+        "dtype": settings.dtype,
         "torch": torch.__version__,
     }
     path = folder / "run.json"
@@ -368,7 +372,7 @@ def _results(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Jud
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,
         "floor": judge.floor(settings.num_images),
-        "machine": machine(),
+        "machine": machine() | {"dtype": settings.dtype},
     }
 
 
