@@ -76,7 +76,11 @@ class Reader:
             raise ClockError(f"the denoiser was called without {self.latents} or {self.timestep}")
         conditioning: list[Any] = []
         for name in sorted(named):
-            values = [value for value in tree_leaves(named[name]) if isinstance(value, _VALUES)]
+            value = named[name]
+            if value is None:
+                continue
+            plain = isinstance(value, _VALUES)
+            values = [value] if plain else [leaf for leaf in tree_leaves(value) if isinstance(leaf, _VALUES)]
             if values:  # of what changes every step only whether it is there
                 conditioning += [name] if name in self._stepwise else [name, *values]
         return Given(latents, timestep, conditioning, self._prefill is not None and self._prefill(named))

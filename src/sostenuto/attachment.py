@@ -130,8 +130,9 @@ class Surroundings:
 
     def stand(self, thorough: bool) -> bool:
         """Whether all replaced modules are still part of the denoiser; thoroughly: whether no module was added or compiled."""
-        if not all(modules.get(name) is module for modules, name, module in self._links.values()):
-            return False
+        for modules, name, module in self._links.values():
+            if modules.get(name) is not module:
+                return False
         return not thorough or self._structure == _structure(self._denoiser)
 
 

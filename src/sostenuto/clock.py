@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sostenuto.errors import ClockError
 from sostenuto.features import Feature, leaves
-from sostenuto.timesteps import GivenAs, Timesteps
+from sostenuto.timesteps import GivenAs, Levels, Timesteps, levels_of
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """The place of one denoiser call in the sampling.
 
     Attributes:
@@ -69,7 +67,7 @@ class Clock:
         self._source: Any = None
         self._timesteps: Timesteps | None = None
         self._opening = self._step = -1
-        self._levels: torch.Tensor | None = None  # the last timestep
+        self._levels: Levels | None = None  # of the last call
         self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
         self._called: set[int] = set()  # the passes called at this step
@@ -101,19 +99,23 @@ class Clock:
         if source is not self._source or self._timesteps is None:
             self.forget()
             self._source, self._timesteps = source, Timesteps(scheduler, self._given_as)
-        same = _are_same(self._latents, tensors)
-        step = self._timesteps.find(timestep, scheduler, self._step, same)
+
+        def same() -> bool:  # asked for only where it matters
+            return _are_same(self._latents, tensors)
+
+        levels = levels_of(timestep)
+        step = self._timesteps.find(levels, scheduler, self._step, same)
         fresh = self._opening < 0 or step < self._step
-        again = not fresh and step == self._step and not _went_on(self._levels, timestep)
+        again = not fresh and step == self._step and not levels.went_on_from(self._levels)
         known = [] if fresh else self._known(conditioning)
         free = [index for index in known if not again or index not in self._called]
         crowded = len(self._passes) == _MOST_PASSES and not free
-        repeated = again and len(free) < len(known) and (crowded or not same)
+        repeated = again and len(free) < len(known) and (crowded or not same())
         if again and step == self._opening:  # a generation may be given up after its first step
-            fresh = repeated or not (same or _are_akin(self._latents, tensors))
+            fresh = repeated or not (same() or _are_akin(self._latents, tensors))
         elif repeated:
             raise ClockError(
-                f"the denoiser was called again at step {step} with {'the same inputs' if same else 'other latents'}: "
+                f"the denoiser was called again at step {step} with {'the same inputs' if same() else 'other latents'}: "
                 "finish one generation before the next, and give every pass of a step conditioning of its own"
             )
         if fresh:
@@ -126,7 +128,7 @@ class Clock:
         self._called.add(pass_index)
         # Clones: the sampler may write in place.
         self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
-        self._levels = timestep.detach().clone() if isinstance(timestep, torch.Tensor) else None
+        self._levels = levels
         listed = self._timesteps.values
         return Tick(step, pass_index, len(listed), listed, fresh)
 
@@ -245,10 +247,3 @@ def _are_akin(known: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> b
         a.shape == b.shape and ((a == b) & (a != 0)).double().mean().item() >= _AKIN
         for a, b in zip(known, given, strict=True)
     )
-
-
-def _went_on(before: torch.Tensor | None, now: Any) -> bool:
-    """Whether some of several noise levels fell and none rose."""
-    if before is None or not isinstance(now, torch.Tensor) or before.shape != now.shape or len(now.unique()) < 2:
-        return False
-    return bool((now <= before).all()) and bool((now < before).any())

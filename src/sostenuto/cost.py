@@ -93,6 +93,17 @@ def spec(value: Any) -> Any:
     return TensorSpec(tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
 
 
+def signature(value: Any) -> Any:
+    """What two arguments have in common that cost the same: hashable, quick to make."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, dict):
+        return tuple((name, signature(part)) for name, part in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(signature, value))
+    return type(value), value if value.__hash__ is not None else repr(value)
+
+
 def autocast_state() -> tuple[tuple[str, torch.dtype], ...]:
     """The devices that autocast is on for, each with its dtype."""
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]

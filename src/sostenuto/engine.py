@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
+from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
-from sostenuto.execution import Executor
-from sostenuto.features import Feature, leaves, mapped
+from sostenuto.execution import Executor, NeverReachedError
+from sostenuto.features import Feature, leaves
 from sostenuto.foreign import has_foreign_cache
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
-from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
+from sostenuto.plan import Action, Op, Plan, Program, Row, fit, lower, peak_bytes
 from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
@@ -58,6 +57,8 @@ class Handle:
         self._detach: list[Callable[[], None]] = []
         self._facts: Facts | None = None
         self._plan: Plan | None = None
+        self._lowered_plan: Plan | None = None
+        self._programs: dict[int, Program] = {}  # the lowered plan, by the step at which a pass begins
         self._shifter: TimeShifter | None = None
         self._noise_scale: tuple[float, ...] | None = None
         self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
@@ -97,7 +98,8 @@ class Handle:
         )
         for tap in attached:
             tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
-        self._check_graph(any(tap.in_graph for tap in attached))
+        self._executor.in_graph = any(tap.in_graph for tap in attached)
+        self._check_graph(self._executor.in_graph)
 
     def _check_graph(self, in_graph: bool) -> None:
         for part in parts(self.method):
@@ -115,15 +117,17 @@ class Handle:
             )
 
     def _settle(self, between: bool) -> None:
-        """Make sure that every tap is still in its place; between generations put them in place again."""
-        attached = (*self._observers, *self._taps)
-        if self._surroundings.stand(between) and all(tap.stands for tap in attached):
+        """Make sure that every tap is still in its place; between generations put them in place again.
+
+        Within a generation a tap that is displaced shows by a site that isn't reached, but in a compiled graph.
+        """
+        stand = self._surroundings.stand(between)
+        if between or self._executor.in_graph:
+            stand = stand and all(tap.stands for tap in (*self._observers, *self._taps))
+        if stand:
             return
         if not between:
-            raise EngineError(
-                "modules of the denoiser were replaced, hooked or compiled in the middle of a generation (a LoRA loaded, "
-                "offloading switched): do that between generations"
-            )
+            raise displaced()
         self._detach_taps()
         self._make_taps()
         self._attach_taps()
@@ -235,8 +239,7 @@ class Handle:
                     other._attach_taps()
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        specs = tree_map(spec, args), tree_map(spec, kwargs)
-        key = repr((specs, autocast_state()))
+        key = signature(args), signature(kwargs), autocast_state()
         if key not in self._signatures:
             self._signatures[key] = len(self._dry_runs)
             self._dry_runs.append(DryRun(self._denoiser, self._taps, args, kwargs))
@@ -263,10 +266,12 @@ class Handle:
         if given.prefill:
             return self._filled(inner, args, kwargs)
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
-        self._settle(between=tick.new_generation)
         if tick.new_generation:
+            self._settle(between=True)
             self._check_neighbours()
             self._decide(tick)
+        else:
+            self._settle(between=False)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
@@ -342,10 +347,11 @@ class Handle:
         # What a pass that left out a step keeps is of no use any more.
         self._passes = {index: state for index, state in self._passes.items() if state.last_step >= tick.step - 1}
         state = self._passes.get(tick.pass_index)
-        if state is None or tick.step != state.last_step + 1 or state.latents != mapped(spec, call.latents):
+        batch = signature(call.latents)
+        if state is None or tick.step != state.last_step + 1 or state.batch != batch:
             # The pass begins here, left out steps, or goes on with another batch: what it kept is not what its plan assumes.
             state = self._passes[tick.pass_index] = self._fresh_pass(tick, call)
-            state.latents, state.is_further = mapped(spec, call.latents), tick.pass_index > 0
+            state.batch, state.is_further = batch, tick.pass_index > 0
         if self.driver is not None:
             output = self.driver(tick, Prober(self, tick, state, call))
         else:
@@ -355,16 +361,15 @@ class Handle:
 
     def _follow(self, tick: Tick, state: PassState, call: Call) -> Any:
         """Carry out the step of the plan."""
-        program = state.program
-        self._check_gradients(program.ops[tick.step])
-        output = self._execute(tick, state, call, program.ops[tick.step], program.history[tick.step])
+        row = state.program.rows[tick.step]
+        if row.skips and torch.is_grad_enabled():
+            self._check_gradients()
+        output = self._execute(tick, state, call, row)
         state.free(tick.step)
         return output
 
-    def _check_gradients(self, ops: Sequence[Op]) -> None:
+    def _check_gradients(self) -> None:
         """Refuse to skip in a call that autograd will repeat, or whose like are no steps of one sampling."""
-        if not torch.is_grad_enabled() or all(op.action is Action.COMPUTE and op != Op.DECIDE for op in ops):
-            return
         network = self._denoiser
         if network.training:
             raise EngineError(
@@ -382,7 +387,7 @@ class Handle:
         sites = len(self.sites)
         selector = self.method.selector(self._facts, next(leaves(call.latents)))
         if self._plan is not None:
-            return PassState(lower(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
+            return PassState(self._program(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
         policy = None if self.driver is not None else self.method.policy(self._facts)
         if policy is not None and self._max_cache_bytes is not None and self._bytes_per_pass() > self._max_cache_bytes:
             policy = None
@@ -392,33 +397,52 @@ class Handle:
         program = Program((row,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * sites, (-1,) * sites)
         return PassState(program, sites, num_slots, policy, selector)
 
-    def _execute(
-        self, tick: Tick, state: PassState, call: Call, ops: Sequence[Op], history: Sequence[tuple[int, ...]]
-    ) -> Any:
+    def _program(self, plan: Plan, start: int) -> Program:
+        """The plan lowered; kept, as passes and generations follow the same one as a rule."""
+        if self._lowered_plan != plan:
+            self._lowered_plan, self._programs = plan, {}
+        if start not in self._programs:
+            self._programs[start] = lower(plan, start)
+        return self._programs[start]
+
+    def _execute(self, tick: Tick, state: PassState, call: Call, row: Row) -> Any:
         """Run the denoiser with one op per site."""
 
         def note(carried: Carried) -> None:
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
-                self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
+                if row.keeps:
+                    self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
 
-        return self._executor.execute(
-            tick.step,
-            tick.num_steps,
-            state,
-            call,
-            ops,
-            history,
-            plan=self._plan,
-            cost=lambda: self._cost(call.signature),
-            note=note,
-        )
+        try:
+            return self._executor.execute(
+                tick.step,
+                tick.num_steps,
+                state,
+                call,
+                row,
+                plan=self._plan,
+                cost=lambda: self._cost(call.signature),
+                note=note,
+            )
+        except NeverReachedError:
+            if all(tap.stands for tap in self._taps):
+                raise
+            raise displaced() from None
 
     def _drop_state(self) -> None:
         self._passes = {}
         self._clock.forget()
         for tap in self._taps:
             tap.reset()
+
+
+def displaced() -> EngineError:
+    """The error of taps that are not in their places any more."""
+    return EngineError(
+        "modules of the denoiser were replaced, hooked or compiled in the middle of a generation (a LoRA loaded, "
+        "offloading switched): do that between generations"
+    )
 
 
 def attach(

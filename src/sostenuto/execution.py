@@ -19,7 +19,7 @@ from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.forecast import lagrange_weights
 from sostenuto.foreign import parallel_group
-from sostenuto.plan import Action, Op, Plan
+from sostenuto.plan import Action, Op, Plan, Row
 from sostenuto.signals import current_group, sharded_over
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
@@ -41,6 +41,7 @@ class Executor:
     ) -> None:
         self._denoiser = denoiser
         self._sites, self._taps, self._observers = sites, taps, observers
+        self.in_graph = False  # whether any tap runs within a compiled graph
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
             next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
@@ -53,8 +54,7 @@ class Executor:
         num_steps: int,
         state: PassState,
         call: Call,
-        ops: Sequence[Op],
-        history: Sequence[tuple[int, ...]],
+        row: Row,
         *,
         plan: Plan | None,
         cost: Callable[[], Cost],
@@ -67,8 +67,7 @@ class Executor:
             num_steps: steps of the generation.
             state: what the pass keeps.
             call: the call.
-            ops: what each site does.
-            history: the steps whose outputs each site's forecast combines.
+            row: what each site does.
             plan: the plan that the ops are of, for its weights and ratios.
             cost: tells what such a call costs.
             note: is told what was carried out, also when the call failed.
@@ -76,18 +75,23 @@ class Executor:
         Raises:
             EngineError: a site was not reached, or the network wrote into what is kept.
         """
-        if any(op & Op.SHARE for op in ops):
+        ops, taps = row.ops, self._taps
+        if row.shares_guidance:
             check_guidance_halves(next(leaves(call.latents)))
         # Taps in a compiled graph are given their memory beforehand. Before the taps are set: a dry run resets them.
-        known = cost() if any(tap.in_graph for tap in self._taps) else None
+        known = cost() if self.in_graph else None
         weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)
-        num_tokens = self._choose_tokens(step, state, ops, plan)
-        for index, (tap, op) in enumerate(zip(self._taps, ops, strict=True)):
+        num_tokens = self._choose_tokens(step, state, row, plan) if row.partial else ()
+        for tap, op in zip(taps, row.numbers, strict=True):
+            tap.begin(op)
+        for index in row.stateful if known is None else range(len(ops)):
+            tap, op = taps[index], ops[index]
             if index in state.absent:
                 op = Op.COMPUTE  # this pass leaves it out; should it come up after all, it is right to compute it
             elif op == Op.PARTIAL and not num_tokens[index]:
                 op = Op.REUSE
-            tap.begin(op)
+            if op != ops[index]:
+                tap.begin(op)
             if op & Op.STORE:
                 state.make_room(index)
                 if state.selector is not None:
@@ -100,10 +104,11 @@ class Executor:
                 tap.begin(Op.COMPUTE)
                 continue
             if op in (Op.FORECAST, Op.EXTEND):
-                tap.weights = weights(history[index], kept(tap.slots[1 if op == Op.EXTEND else 0]))
-        decided = any(tap.op == Op.DECIDE for tap in self._taps)
-        reused = [(tap, kept(tap.slots[0])) for tap in self._taps if tap.op in (Op.REUSE, Op.PARTIAL)]
-        written = [versions(slot) + (tap.op == Op.PARTIAL) for tap, slot in reused]  # a partial site writes once
+                tap.weights = weights(row.history[index], kept(tap.slots[1 if op == Op.EXTEND else 0]))
+        read = [
+            (tap, kept(tap.slots[0])) for tap in map(taps.__getitem__, row.read) if tap.op in (Op.REUSE, Op.PARTIAL)
+        ]
+        written = [versions(slot) + (tap.op == Op.PARTIAL) for tap, slot in read]  # a partial site writes once
         if state.selector is not None and step in state.program.refreshed:
             for observer, index in zip(self._observers, self._observed_at, strict=True):
                 if index is None or ops[index].action is Action.COMPUTE:
@@ -112,18 +117,19 @@ class Executor:
         try:
             output = self._run(state, call)
             self._check_reached(state)
-            for (tap, slot), version in zip(reused, written, strict=True):
+            for (tap, slot), version in zip(read, written, strict=True):
                 if not tap.in_graph and versions(slot) != version:
                     raise EngineError(f"the network writes into the output of {tap.site.id}: it can't be reused")
             return output
         finally:
             scoring = 0 if state.selector is None else state.selector.macs - scored
-            carried = Carried(tuple(Op(tap.op) for tap in self._taps), tuple(num_tokens), decided, scoring)
-            for tap in self._taps:
+            as_planned = not (row.decides or row.partial or state.absent)
+            carried = ops if as_planned else tuple(Op(tap.op) for tap in taps)
+            for tap in taps:
                 tap.reset()
             for observer in self._observers:
                 observer.hear = None
-            note(carried)
+            note(Carried(carried, tuple(num_tokens), row.decides, scoring))
 
     def _allocate(self, state: PassState, cost: Cost, index: int) -> bool:
         """Give a compiled denoiser's tap its memory beforehand; returns whether the call reaches the site."""
@@ -139,12 +145,12 @@ class Executor:
             allocate(tap.slots, output)
         return True
 
-    def _choose_tokens(self, step: int, state: PassState, ops: Sequence[Op], plan: Plan | None) -> list[int]:
+    def _choose_tokens(self, step: int, state: PassState, row: Row, plan: Plan | None) -> list[int]:
         """Set the tokens that partial sites run; returns how many of each site, 0 where the site doesn't run partially."""
-        num_tokens = [0] * len(ops)
+        num_tokens = [0] * len(row.ops)
         wanted = []
-        for index, op in enumerate(ops):
-            if op == Op.PARTIAL and index not in state.absent:
+        for index in row.partial:
+            if index not in state.absent:
                 assert plan is not None
                 slot = kept(state.slots[index][0])
                 if isinstance(slot, torch.Tensor) and slot.ndim == 3:  # else it is reused as it is
@@ -200,15 +206,17 @@ class Executor:
 
     def _check_reached(self, state: PassState) -> None:
         """Every site must be reached by every call, except one that is left out from the pass's first call on."""
+        odd = [
+            (index, tap)
+            for index, tap in enumerate(self._taps)
+            if tap.reached != tap.site.calls and tap.op != Op.SKIP and not tap.in_graph
+        ]
+        if not odd:
+            return
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
         begins = state.last_step < 0
-        for index, tap in enumerate(self._taps):
-            if (
-                tap.reached == tap.site.calls
-                or tap.in_graph
-                or tap.op == Op.SKIP
-                or any(site is not tap.site and site.meets(tap.site) for site in skipped)
-            ):
+        for index, tap in odd:
+            if any(site is not tap.site and site.meets(tap.site) for site in skipped):
                 continue
             if tap.reached:
                 raise tap.miscounted()
@@ -218,9 +226,13 @@ class Executor:
                 raise never_reached(tap.site)
 
 
-def never_reached(site: Site) -> EngineError:
+class NeverReachedError(EngineError):
+    """A call of the denoiser left out a site."""
+
+
+def never_reached(site: Site) -> NeverReachedError:
     """The error of a site that a call left out."""
-    return EngineError(
+    return NeverReachedError(
         f"a call of the denoiser never reached {site.id}: it can't be cached; correct its anatomy (or, where torch's fused "
         "transformer layer ran in its place, torch.backends.mha.set_fastpath_enabled(False); where hooks or a compilation came "
         "after sostenuto, enable it after them)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
+from functools import cached_property
 
 from sostenuto.forecast import lagrange_weights
 
@@ -112,6 +113,59 @@ class Plan:
         return self.forecast_order + 1 + self.keep_forecasts if forecasts else 1
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """The ops of one step, and what follows from them, told once and not at every call.
+
+    Attributes:
+        ops: one per site.
+        history: for each site the steps whose outputs a ``FORECAST`` combines, newest first, otherwise ``()``.
+    """
+
+    ops: tuple[Op, ...]
+    history: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The ops as plain integers."""
+        return tuple(map(int, self.ops))
+
+    @cached_property
+    def stateful(self) -> tuple[int, ...]:
+        """The sites that read or write what is kept."""
+        return tuple(site for site, op in enumerate(self.ops) if op not in (Op.COMPUTE, Op.SKIP))
+
+    @cached_property
+    def read(self) -> tuple[int, ...]:
+        """The sites that hand out the very memory that is kept."""
+        return tuple(site for site, op in enumerate(self.ops) if op in (Op.REUSE, Op.PARTIAL))
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether memory may be taken."""
+        return any(op & (Op.STORE | Op.RESIDUAL | Op.DECIDE) for op in self.ops)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether anything is, or may be, left out."""
+        return any(op.action is not Action.COMPUTE or op == Op.DECIDE for op in self.ops)
+
+    @cached_property
+    def shares_guidance(self) -> bool:
+        """Whether the unconditional half of a batch is given what the conditional one has."""
+        return any(op & Op.SHARE for op in self.ops)
+
+    @cached_property
+    def partial(self) -> tuple[int, ...]:
+        """The sites that run for some tokens."""
+        return tuple(site for site, op in enumerate(self.ops) if op == Op.PARTIAL)
+
+    @cached_property
+    def decides(self) -> bool:
+        """Whether a policy is asked."""
+        return Op.DECIDE in self.ops
+
+
 @dataclass(frozen=True)
 class Program:
     """A plan lowered for a generation that begins at step ``start``.
@@ -129,6 +183,11 @@ class Program:
     last_reader: tuple[int, ...]
     last_residual_reader: tuple[int, ...]
     refreshed: frozenset[int] = frozenset()
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Ops and history of every step."""
+        return tuple(map(Row, self.ops, self.history))
 
 
 def lower(plan: Plan, start: int = 0) -> Program:

@@ -12,7 +12,7 @@ from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.correct import predicted_noise, without_variance
 from sostenuto.cost import Cost
-from sostenuto.plan import Op
+from sostenuto.plan import Op, Row
 from sostenuto.state import Call, PassState
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Prober:
 
     def run(self, ops: Sequence[Op], history: Sequence[tuple[int, ...]] | None = None) -> Any:
         """The denoiser's output with these ops; ``STORE`` keeps outputs for later runs and steps."""
-        return self.handle._execute(self.tick, self.state, self.call, ops, history or ((),) * len(ops))
+        row = Row(tuple(ops), tuple(history or ((),) * len(ops)))
+        return self.handle._execute(self.tick, self.state, self.call, row)
 
     @property
     def batch_size(self) -> int:

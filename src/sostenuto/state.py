@@ -95,7 +95,7 @@ class PassState:
         self.last_step = -1
         self.is_further = False  # whether it is not the first pass of its step
         self.absent: set[int] = set()  # sites that this pass leaves out
-        self.latents: Any = None  # without their data
+        self.batch: Any = None  # shape and kind of the latents
         self.slots: list[Slots] = [[None] * num_slots for _ in range(num_sites)]
         self.residuals: list[Slots] = [[None] for _ in range(num_sites)]
         self.decided: list[int] = []  # steps at which the policy had its site computed, newest first

@@ -16,6 +16,9 @@ from sostenuto.features import Feature, Slots, combine, keep, kept
 from sostenuto.plan import Action, Op
 from sostenuto.sites import Site
 
+# Members of an enum are slow to look up, and these are asked for at every call of every module that is tapped.
+_COMPUTE, _PARTIAL, _FILLED = int(Op.COMPUTE), int(Op.PARTIAL), int(Op.REUSE | Op.FORECAST)
+
 
 class Watched(NamedTuple):
     """The modules at whose beginning (or end, if ``behind``) and end a site begins and ends."""
@@ -194,21 +197,26 @@ class BranchTap(Tap):
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
-        super().begin(op)
-        self._call, self._outputs, self._filled = 0, [], None
+        self.op, self.reached = int(op), 0
+        if self.site.calls > 1:
+            self._call, self._outputs, self._filled = 0, [], None
 
     def reset(self) -> None:
         """Let go of everything that belongs to a call."""
         super().reset()
-        self._outputs, self._filled = [], None
+        if self.site.calls > 1:
+            self._outputs, self._filled = [], None
 
     def branch(self, compute: Callable[..., Feature]) -> Callable[..., Feature]:
         """What stands in for the branch's ``forward``."""
 
         def forward(*args: Any, **kwargs: Any) -> Feature:
             op = self.op
+            if op == _COMPUTE and not self.in_graph:  # the short way for what happens most, as reach() does it
+                self.reached += 1
+                return compute(*args, **kwargs)
             self.reach()
-            if op == Op.COMPUTE:
+            if op == _COMPUTE:
                 return compute(*args, **kwargs)
             if op == Op.STORE:
                 output = compute(*args, **kwargs)
@@ -269,9 +277,9 @@ class BranchTap(Tap):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             op = self.op
-            if op == Op.REUSE or op == Op.FORECAST or op == Op.EXTEND:
+            if op & _FILLED:
                 args, kwargs = with_first(args, kwargs, _first_token)  # of what it returns only the rest is read
-            elif op == Op.PARTIAL:
+            elif op == _PARTIAL:
                 tokens = self.tokens
                 assert tokens is not None
                 args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
@@ -283,8 +291,7 @@ class BranchTap(Tap):
         """What stands in for the ``forward`` of a module on the way: when skipped it returns what it is given."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            op = self.op
-            if op == Op.REUSE or op == Op.FORECAST or op == Op.EXTEND:
+            if self.op & _FILLED:
                 given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
                 return tuple(given[: self._num_streams[index]]) if self._num_streams[index] else given[0]
             output = compute(*args, **kwargs)

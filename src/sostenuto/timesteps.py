@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,24 +51,23 @@ class Timesteps:
             sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")[: len(listed)]
             self._others = [_Reading(sigmas), _Reading(sigmas / (1 + sigmas))]
 
-    def find(self, timestep: Any, scheduler: Any, last_step: int, same_latents: bool) -> int:
+    def find(self, levels: Levels, scheduler: Any, last_step: int, same_latents: Callable[[], bool]) -> int:
         """The step of a call.
 
         Args:
-            timestep: what the denoiser is given.
+            levels: what the denoiser is given for a timestep.
             scheduler: the scheduler, whose ``step_index`` may tell.
             last_step: the step of the call before, −1 at first.
-            same_latents: whether the call before had the same latents.
+            same_latents: tells whether the call before had the same latents.
 
         Raises:
             ClockError: the timestep is not listed.
         """
-        rounding, given = _rounding(timestep), different(timestep)
         # Some frames may be given (timestep 0) or at noise levels of their own: the noisiest that the scheduler lists counts.
-        found = [steps for value in given if (steps := self._matches(value, rounding))]
+        found = [steps for value in levels.values if (steps := self._matches(value, levels.rounding))]
         if not found:
             raise ClockError(
-                f"timestep {given[0]:g} is not among the scheduler's {len(self.values)} timesteps: pass the scheduler "
+                f"timestep {levels.values[0]:g} is not among the scheduler's {len(self.values)} timesteps: pass the scheduler "
                 "that drives this denoiser (scheduler=…) and call its set_timesteps; of a second pipeline with the same "
                 "denoiser, tell the handle with handle.share(pipeline)"
             )
@@ -85,14 +86,14 @@ class Timesteps:
         return []
 
 
-def _choose(matches: Sequence[int], scheduler: Any, last_step: int, same_latents: bool) -> int:
+def _choose(matches: Sequence[int], scheduler: Any, last_step: int, same_latents: Callable[[], bool]) -> int:
     """The step that is meant, of several that the timestep fits."""
     if len(matches) == 1:
         return matches[0]
     index, begin = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
     if index is not None and index in matches:
         return int(index)
-    if last_step in matches and same_latents:
+    if last_step in matches and same_latents():
         return last_step
     if last_step >= 0:
         return next((step for step in matches if step > last_step), matches[0])
@@ -112,45 +113,81 @@ class _Rounding:
     whole: bool = False
 
 
-@dataclass(frozen=True, eq=False)
 class _Reading:
-    """One way of giving a network the scheduler's timesteps: what it is given at each step."""
+    """One way of giving a network the scheduler's timesteps: what it is given at each step.
 
-    given: torch.Tensor
+    Sorted, so that a step is found without a look at all of them.
+    """
+
+    def __init__(self, given: torch.Tensor) -> None:
+        ordered = sorted((value, step) for step, value in enumerate(given.tolist()))
+        self._values = [value for value, _ in ordered]
+        self._steps = [step for _, step in ordered]
 
     def matches(self, value: float, rounding: _Rounding) -> list[int]:
         """The steps at which it may be given this value."""
-        gaps = (self.given - value).abs()
         size = max(abs(value), 1.0)
-        nearest = gaps.min().item() if len(gaps) else size
+        at = bisect_left(self._values, value)
+        nearest = min((abs(near - value) for near in self._values[max(0, at - 1) : at + 1]), default=size)
         reach = max(rounding.relative * size, _WHOLE if rounding.whole else 0.0)
         if reach < nearest <= _LOOSE_PRECISION * size:
             reach = nearest
-        return (gaps <= reach).nonzero().flatten().tolist()
+        first, last = at, at
+        while first and value - self._values[first - 1] <= reach:
+            first -= 1
+        while last < len(self._values) and self._values[last] - value <= reach:
+            last += 1
+        return sorted(self._steps[first:last])
 
 
-def _rounding(timestep: Any) -> _Rounding:
-    if not isinstance(timestep, torch.Tensor):
-        return _Rounding(_PRECISION, isinstance(timestep, int))
-    if not timestep.dtype.is_floating_point:
-        return _Rounding(_PRECISION, True)
-    return _Rounding(max(_PRECISION, torch.finfo(timestep.dtype).eps))
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels of one call, as its timestep gives them.
+
+    Attributes:
+        values: the different ones.
+        rounding: how far each may be from the timestep that it was made from.
+        each: that of every frame or sample, where there are several.
+    """
+
+    values: Sequence[float]
+    rounding: _Rounding
+    each: torch.Tensor | tuple[float, ...] | None = None
+
+    def went_on_from(self, before: Levels | None) -> bool:
+        """Whether some of several noise levels fell and none rose."""
+        if before is None or before.each is None or self.each is None or len(self.values) < 2:
+            return False
+        was, now = torch.as_tensor(before.each), torch.as_tensor(self.each)
+        return was.shape == now.shape and bool((now <= was).all()) and bool((now < was).any())
 
 
-def different(timestep: Any) -> list[float]:
-    """The different values of a timestep.
+def levels_of(timestep: Any) -> Levels:
+    """The noise levels of a call.
 
     Raises:
-        ClockError: it is no number or tensor, or has too many values.
+        ClockError: the timestep is no number or tensor, or has too many values.
     """
     try:
         if not isinstance(timestep, torch.Tensor):
-            return [float(timestep)]
-        values = timestep.unique().tolist()
-        if not 0 < len(values) <= _MOST_VALUES:
-            raise ClockError(
-                f"the denoiser was given {len(values)} different timesteps at once: its step can't be told"
-            )
-        return values
+            return Levels([float(timestep)], _Rounding(_PRECISION, isinstance(timestep, int)))
+        rounding = _rounding_to(timestep.dtype)
+        if timestep.numel() > _MOST_VALUES:
+            each = timestep.detach().clone().flatten()  # a clone: the sampler may write in place
+            values = each.unique().tolist()
+        else:
+            listed: Any = timestep.tolist() if timestep.ndim < 2 else timestep.flatten().tolist()
+            each = tuple(listed) if timestep.ndim else (listed,)
+            values = sorted({*each})
     except (TypeError, ValueError):
         raise ClockError(f"{timestep!r} is no timestep") from None
+    if not 0 < len(values) <= _MOST_VALUES:
+        raise ClockError(f"the denoiser was given {len(values)} different timesteps at once: its step can't be told")
+    return Levels(values, rounding, each if len(each) > 1 else None)
+
+
+@cache
+def _rounding_to(dtype: torch.dtype) -> _Rounding:
+    if not dtype.is_floating_point:
+        return _Rounding(_PRECISION, True)
+    return _Rounding(max(_PRECISION, torch.finfo(dtype).eps))
