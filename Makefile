@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint format bench evidence clean
+.PHONY: install demo test test-all lint format bench evidence docs clean
 
 install: $(STAMP)
 
@@ -38,6 +38,9 @@ bench: install
 
 evidence: install
 	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --dtype bfloat16 --json docs/results/demo-10k.json
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) demo-output runs
