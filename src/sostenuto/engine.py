@@ -194,6 +194,24 @@ class Handle:
             return self._record.statistics(self._dry_runs, self.sites)
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan of the last generation; ``None`` before the first one, and where decisions are taken while it runs."""
+        return self._plan
+
+    @property
+    def noise_scale(self) -> tuple[float, ...] | None:
+        """The factor of the predicted noise at every step of the last generation; ``None``: left as it is."""
+        return self._noise_scale
+
+    @property
+    def last_actions(self) -> list[str]:
+        """What every site did in the last call of the denoiser, as in ``stats.plan``, without counting anything."""
+        if self._record is None or not self._record.calls:
+            return []
+        *_, carried = self._record.calls[-1]
+        return [op.action.value for op in carried.ops]
+
+    @property
     def predicted_cache_bytes(self) -> int | None:
         """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call."""
         return None if self._record is None else self._bytes_per_pass() * self._record.num_passes

@@ -13,6 +13,7 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.errors import TableError
+from sostenuto.sites import num_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,6 +26,28 @@ def fingerprint(denoiser: nn.Module) -> str:
     """sha256 of a denoiser's configuration: what was measured on one network is refused by another."""
     text = json.dumps(compat.config_of(denoiser), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(denoiser: nn.Module, scheduler: Any) -> dict[str, dict[str, Any]]:
+    """What a file says of the model and scheduler that it was made for: ``{"model": …, "scheduler": …}``.
+
+    Args:
+        denoiser: the network.
+        scheduler: its scheduler, with the timesteps of the generation.
+    """
+    config = getattr(scheduler, "config", {})
+    return {
+        "model": {
+            "class": type(denoiser).__name__,
+            "num_blocks": num_blocks(denoiser),
+            "fingerprint": fingerprint(denoiser),
+        },
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "prediction_type": config.get("prediction_type") if hasattr(config, "get") else None,
+            "timesteps": [float(t) for t in scheduler.timesteps],
+        },
+    }
 
 
 def check_made_for(

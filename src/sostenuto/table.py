@@ -227,6 +227,15 @@ class CacheTable:
         Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CacheTable:
+        """The table that a file with this content holds.
+
+        Raises:
+            TableError: the content is no valid table.
+        """
+        return _from_json(content, None)
+
+    @classmethod
     def load(cls, path: str | Path, order: str | None = None) -> CacheTable:
         """Read a table: our JSON, or the EB-Cache authors' bare ``.npy`` of 0, 1, 2.
 

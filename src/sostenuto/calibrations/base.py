@@ -12,11 +12,11 @@ from sostenuto.clock import Tick
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle, Prober, attach
 from sostenuto.errors import MethodError
-from sostenuto.measured import fingerprint
+from sostenuto.measured import identity
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action
 from sostenuto.progress import progress
-from sostenuto.sites import Site, num_blocks
+from sostenuto.sites import Site
 from sostenuto.table import CacheTable
 
 Sample = Callable[..., Any]
@@ -98,21 +98,7 @@ class Calibration:
 
 def made_for(handle: Handle) -> dict[str, dict[str, Any]]:
     """The identity of model and scheduler that goes into a table: ``{"model": …, "scheduler": …}``."""
-    scheduler = handle._scheduler()
-    denoiser = handle._denoiser
-    config = getattr(scheduler, "config", {})
-    return {
-        "model": {
-            "class": type(denoiser).__name__,
-            "num_blocks": num_blocks(denoiser),
-            "fingerprint": fingerprint(denoiser),
-        },
-        "scheduler": {
-            "class": type(scheduler).__name__,
-            "prediction_type": config.get("prediction_type") if hasattr(config, "get") else None,
-            "timesteps": [float(t) for t in scheduler.timesteps],
-        },
-    }
+    return identity(handle._denoiser, handle._scheduler())
 
 
 def measure_uncached(

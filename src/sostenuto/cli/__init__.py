@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models``."""
+"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models | studio``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sostenuto.cli.examine import Inspect, Verify
 from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
 from sostenuto.cli.models import Models
+from sostenuto.cli.studio import Studio
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "verify": Verify,
     "methods": Methods,
     "models": Models,
+    "studio": Studio,
 }
 
 
