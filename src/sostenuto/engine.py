@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
+from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
@@ -28,6 +30,7 @@ from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
+from sostenuto.telemetry import Generation, Reporter
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -68,6 +71,7 @@ class Handle:
         self._generation_signature = 0
         self._busy = threading.Lock()
         self._taps_in_use = threading.RLock()  # by a call or a dry run
+        self._reporter = Reporter(self)
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -135,6 +139,8 @@ class Handle:
 
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""
+        if self._detach:
+            self._reporter.tell()
         while self._detach:
             self._detach.pop()()
         self._drop_state()
@@ -157,6 +163,10 @@ class Handle:
             )
         self.method.prepare(self._denoiser, pipeline.scheduler)
         self._scheduler.add(lambda: pipeline.scheduler)
+
+    def listen(self, listener: Callable[[Generation], None]) -> None:
+        """Call a function with every generation, when its last call is done; the method is then counted each time."""
+        self._reporter.listeners.append(listener)
 
     @property
     def enabled(self) -> bool:
@@ -265,14 +275,18 @@ class Handle:
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
         self._settle(between=tick.new_generation)
         if tick.new_generation:
+            self._reporter.tell()
             self._check_neighbours()
             self._decide(tick)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
-            self._begin(call)
+            self._begin(call, tick.num_steps)
         output = self._step(tick, call)
-        return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+        if self._noise_scale is not None:
+            output = self._scaled(tick, call, output, self._noise_scale[tick.step])
+        self._reporter.called(tick.step, tick.num_steps)
+        return output
 
     def _filled(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
@@ -330,8 +344,8 @@ class Handle:
         timestep = self._shifter.shift(tick.timesteps[tick.step], next(leaves(latents)))
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
-    def _begin(self, call: Call) -> None:
-        self._record, self._generation_signature = Record(self._clock.source), call.signature
+    def _begin(self, call: Call, num_steps: int) -> None:
+        self._record, self._generation_signature = Record(self._clock.source, num_steps=num_steps), call.signature
         for dry_run in self._dry_runs[: call.signature]:
             dry_run.forget_arguments()
         if self._max_cache_bytes is not None and self._plan is not None:
@@ -401,6 +415,7 @@ class Handle:
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
+                self._record.ended = time.monotonic()
 
         return self._executor.execute(
             tick.step,
@@ -447,8 +462,7 @@ def attach(
         method = by_name(method)
     if not isinstance(method, Method):
         raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
-    if max_cache_bytes is not None and not (isinstance(max_cache_bytes, int) and max_cache_bytes >= 0):
-        raise MethodError(f"max_cache_bytes must be a whole number of 0 or more, not {max_cache_bytes!r}")
+    check_max_cache_bytes(max_cache_bytes)
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
     handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)

@@ -34,6 +34,7 @@ class Statistics:
             larger site around was reused, and ``"idle"``, where another denoiser of the pipeline served the step.
         sites: the ids of the sites.
         site_kinds: what each of them is.
+        disabled: whether ``SOSTENUTO_DISABLE`` was set, so that nothing was attached and nothing counted.
     """
 
     num_steps: int
@@ -47,6 +48,13 @@ class Statistics:
     plan: list[list[str]]
     sites: list[str]
     site_kinds: list[str]
+    disabled: bool = False
+
+    @classmethod
+    def of_nothing(cls) -> Statistics:
+        """The statistics where nothing was attached: no counts at all."""
+        actions = {action.value: 0 for action in _ALWAYS_LISTED}
+        return cls(0, [], 0, actions, 0, 0, 1.0, 0, [], [], [], disabled=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain data, ready for JSON."""
@@ -61,6 +69,8 @@ class Record:
     calls: list[tuple[int, int, int, Carried]] = field(default_factory=list)  # step, pass, signature, what it did
     bytes_peak: int = 0
     began: float = field(default_factory=time.monotonic)
+    ended: float = field(default_factory=time.monotonic)  # of its last call so far
+    num_steps: int = 0  # of the scheduler
 
     def note_bytes(self, num_bytes: int) -> None:
         """So many bytes of features are kept now."""
