@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint format bench evidence clean
+.PHONY: install demo test test-all lint format bench evidence build release-check clean
 
 install: $(STAMP)
 
@@ -39,5 +39,11 @@ bench: install
 evidence: install
 	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --dtype bfloat16 --json docs/results/demo-10k.json
 
+build: install
+	$(BIN)/python -m hatchling build
+
+release-check: install
+	$(BIN)/python scripts/release_check.py
+
 clean:
-	rm -rf $(VENV) demo-output runs
+	rm -rf $(VENV) demo-output runs dist
