@@ -95,8 +95,8 @@ class ModelPatcher:
 class Guider:
     """Classifier-free guidance over the chunks; ``batched`` says whether memory allows both in one call."""
 
-    def __init__(self, patcher, cond, uncond, cfg=3.0, batched=True):
-        self.model_patcher, self.inner_model = patcher, None
+    def __init__(self, patcher, cond, uncond, cfg=3.0, batched=True, controlled=False):
+        self.model_patcher, self.inner_model, self.controlled = patcher, None, controlled
         self.conds, self.cfg, self.batched, self.uuids = (cond, uncond), cfg, batched, [uuid.uuid4(), uuid.uuid4()]
         self.calls = 0
 
@@ -113,6 +113,11 @@ class Guider:
                 "uuids": [self.uuids[which] for which in chunk],
                 "sigmas": sigma,
             }
+            if self.controlled:  # a ControlNet's residuals, others at every step
+                given["control"] = {
+                    "input": [sigma[:1, None, None].sin(), None],
+                    "output": [None, sigma[:1, None, None]],
+                }
             self.calls += 1
             both = self.inner_model.apply_model(
                 torch.cat([x] * len(chunk)), times, transformer_options=options, **given
@@ -240,11 +245,15 @@ class Flux(nn.Module):
         img = self.img_in(F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2))
         vec = F.silu(self.time_in(embedding(timestep, self.width)) + self.vector_in(y))
         txt = self.txt_in(context)
-        for block in self.double_blocks:
+        for index, block in enumerate(self.double_blocks):
             img, txt = block(img=img, txt=txt, vec=vec, transformer_options=transformer_options)
+            if control is not None and control["input"][index] is not None:
+                img += control["input"][index]
         img = torch.cat((txt, img), 1)
-        for block in self.single_blocks:
+        for index, block in enumerate(self.single_blocks):
             img = block(img, vec=vec, transformer_options=transformer_options)
+            if control is not None and index < len(control["output"]) and control["output"][index] is not None:
+                img[:, txt.shape[1] :] += control["output"][index]
         out = self.final_layer(self.final_norm(img[:, txt.shape[1] :]))
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (x.shape[2] // 2, -1)), 2)
 
@@ -319,10 +328,10 @@ def conditionings(network_class=Flux):
     return made
 
 
-def generate(patcher, sampler=sample_euler, num_steps=8, seed=0, batched=True, sigmas=None):
+def generate(patcher, sampler=sample_euler, num_steps=8, seed=0, sigmas=None, **options):
     """A generation of one image, and the guider that called the network."""
     kind = type(patcher.model.diffusion_model)
-    guider = Guider(patcher, *conditionings(kind), batched=batched)
+    guider = Guider(patcher, *conditionings(kind), **options)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     if sigmas is None:
         sigmas = torch.linspace(1, 0, num_steps + 1)

@@ -164,6 +164,14 @@ def test_the_blocks_of_flux_are_reused_as_by_hand(batched):
     assert f"{15 * (2 - batched)} compute, {25 * (2 - batched)} reuse" in report_of(model)
 
 
+def test_what_a_controlnet_adds_between_blocks_is_that_of_the_step():
+    model = cached(build(Flux), "fora", interval=2, anchor="start")
+    result, _ = generate(model, controlled=True)
+    expected, _ = generate(stale_flux({1, 3, 5, 7}), controlled=True)
+    torch.testing.assert_close(result, expected)
+    assert not torch.allclose(result, generate(model)[0])
+
+
 def test_nothing_changes_with_no_method_and_nothing_is_left_behind():
     model = build(Flux)
     stock, _ = generate(model)
@@ -175,16 +183,18 @@ def test_nothing_changes_with_no_method_and_nothing_is_left_behind():
     assert torch.equal(generate(model)[0], stock)  # the clones share their network
 
 
-@pytest.mark.parametrize("network", [Flux, WanModel])
 @pytest.mark.parametrize(
-    ("method", "parameters"),
+    ("network", "method", "parameters"),
     [
-        ("taylorseer", {"interval": 3, "order": 1}),
-        ("ab", {"warmup": 2, "interval": 3}),
-        ("delta-dit", {}),
-        ("dbcache", {"front_blocks": 1, "warmup": 2, "threshold": 10.0, "max_consecutive": 2}),
-        ("teacache", {"threshold": 10.0}),
-        ("magcache", {"ratios": [1.0] * 8, "retention": 0.1}),
+        (WanModel, "taylorseer", {"interval": 3, "order": 1}),
+        (WanModel, "ab", {"warmup": 2, "interval": 3}),
+        (WanModel, "duca", {}),
+        (Flux, "taylorseer", {"interval": 3, "order": 1}),
+        (Flux, "ab", {"warmup": 2, "interval": 3}),
+        (Flux, "delta-dit", {}),
+        (Flux, "dbcache", {"front_blocks": 1, "warmup": 2, "threshold": 10.0, "max_consecutive": 2}),
+        (Flux, "teacache", {"threshold": 10.0}),
+        (Flux, "magcache", {"ratios": [1.0] * 8, "retention": 0.1}),
     ],
 )
 def test_methods_skip_and_the_image_stays_near(network, method, parameters):

@@ -2,9 +2,12 @@
 
 import builtins
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +194,18 @@ def test_the_command_line_takes_a_file(tmp_path, capsys):
     assert "gone.json can't be read" in capsys.readouterr().err
 
 
+def test_the_page_s_examples_are_read(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    found = re.findall(r"```(json|yaml)\n([\s\S]*?)```", page)
+    assert [kind for kind, _ in found] == ["json", "yaml"]
+    configs = []
+    for kind, text in found:
+        (tmp_path / f"c.{kind}").write_text(text)
+        configs.append(sostenuto.load_config(tmp_path / f"c.{kind}"))
+    assert configs[0].method == EBCache(tmp_path / "tables" / "pixart-50.json", eps_scale=0.99)
+    assert configs[1] == Config(FORA(3) | Forecast(2), 2 * 10**9)
+
+
 # --- the emergency switch -------------------------------------------------------------------------------------------
 
 
@@ -225,8 +240,6 @@ def test_the_switch_warns_once_in_a_process():
         "import logging, sostenuto; logging.basicConfig(format='%(name)s %(levelname)s %(message)s')\n"
         "for _ in range(3): sostenuto.enable(None, 'fora')"
     )
-    import os
-
     env = {**os.environ, "SOSTENUTO_DISABLE": "1"}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
     lines = [line for line in ran.stderr.splitlines() if line.startswith("sostenuto WARNING")]

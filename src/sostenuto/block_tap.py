@@ -162,7 +162,9 @@ class BlocksTap(Tap):
 
     def _as_it_is(self, stream: Any) -> Any:
         """A stream as it is now, also when a block writes into it: of an inference tensor nothing would tell."""
-        if isinstance(stream, torch.Tensor) and (self._in_place or stream.is_inference()):
+        if not isinstance(stream, torch.Tensor):
+            return stream
+        if self._in_place or (not torch.compiler.is_compiling() and stream.is_inference()):
             return stream.clone()
         return stream
 
