@@ -11,7 +11,8 @@ from torch import nn
 
 import comfy_stub
 import sostenuto
-from comfy_stub import EPS, Flux, WanModel, build, generate, sample_heun
+from comfy_stub import CONST, EPS, BaseModel, Flux, ModelPatcher, WanModel, build, generate, sample_heun
+from sostenuto import BlockList
 from sostenuto.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from sostenuto.comfyui.caching import caching_of, patched
 from sostenuto.comfyui.networks import teach
@@ -214,6 +215,28 @@ def test_a_signal_sees_what_blocks_in_front_add_although_they_add_in_place():
     assert torch.equal(generate(model)[0], stock)  # the residual changes, so nothing is ever skipped
 
 
+def test_blocks_that_write_in_place_undeclared_are_handled_or_refused():
+    network = build(Flux).model.diffusion_model
+    places = (BlockList("double_blocks", (BLOCK,), ("img", "txt")), BlockList("single_blocks", (BLOCK,), ("x",)))
+    model = ModelPatcher(BaseModel(Undeclared(), CONST()))
+    sostenuto.register_anatomy(Undeclared, sostenuto.Anatomy(places))
+    model.model.diffusion_model.load_state_dict(network.state_dict())
+    expected, _ = generate(cached(build(Flux), "fora", interval=2))
+    assert torch.equal(generate(cached(model, "fora", interval=2))[0], expected)  # inference tensors don't tell
+    with (
+        pytest.raises(sostenuto.EngineError, match="in_place=True"),
+        sostenuto.enable(model.model.diffusion_model, "fora", scheduler=PLAIN),
+    ):
+        sample_plain(model.model.diffusion_model, torch.Generator(), 3)
+
+
+BLOCK = sostenuto.Branch(sostenuto.SiteKind.FUSED, "")
+
+
+class Undeclared(Flux):
+    """The same blocks, of which nobody said that they write into their streams."""
+
+
 def test_branches_of_a_network_that_has_them_as_modules_are_sites():
     network = build(WanModel).model.diffusion_model
     teach(network)
@@ -239,7 +262,7 @@ def sample_plain(network, generator, num_inference_steps):
     PLAIN.timesteps = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
     x = torch.randn(1, 4, 8, 8, generator=generator)
     cond = comfy_stub.conditionings(type(network))[0]
-    named = {"context": cond["c_crossattn"], **({"y": cond["y"]} if "y" in cond else {})}
+    named = {"context": cond["c_crossattn"]} | {name: value for name, value in cond.items() if name == "y"}
     for t in PLAIN.timesteps:
         with torch.no_grad():
             x = x - network(x, t.expand(1), **named) / num_inference_steps

@@ -38,8 +38,8 @@ def test_one_line_tells_of_each_generation_when_it_is_done(network, separate, ca
     # The first step and those with 3 and 0 still to come are computed, in 2 layers of 2 branches, for each pass.
     passes = 1 + separate
     assert lines(caplog)[0].startswith("FORA | Forecast on DiTTransformer2DModel: 6 steps in ")
-    assert f"({3 * 4 * passes} compute" in lines(caplog)[0]
-    assert "MiB kept" in lines(caplog)[0]
+    assert f" s, {3 * 4 * passes} compute, " in lines(caplog)[0]
+    assert lines(caplog)[0].endswith("MiB kept")
 
 
 def test_a_generation_given_up_is_told_of_when_the_next_begins_or_caching_ends(network, caplog):
@@ -57,10 +57,30 @@ def test_a_generation_given_up_is_told_of_when_the_next_begins_or_caching_ends(n
 
 def test_nothing_is_counted_where_nobody_asked(network, monkeypatch):
     model, scheduler = network
-    monkeypatch.setattr(Record, "statistics", lambda *_: pytest.fail("statistics were counted"))
+    monkeypatch.setattr(Record, "actions", property(lambda *_: pytest.fail("actions were counted")))
     logging.getLogger("sostenuto").setLevel(logging.WARNING)
     with sostenuto.enable(model, "fora", scheduler=scheduler):
         sample_loop(model, scheduler, 4)
+
+
+def test_a_line_in_the_log_takes_no_dry_run(network, caplog, monkeypatch):
+    model, scheduler = network
+    monkeypatch.setattr(Record, "statistics", lambda *_: pytest.fail("multiply-accumulates were counted"))
+    with caplog.at_level(logging.INFO, "sostenuto"), sostenuto.enable(model, "fora", scheduler=scheduler):
+        sample_loop(model, scheduler, 4)
+    assert len(lines(caplog)) == 1
+
+
+def test_statistics_of_a_generation_that_is_over_are_those_of_no_other(network):
+    model, scheduler = network
+    heard, told = [], []
+    with sostenuto.enable(model, "fora", scheduler=scheduler) as handle:
+        handle.listen(lambda generation: (heard.append(generation), told.append(generation.statistics())))
+        sample_loop(model, scheduler, 4)
+        sample_loop(model, scheduler, 5)
+        assert [stats.num_steps for stats in told] == [4, 5]
+        assert heard[0].statistics() is None
+        assert heard[1].statistics() == told[1]
 
 
 def test_the_line_changes_nothing_in_the_result(network, caplog):

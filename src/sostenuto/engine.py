@@ -165,7 +165,7 @@ class Handle:
         self._scheduler.add(lambda: pipeline.scheduler)
 
     def listen(self, listener: Callable[[Generation], None]) -> None:
-        """Call a function with every generation, when its last call is done; the method is then counted each time."""
+        """Call a function with every generation, when its last call is done."""
         self._reporter.listeners.append(listener)
 
     @property

@@ -89,23 +89,29 @@ class Record:
             found.setdefault(step, set()).add(pass_index)
         return found
 
+    @property
+    def actions(self) -> dict[str, int]:
+        """For each kind of action how many times a site carried it out."""
+        actions: Counter[str] = Counter()
+        for *_, carried in self.calls:
+            actions.update(_names(carried.ops))
+        return {
+            action.value: actions[action.value]
+            for action in Action
+            if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
+        }
+
     def statistics(self, dry_runs: Sequence[DryRun], sites: Sequence[Site]) -> Statistics:
         """Count everything, with the dry run of a call by its signature and the sites that the ops belong to."""
         macs = uncached = 0
-        actions: Counter[str] = Counter()
         for _, _, signature, carried in self.calls:
             uncached += dry_runs[signature].cost.macs
             macs += dry_runs[signature].macs(carried)
-            actions.update(_names(carried.ops))
         return Statistics(
             num_steps=len(self.passes),
             steps=[step for step, pass_index, *_ in self.calls if pass_index == 0],
             num_passes=self.num_passes,
-            actions={
-                action.value: actions[action.value]
-                for action in Action
-                if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
-            },
+            actions=self.actions,
             macs=macs,
             macs_uncached=uncached,
             ideal_speedup=uncached / macs if macs else 1.0,

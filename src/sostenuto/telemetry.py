@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,47 +30,55 @@ class Generation:
         num_steps: steps that were run.
         num_steps_planned: steps of the scheduler; more than were run where the generation was given up, began in the middle
             (image to image), or was served by several denoisers.
+        num_passes: most passes in one step.
         seconds: from its first denoiser call to the end of its last, as Python saw it: kernels of an accelerator may still run.
-        stats: its statistics; ``None`` where they can't be had any more.
+        actions: for each kind of action how many times a site carried it out.
+        cache_bytes_peak: most bytes of kept features at one time.
     """
 
     method: str
     denoiser: str
     num_steps: int
     num_steps_planned: int
+    num_passes: int
     seconds: float
-    stats: Statistics | None
+    actions: Mapping[str, int]
+    cache_bytes_peak: int
+    _read: Callable[[], Statistics]
+
+    def statistics(self) -> Statistics | None:
+        """All of its statistics, to be asked for when it is reported; ``None`` where they can't be had (any more).
+
+        Multiply-accumulates are counted by a dry run for every kind of step, the first time that it occurs.
+        """
+        try:
+            return self._read()
+        except EngineError:
+            return None
 
     def attributes(self) -> dict[str, str | int | float]:
         """The attributes of its span, all with the prefix ``sostenuto.``."""
-        found: dict[str, str | int | float] = {
-            "method": self.method,
-            "denoiser": self.denoiser,
-            "num_steps": self.num_steps,
-            "num_steps_planned": self.num_steps_planned,
-        }
-        if self.stats is not None:
-            found |= {f"actions.{name}": count for name, count in self.stats.actions.items()}
-            for name in ("num_passes", "macs", "macs_uncached", "ideal_speedup", "cache_bytes_peak"):
-                found[name] = getattr(self.stats, name)
+        names = ("method", "denoiser", "num_steps", "num_steps_planned", "num_passes", "cache_bytes_peak")
+        found: dict[str, str | int | float] = {name: getattr(self, name) for name in names}
+        found |= {f"actions.{name}": count for name, count in self.actions.items()}
+        stats = self.statistics()
+        if stats is not None:
+            found |= {name: getattr(stats, name) for name in ("macs", "macs_uncached", "ideal_speedup")}
         return {f"sostenuto.{name}": value for name, value in found.items()}
 
     def __str__(self) -> str:
         steps = f"{self.num_steps} of {self.num_steps_planned} steps"
         if self.num_steps == self.num_steps_planned:
             steps = f"{self.num_steps} steps"
-        head = f"{self.method} on {self.denoiser}: {steps} in {self.seconds:.2f} s"
-        if self.stats is None:
-            return head
-        actions = ", ".join(f"{count} {name}" for name, count in self.stats.actions.items() if count)
-        size = self.stats.cache_bytes_peak / 2**20
-        return f"{head}, {self.stats.ideal_speedup:.2f}x by multiply-accumulates, {size:.1f} MiB kept ({actions})"
+        actions = ", ".join(f"{count} {name}" for name, count in self.actions.items() if count)
+        size = f"{self.cache_bytes_peak / 2**20:.1f} MiB kept"
+        return f"{self.method} on {self.denoiser}: {steps} in {self.seconds:.2f} s, {actions}, {size}"
 
 
 class Reporter:
     """Tells of every generation of a handle when its last call is done, or where that can't be told, when the next begins.
 
-    Nothing is counted unless the logger ``sostenuto`` takes INFO or somebody listens.
+    Nothing is done unless the logger ``sostenuto`` takes INFO or somebody listens.
 
     Args:
         handle: the handle.
@@ -102,18 +110,22 @@ class Reporter:
         if record is None or record is self._told or not record.calls or not self._wanted:
             return
         self._told = record
-        seconds = record.ended - record.began
-        try:
-            stats = self._handle.stats
-        except EngineError:  # counting needs arguments that are gone
-            stats = None
+
+        def read() -> Statistics:
+            if self._handle._record is not record:
+                raise EngineError("its statistics are gone: the next generation has begun")
+            return self._handle.stats
+
         generation = Generation(
             " | ".join(type(part).__name__ for part in parts(self._handle.method)),
             type(self._handle._denoiser).__name__,
             len(record.passes),
             record.num_steps,
-            seconds,
-            stats,
+            record.num_passes,
+            record.ended - record.began,
+            record.actions,
+            record.bytes_peak,
+            read,
         )
         if _log.isEnabledFor(logging.INFO):
             _log.info("%s", generation)

@@ -31,8 +31,26 @@ class Caching:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.stats: Statistics | None = None  # of the last sampling, where they could be had
-        self.report = "nothing was sampled with this model yet"
+        self._last: Handle | JointHandle | DisabledHandle | None = None  # of the last sampling, disabled by now
+
+    @property
+    def stats(self) -> Statistics:
+        """Statistics of the last sampling; counted here, so that a sampling doesn't wait for it.
+
+        Raises:
+            EngineError: nothing was sampled yet, or the cost of its calls can't be told.
+        """
+        if self._last is None:
+            raise EngineError("nothing was sampled with this model yet")
+        return self._last.stats
+
+    @property
+    def report(self) -> str:
+        """What the last sampling did, in a line."""
+        try:
+            return _told(self.stats)
+        except EngineError as error:
+            return str(error)
 
     def sample(self, executor: Callable[..., Any], guider: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's ``SAMPLER_SAMPLE`` wrapper: sample with caching attached, whatever happens detach it.
@@ -62,17 +80,8 @@ class Caching:
                 raise ClockError(
                     f"{error}. Caching is for samplers that call the model once for each noise level, such as {_ONE_CALL}"
                 ) from error
-            self._note(handle)
+            self._last = handle
         return samples
-
-    def _note(self, handle: Handle | JointHandle | DisabledHandle) -> None:
-        """Keep what the sampling did: never a reason to lose its result."""
-        try:
-            self.stats = handle.stats
-            self.report = _told(self.stats)
-        except EngineError as error:
-            self.stats = None
-            self.report = f"sampled with caching; nothing more is known: {error}"
 
 
 def _told(stats: Statistics) -> str:
