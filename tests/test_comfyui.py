@@ -237,6 +237,16 @@ class Undeclared(Flux):
     """The same blocks, of which nobody said that they write into their streams."""
 
 
+def test_a_block_is_its_only_branch_and_fused():
+    for wrong in (
+        lambda: sostenuto.Branch(sostenuto.SiteKind.MLP, ""),
+        lambda: sostenuto.Branch(sostenuto.SiteKind.FUSED, "", front=("norm",)),
+        lambda: BlockList("blocks", (BLOCK, sostenuto.Branch(sostenuto.SiteKind.MLP, "ff"))),
+    ):
+        with pytest.raises(sostenuto.AnatomyError, match="the block itself"):
+            wrong()
+
+
 def test_branches_of_a_network_that_has_them_as_modules_are_sites():
     network = build(WanModel).model.diffusion_model
     teach(network)
@@ -363,3 +373,4 @@ def test_the_emergency_switch_reaches_comfyui(monkeypatch):
     model = cached(build(Flux), "fora")
     assert torch.equal(generate(model)[0], generate(build(Flux))[0])
     assert "SOSTENUTO_DISABLE is set" in report_of(model)
+    assert torch.equal(generate(cached(build(Flux), "deepcache"))[0], generate(build(Flux))[0])  # whatever is wrong

@@ -83,6 +83,18 @@ def test_statistics_of_a_generation_that_is_over_are_those_of_no_other(network):
         assert heard[1].statistics() == told[1]
 
 
+def test_a_listener_that_fails_leaves_nothing_attached(network):
+    model, scheduler = network
+    handle = sostenuto.enable(model, "fora", scheduler=scheduler)
+    handle.listen(lambda generation: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
+        sample_loop(model, scheduler, 4, stop_at=2)
+    with pytest.raises(ZeroDivisionError):
+        handle.disable()
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+    sostenuto.enable(model, "fora", scheduler=scheduler).disable()
+
+
 def test_the_line_changes_nothing_in_the_result(network, caplog):
     model, scheduler = network
     results = []

@@ -139,12 +139,13 @@ class Handle:
 
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""
-        if self._detach:
-            self._reporter.tell()
+        was_enabled = self.enabled
         while self._detach:
             self._detach.pop()()
         self._drop_state()
         vars(self._denoiser).pop(_ATTRIBUTE, None)
+        if was_enabled:
+            self._reporter.tell()  # last: a listener may fail
 
     def share(self, pipeline: Any) -> None:
         """Tell of another pipeline that calls the same denoiser, with a scheduler of its own.

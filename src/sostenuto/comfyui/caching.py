@@ -14,7 +14,7 @@ from sostenuto.enabling import JointHandle, enable
 from sostenuto.engine import Handle
 from sostenuto.errors import AnatomyError, ClockError, EngineError, MethodError
 from sostenuto.stats import Statistics
-from sostenuto.switch import DisabledHandle
+from sostenuto.switch import DisabledHandle, is_switched_off
 
 KEY = "sostenuto"
 SAMPLER_SAMPLE = "sampler_sample"  # the value of comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
@@ -66,6 +66,9 @@ class Caching:
             ClockError: the sampler calls the model more than once a step, or between its noise levels.
             MethodError, TableError: the method doesn't fit this model and these steps.
         """
+        if is_switched_off():
+            self._last = DisabledHandle()
+            return executor(guider, sigmas, *args, **kwargs)
         if len(sigmas) < 2:
             return executor(guider, sigmas, *args, **kwargs)
         model = guider.inner_model
