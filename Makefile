@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all lint format bench evidence docs clean
+.PHONY: install demo test test-all lint format bench evidence docs build release-check clean
 
 install: $(STAMP)
 
@@ -42,5 +42,11 @@ evidence: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+build: install
+	$(BIN)/python -m hatchling build
+
+release-check: install
+	$(BIN)/python scripts/release_check.py
+
 clean:
-	rm -rf $(VENV) demo-output runs
+	rm -rf $(VENV) demo-output runs dist

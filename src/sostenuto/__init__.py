@@ -11,15 +11,18 @@ from sostenuto.calibrations import (
     TeaCacheCalibration,
     calibrate,
 )
+from sostenuto.config import Config, load_config
 from sostenuto.enabling import JointHandle, disable, enable
 from sostenuto.engine import Handle
 from sostenuto.errors import (
     AlreadyEnabledError,
     AnatomyError,
     ClockError,
+    ConfigError,
     EngineError,
     InputError,
     MethodError,
+    MissingPackageError,
     SostenutoError,
     TableError,
     VerificationError,
@@ -54,6 +57,7 @@ from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
 from sostenuto.signals import sharded_over
 from sostenuto.sites import Site, inspect, register_anatomy
+from sostenuto.switch import DisabledHandle
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify
 
@@ -72,11 +76,14 @@ __all__ = [
     "Branch",
     "CacheTable",
     "ClockError",
+    "Config",
+    "ConfigError",
     "DBCache",
     "DeepCache",
     "DeltaDiT",
     "DiTFastAttn",
     "DiTFastAttnCalibration",
+    "DisabledHandle",
     "DuCa",
     "EBCache",
     "EBCalibration",
@@ -93,6 +100,7 @@ __all__ = [
     "MagCacheCalibration",
     "MagCacheRatios",
     "MethodError",
+    "MissingPackageError",
     "NoCache",
     "Plan",
     "RatioSchedule",
@@ -116,6 +124,7 @@ __all__ = [
     "disable",
     "enable",
     "inspect",
+    "load_config",
     "register_anatomy",
     "sharded_over",
     "verify",

@@ -49,14 +49,18 @@ class Branch:
     A block whose ``module`` is ``None`` lacks the branch, as the last block of SD3 lacks the text's MLP; so does one whose
     ``hollow`` module is ``None`` lack that.
 
+    Where a block computes its attention by a function, so that no module could be skipped in the middle of it, the block
+    itself is its only branch: ``Branch(SiteKind.FUSED, "")``. What it adds to its streams is kept then.
+
     Attributes:
         kind: what it does.
-        module: path of the submodule whose output is cached.
+        module: path of the submodule whose output is cached; empty for the block itself.
         front: paths of modules in front of it (its norm, as a rule) whose token outputs nothing but this branch reads. When
             the branch is skipped they are given the first token only: what they return besides (gates, shifts) stays exact,
             and their work on all the other tokens is not done.
         hollow: paths of modules between ``front`` and ``module`` that are skipped with it, such as the attention in front of
-            a fused projection; they hand on what they are given.
+            a fused projection; they hand on what they are given. Of a whole block, the first module that is given the
+            normalised and modulated stream.
         calls: how often one call of the block calls ``module``.
         tokenwise: whether the module takes ``[batch, tokens, channels]`` and its output for a token depends on no other token,
             where its kind is one of which that is expected; not so for convolutions over the image, or for experts that
@@ -77,6 +81,10 @@ class Branch:
         _check(self.module, str, "Branch's module")
         for name in ("front", "hollow"):
             _check_all(getattr(self, name), str, f"Branch's {name}")
+        if not self.module and (self.kind is not SiteKind.FUSED or self.front or self.calls != 1):
+            raise AnatomyError(
+                f"a Branch without a module is the block itself, Branch(SiteKind.FUSED, '', hollow=…), not {self!r}"
+            )
         if not isinstance(self.calls, int) or self.calls < 1:
             raise AnatomyError(f"Branch's calls must be a whole number of 1 or more, not {self.calls!r}")
 
@@ -93,6 +101,7 @@ class BlockList:
             returns the tensor itself.
         whole: whether the network reads only what the last block returns, so that a range of blocks may be skipped.
         long_skips: whether the blocks of the second half also read what those of the first half return, last to first.
+        in_place: whether a block writes into the streams that it is given.
     """
 
     path: str
@@ -101,12 +110,15 @@ class BlockList:
     returns: tuple[str, ...] = ()
     whole: bool = True
     long_skips: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         _check(self.path, str, "BlockList's path")
         _check_all(self.branches, Branch, "BlockList's branches")
         for name in ("streams", "returns"):
             _check_all(getattr(self, name), str, f"BlockList's {name}")
+        if len(self.branches) > 1 and not all(branch.module for branch in self.branches):
+            raise AnatomyError(f"{self.path}: a branch that is the block itself must be the only one of its blocks")
         if not self.streams:
             raise AnatomyError("BlockList's streams must name the block's argument with the sample, such as ('x',)")
 

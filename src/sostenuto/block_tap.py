@@ -12,7 +12,7 @@ from sostenuto import compat
 from sostenuto.attachment import replace_forward, runs
 from sostenuto.errors import AnatomyError, EngineError
 from sostenuto.features import Feature, versions
-from sostenuto.plan import Op
+from sostenuto.plan import Action, Op
 from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
 from sostenuto.source import accepts, argument_names
 from sostenuto.tap import Tap, Watched, first_argument
@@ -45,6 +45,7 @@ class BlocksTap(Tap):
         members = places[site.block : site.last_block + 1]
         self.blocks = [denoiser.get_submodule(member.path) for member in members]
         self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
+        self._in_place = any(place.place.in_place for place in places[: site.last_block + 1])
         front = next((place for place in places[: site.block] if place.place.whole), None)
         if watch == "front-residual":
             if front is None:
@@ -76,6 +77,10 @@ class BlocksTap(Tap):
             found.append((block, self._block(runs(block), index)))
         return found
 
+    def can(self, action: Action) -> bool:
+        """All but a part of the tokens."""
+        return action is not Action.PARTIAL and super().can(action)
+
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
         super().begin(op)
@@ -92,7 +97,7 @@ class BlocksTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.op == Op.DECIDE:
                 assert self._front_streams is not None
-                self._beginning = self._front_streams.main(args, kwargs)
+                self._beginning = self._as_it_is(self._front_streams.main(args, kwargs))
             return compute(*args, **kwargs)
 
         return forward
@@ -136,6 +141,8 @@ class BlocksTap(Tap):
             return
         self._entry = streams.given(args, kwargs)
         if op == Op.STORE:
+            if self.site.residual:
+                self._entry = {name: self._as_it_is(stream) for name, stream in self._entry.items()}
             if not torch.compiler.is_compiling():
                 self._entry_version = versions(tuple(self._entry.values()))
         else:
@@ -143,11 +150,23 @@ class BlocksTap(Tap):
             self._standing_in = self._streams[-1].each(self.filled(op), self._entry, self._add)
 
     def _keep(self, streams: _Streams, output: Feature) -> Feature:
-        if not torch.compiler.is_compiling() and versions(tuple(self._entry.values())) != self._entry_version:
-            raise EngineError(f"the network writes into the input of {self.site.id}: its residual can't be kept")
+        watched = self.site.residual and not torch.compiler.is_compiling()
+        if watched and versions(tuple(self._entry.values())) != self._entry_version:
+            raise EngineError(
+                f"the network writes into the input of {self.site.id}, so that its residual is lost: say so in its anatomy, "
+                "BlockList(…, in_place=True)"
+            )
         self.store(streams.each(output, self._entry, self._subtract))
         self._entry = {}
         return output
+
+    def _as_it_is(self, stream: Any) -> Any:
+        """A stream as it is now, also when a block writes into it: of an inference tensor nothing would tell."""
+        if not isinstance(stream, torch.Tensor):
+            return stream
+        if self._in_place or (not torch.compiler.is_compiling() and stream.is_inference()):
+            return stream.clone()
+        return stream
 
     def _subtract(self, output: Any, entry: Any) -> Any:
         return output - entry if self._has_residual(output, entry) else output

@@ -105,7 +105,8 @@ def find_denoiser(target: Any) -> nn.Module:
     return next(iter(found.values()))
 
 
-# What a network beside the denoiser (ControlNet, T2I-Adapter) adds to its features; other values at every step.
+# What a network beside the denoiser (ControlNet, T2I-Adapter) adds to its features, and what ComfyUI tells its networks of
+# the sampling; other values at every step.
 STEPWISE_ARGUMENTS = frozenset(
     {
         "down_block_additional_residuals",
@@ -114,6 +115,8 @@ STEPWISE_ARGUMENTS = frozenset(
         "controlnet_block_samples",
         "controlnet_single_block_samples",
         "block_controlnet_hidden_states",
+        "control",
+        "transformer_options",
     }
 )
 

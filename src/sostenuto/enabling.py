@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sostenuto import compat
+from sostenuto.config import Config, is_config_path, load_config
 from sostenuto.engine import Handle, attach, handle_of
 from sostenuto.errors import EngineError
 from sostenuto.methods.base import Method
 from sostenuto.stats import Statistics, current, joined
+from sostenuto.switch import DisabledHandle, is_switched_off
+from sostenuto.telemetry import Generation
 
 
 class JointHandle:
@@ -52,6 +56,11 @@ class JointHandle:
         for handle in sharing or self.handles.values():
             handle.share(pipeline)
 
+    def listen(self, listener: Callable[[Generation], None]) -> None:
+        """Call a function with every generation of each denoiser."""
+        for handle in self.handles.values():
+            handle.listen(listener)
+
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""
         for handle in reversed(self.handles.values()):
@@ -70,27 +79,41 @@ class JointHandle:
 
 
 def enable(
-    target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None
-) -> Handle | JointHandle:
+    target: Any,
+    method: str | Path | Method | Config,
+    *,
+    scheduler: Any = None,
+    max_cache_bytes: int | None = None,
+) -> Handle | JointHandle | DisabledHandle:
     """Attach a method to a pipeline's denoisers, or to a denoiser itself.
 
     Args:
         target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
             before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
             each, call this on each denoiser with ``scheduler=pipe.scheduler``.
-        method: a method, a combination ``A | B``, or a name of :func:`sostenuto.available_methods`.
+        method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration: one of
+            :func:`sostenuto.load_config`, or the path of its ``.json``, ``.yaml`` or ``.yml`` file.
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
-            sites of the network are computed always.
+            sites of the network are computed always. Given here it stands before that of a configuration.
 
     Returns:
         A handle with the statistics and ``disable()``; also a context manager. With several denoisers one for all of them.
+        With ``SOSTENUTO_DISABLE=1`` in the environment one that does nothing, whatever the arguments.
 
     Raises:
         AlreadyEnabledError: a method is attached already.
         AnatomyError: the object has no denoiser, or its sites are not known.
         MethodError, TableError: the method is unknown, or doesn't fit this model and scheduler.
+        ConfigError: the configuration can't be read.
     """
+    if is_switched_off():
+        return DisabledHandle()
+    if isinstance(method, Path) or is_config_path(method):
+        method = load_config(method)
+    if isinstance(method, Config):
+        max_cache_bytes = method.max_cache_bytes if max_cache_bytes is None else max_cache_bytes
+        method = method.method
     handles: dict[str, Handle] = {}
     try:
         for name, denoiser in compat.find_denoisers(target).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
+from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
@@ -27,6 +29,7 @@ from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
+from sostenuto.telemetry import Generation, Reporter
 
 _ATTRIBUTE = "_sostenuto_handle"
 
@@ -69,6 +72,7 @@ class Handle:
         self._generation_signature = 0
         self._busy = threading.Lock()
         self._taps_in_use = threading.RLock()  # by a call or a dry run
+        self._reporter = Reporter(self)
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -139,10 +143,13 @@ class Handle:
 
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""
+        was_enabled = self.enabled
         while self._detach:
             self._detach.pop()()
         self._drop_state()
         vars(self._denoiser).pop(_ATTRIBUTE, None)
+        if was_enabled:
+            self._reporter.tell()  # last: a listener may fail
 
     def share(self, pipeline: Any) -> None:
         """Tell of another pipeline that calls the same denoiser, with a scheduler of its own.
@@ -161,6 +168,10 @@ class Handle:
             )
         self.method.prepare(self._denoiser, pipeline.scheduler)
         self._scheduler.add(lambda: pipeline.scheduler)
+
+    def listen(self, listener: Callable[[Generation], None]) -> None:
+        """Call a function with every generation, when its last call is done."""
+        self._reporter.listeners.append(listener)
 
     @property
     def enabled(self) -> bool:
@@ -286,6 +297,7 @@ class Handle:
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
         if tick.new_generation:
             self._settle(between=True)
+            self._reporter.tell()
             self._check_neighbours()
             self._decide(tick)
         else:
@@ -293,9 +305,12 @@ class Handle:
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
-            self._begin(call)
+            self._begin(call, tick.num_steps)
         output = self._step(tick, call)
-        return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+        if self._noise_scale is not None:
+            output = self._scaled(tick, call, output, self._noise_scale[tick.step])
+        self._reporter.called(tick.step, tick.num_steps)
+        return output
 
     def _filled(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
@@ -353,8 +368,8 @@ class Handle:
         timestep = self._shifter.shift(tick.timesteps[tick.step], next(leaves(latents)))
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
-    def _begin(self, call: Call) -> None:
-        self._record, self._generation_signature = Record(self._clock.source), call.signature
+    def _begin(self, call: Call, num_steps: int) -> None:
+        self._record, self._generation_signature = Record(self._clock.source, num_steps=num_steps), call.signature
         for dry_run in self._dry_runs[: call.signature]:
             dry_run.forget_arguments()
         if self._max_cache_bytes is not None and self._plan is not None:
@@ -431,6 +446,7 @@ class Handle:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 if row.keeps:
                     self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
+                self._record.ended = time.monotonic()
 
         try:
             return self._executor.execute(
@@ -489,8 +505,7 @@ def attach(
         method = by_name(method)
     if not isinstance(method, Method):
         raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
-    if max_cache_bytes is not None and not (isinstance(max_cache_bytes, int) and max_cache_bytes >= 0):
-        raise MethodError(f"max_cache_bytes must be a whole number of 0 or more, not {max_cache_bytes!r}")
+    check_max_cache_bytes(max_cache_bytes)
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
     handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)

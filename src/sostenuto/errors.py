@@ -19,6 +19,14 @@ class TableError(SostenutoError, ValueError):
     """A cache table is malformed or belongs to something else."""
 
 
+class ConfigError(SostenutoError, ValueError):
+    """A configuration file is malformed, or something can't be written into one."""
+
+
+class MissingPackageError(SostenutoError, ImportError):
+    """Something was asked for that needs an optional package which is not installed."""
+
+
 class AnatomyError(SostenutoError, TypeError):
     """The sites of a denoiser can't be found, or the object is no denoiser."""
 

@@ -31,7 +31,7 @@ class Site:
         calls: how often one denoiser call calls the module.
         tokenwise: whether it can be run for some tokens.
         optional: whether some calls of the denoiser leave it out.
-        last_block: position of the last block of a range.
+        last_block: position of the last block of a range, or of the block itself where that is the branch.
         residual: whether what a range adds to its input is kept, instead of its output.
     """
 
@@ -243,6 +243,12 @@ def _check_skips(denoiser: nn.Module, blocks: Sequence[Block], first: int, last:
 
 def _site(denoiser: nn.Module, block: str, branch: Branch, index: int) -> Site | None:
     """The site of a branch of one block, or ``None`` where the block lacks it."""
+    if not branch.module:
+        inside = tuple(f"{block}.{name}" for name in branch.hollow)
+        parameters = _num_parameters(denoiser.get_submodule(block))
+        return Site(
+            block, branch.kind, index, parameters, hollow=inside, tokenwise=False, last_block=index, residual=True
+        )
     path = f"{block}.{branch.module}"
     if _is_absent(denoiser, path):
         return None

@@ -34,6 +34,7 @@ class Statistics:
             larger site around was reused, and ``"idle"``, where another denoiser of the pipeline served the step.
         sites: the ids of the sites.
         site_kinds: what each of them is.
+        disabled: whether ``SOSTENUTO_DISABLE`` was set, so that nothing was attached and nothing counted.
     """
 
     num_steps: int
@@ -47,6 +48,13 @@ class Statistics:
     plan: list[list[str]]
     sites: list[str]
     site_kinds: list[str]
+    disabled: bool = False
+
+    @classmethod
+    def of_nothing(cls) -> Statistics:
+        """The statistics where nothing was attached: no counts at all."""
+        actions = {action.value: 0 for action in _ALWAYS_LISTED}
+        return cls(0, [], 0, actions, 0, 0, 1.0, 0, [], [], [], disabled=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain data, ready for JSON."""
@@ -61,6 +69,8 @@ class Record:
     calls: list[tuple[int, int, int, Carried]] = field(default_factory=list)  # step, pass, signature, what it did
     bytes_peak: int = 0
     began: float = field(default_factory=time.monotonic)
+    ended: float = field(default_factory=time.monotonic)  # of its last call so far
+    num_steps: int = 0  # of the scheduler
 
     def note_bytes(self, num_bytes: int) -> None:
         """So many bytes of features are kept now."""
@@ -79,23 +89,29 @@ class Record:
             found.setdefault(step, set()).add(pass_index)
         return found
 
+    @property
+    def actions(self) -> dict[str, int]:
+        """For each kind of action how many times a site carried it out."""
+        actions: Counter[str] = Counter()
+        for *_, carried in self.calls:
+            actions.update(_names(carried.ops))
+        return {
+            action.value: actions[action.value]
+            for action in Action
+            if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
+        }
+
     def statistics(self, dry_runs: Sequence[DryRun], sites: Sequence[Site]) -> Statistics:
         """Count everything, with the dry run of a call by its signature and the sites that the ops belong to."""
         macs = uncached = 0
-        actions: Counter[str] = Counter()
         for _, _, signature, carried in self.calls:
             uncached += dry_runs[signature].cost.macs
             macs += dry_runs[signature].macs(carried)
-            actions.update(_names(carried.ops))
         return Statistics(
             num_steps=len(self.passes),
             steps=[step for step, pass_index, *_ in self.calls if pass_index == 0],
             num_passes=self.num_passes,
-            actions={
-                action.value: actions[action.value]
-                for action in Action
-                if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
-            },
+            actions=self.actions,
             macs=macs,
             macs_uncached=uncached,
             ideal_speedup=uncached / macs if macs else 1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ _INDICES = re.compile(r"\.\d+\.")
 class _Everything(Method):
     """Taps all branches of a transformer, and besides them the stack of its blocks where that can be skipped.
 
-    The stack's output is kept, not its residual, which would bring the output back but for rounding.
+    Of the stack, and of blocks that are their own branch, the output is kept, not the residual, which would bring the output
+    back but for rounding.
     """
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
-        found = inspect(denoiser)
+        found = [replace(site, residual=False) for site in inspect(denoiser)]
         return [*found, stack(denoiser, residual=False)] if has_stack(denoiser) else found
 
 

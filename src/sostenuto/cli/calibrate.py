@@ -42,6 +42,10 @@ class Calibrate:
 
     def run(self) -> None:
         """Calibrate and save."""
+        if self.choice.config is not None:
+            from sostenuto.errors import InputError
+
+            raise InputError("--config is for running a method: say with --method what to calibrate")
         if self.choice.method == "l2c":
             self._train_router()
         else:

@@ -18,6 +18,8 @@ class ModelChoice:
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
     """What "sostenuto calibrate" made for the method."""
+    config: Path | None = None
+    """A configuration file (.json, .yaml) that says the method, its parameters and max_cache_bytes, instead of --method."""
     scheduler: str | None = None
     """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
     num_inference_steps: int = 50
@@ -29,7 +31,8 @@ class ModelChoice:
     def pipeline(self) -> Any:
         """The pipeline with its scheduler."""
         pipe = self._load()
-        name = self.scheduler or ("DDIMScheduler" if self.method == "l2c" else None)
+        method = self.method if self.config is None else self.method_object().name
+        name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
             import diffusers
 
@@ -57,9 +60,14 @@ class ModelChoice:
 
     def method_object(self) -> Any:
         """The method with its table."""
-        from sostenuto.errors import MethodError
+        from sostenuto.config import load_config
+        from sostenuto.errors import InputError, MethodError
         from sostenuto.methods import available_methods, by_name
 
+        if self.config is not None:
+            if self.table is not None:
+                raise InputError("--config says the method with its table: leave out --table")
+            return load_config(self.config).method
         method = by_name(self.method)
         if self.table is None:
             return method
@@ -67,6 +75,12 @@ class ModelChoice:
             raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
         make: Any = available_methods()[self.method]
         return make(self.table)  # what was calibrated is the first parameter of all of them
+
+    def max_cache_bytes(self) -> int | None:
+        """The limit in the configuration file, if there is one."""
+        from sostenuto.config import load_config
+
+        return None if self.config is None else load_config(self.config).max_cache_bytes
 
     def sample(self, output_type: str = "pt") -> Any:
         """A ``sample`` for calibrate and verify."""

@@ -34,7 +34,8 @@ class Generate:
         pipe, sample = self.choice.pipeline(), self.choice.sample("pil")
         pipe.set_progress_bar_config(disable=False)
         began = time.perf_counter()
-        with sostenuto.enable(pipe, self.choice.method_object()) as handle:
+        limit = self.choice.max_cache_bytes()
+        with sostenuto.enable(pipe, self.choice.method_object(), max_cache_bytes=limit) as handle:
             rows = [sample(pipe, torch.Generator().manual_seed(self.choice.seed))]
             seconds = time.perf_counter() - began
             stats = handle.stats.as_dict()

@@ -102,7 +102,7 @@ class Method:
 
     def tap(self, site: Site, denoiser: nn.Module) -> Tap:
         """What carries out the actions at a site."""
-        if site.kind is SiteKind.BLOCKS:
+        if site.last_block is not None:
             return BlocksTap(site, denoiser)
         return Tap(site) if site.kind is SiteKind.OUTPUT else BranchTap(site, denoiser)
 

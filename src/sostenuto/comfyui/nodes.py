@@ -1,0 +1,142 @@
+"""The nodes: a method by its name, a method by its configuration file, and what a sampling did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sostenuto.comfyui.caching import caching_of, patched
+from sostenuto.config import Config, load_config, parse_method
+from sostenuto.errors import ConfigError, SostenutoError
+from sostenuto.methods import available_methods
+
+_MIB = 2**20
+_CATEGORY = "model_patches/sostenuto"
+
+
+class SostenutoCache:
+    """A model that reuses features between the steps of its sampling, by a method's name."""
+
+    CATEGORY: ClassVar[str] = _CATEGORY
+    FUNCTION: ClassVar[str] = "apply"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
+    DESCRIPTION: ClassVar[str] = (
+        "Samples a diffusion transformer faster by feature caching. Put it last before the sampler."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The sockets and widgets, as ComfyUI asks for them."""
+        limit = {"default": 0, "min": 0, "max": 2**20, "tooltip": "Most memory for kept features; 0: no limit."}
+        parameters = {"default": "{}", "multiline": True, "tooltip": 'The parameters as JSON, such as {"interval": 3}.'}
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "method": ([name for name in available_methods() if name != "none"], {"default": "fora"}),
+                "parameters": ("STRING", parameters),
+                "max_cache_mib": ("INT", limit),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, method: str, parameters: str, max_cache_mib: int) -> bool | str:
+        """True, or what is wrong with the widgets: ComfyUI shows it before anything runs."""
+        try:
+            _config(method, parameters, max_cache_mib)
+        except SostenutoError as error:
+            return str(error)
+        return True
+
+    def apply(self, model: Any, method: str, parameters: str = "{}", max_cache_mib: int = 0) -> tuple[Any]:
+        """The patched model.
+
+        Raises:
+            ConfigError, MethodError, TableError: the parameters are wrong.
+        """
+        return (patched(model, _config(method, parameters, max_cache_mib)),)
+
+
+class SostenutoConfig:
+    """The same by a configuration file, which may also combine methods."""
+
+    CATEGORY: ClassVar[str] = _CATEGORY
+    FUNCTION: ClassVar[str] = "apply"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
+    DESCRIPTION: ClassVar[str] = (
+        "Samples by a sostenuto configuration file (.json or .yaml). Put it last before the sampler."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The sockets and widgets, as ComfyUI asks for them."""
+        return {"required": {"model": ("MODEL",), "path": ("STRING", {"default": "sostenuto.json"})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, path: str) -> bool | str:
+        """True, or what is wrong with the file."""
+        try:
+            load_config(path)
+        except SostenutoError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, path: str, **_: Any) -> str:
+        """The content of the file: ComfyUI runs the node anew when it is another."""
+        return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+
+    def apply(self, model: Any, path: str) -> tuple[Any]:
+        """The patched model.
+
+        Raises:
+            ConfigError, MethodError, TableError: the file is wrong.
+        """
+        return (patched(model, load_config(path)),)
+
+
+class SostenutoReport:
+    """What the sampling that made a latent did, as text."""
+
+    CATEGORY: ClassVar[str] = _CATEGORY
+    FUNCTION: ClassVar[str] = "report"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("LATENT", "STRING")
+    RETURN_NAMES: ClassVar[tuple[str, ...]] = ("samples", "report")
+    DESCRIPTION: ClassVar[str] = "Steps, speed-up by multiply-accumulates and memory of the sampling before it."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The sockets, as ComfyUI asks for them; the latent makes it wait for the sampler."""
+        return {"required": {"model": ("MODEL",), "samples": ("LATENT",)}}
+
+    def report(self, model: Any, samples: Any) -> tuple[Any, str]:
+        """The latent unchanged, and the report."""
+        caching = caching_of(model)
+        return samples, "this model has no sostenuto node" if caching is None else caching.report
+
+
+def _config(method: str, parameters: str, max_cache_mib: int) -> Config:
+    try:
+        given = json.loads(parameters.strip() or "{}")
+    except ValueError as error:
+        raise ConfigError(f'the parameters are no JSON, such as {{"interval": 3}}: {error}') from None
+    if not isinstance(given, dict) or "name" in given:
+        raise ConfigError(
+            f'the parameters are a JSON object of parameters, such as {{"interval": 3}}, not {parameters}'
+        )
+    return Config(parse_method({**given, "name": method}, Path.cwd()), max_cache_mib * _MIB or None)
+
+
+NODE_CLASS_MAPPINGS = {
+    "SostenutoCache": SostenutoCache,
+    "SostenutoConfig": SostenutoConfig,
+    "SostenutoReport": SostenutoReport,
+}
+"""The nodes by the names that workflows hold."""
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "SostenutoCache": "Sostenuto Cache",
+    "SostenutoConfig": "Sostenuto Cache (from a file)",
+    "SostenutoReport": "Sostenuto Report",
+}
+"""What users see of them."""
