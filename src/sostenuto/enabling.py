@@ -8,6 +8,7 @@ from typing import Any
 from sostenuto import compat
 from sostenuto.engine import Handle, attach, handle_of
 from sostenuto.errors import EngineError
+from sostenuto.foreign_configs import is_foreign_config, translated
 from sostenuto.methods.base import Method
 from sostenuto.stats import Statistics, current, joined
 
@@ -70,7 +71,7 @@ class JointHandle:
 
 
 def enable(
-    target: Any, method: str | Method, *, scheduler: Any = None, max_cache_bytes: int | None = None
+    target: Any, method: str | Method | Any, *, scheduler: Any = None, max_cache_bytes: int | None = None
 ) -> Handle | JointHandle:
     """Attach a method to a pipeline's denoisers, or to a denoiser itself.
 
@@ -78,7 +79,8 @@ def enable(
         target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
             before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
             each, call this on each denoiser with ``scheduler=pipe.scheduler``.
-        method: a method, a combination ``A | B``, or a name of :func:`sostenuto.available_methods`.
+        method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration of diffusers'
+            own caches, such as ``FirstBlockCacheConfig``: which method it became is logged, and ``handle.method`` holds it.
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
             sites of the network are computed always.
@@ -91,6 +93,7 @@ def enable(
         AnatomyError: the object has no denoiser, or its sites are not known.
         MethodError, TableError: the method is unknown, or doesn't fit this model and scheduler.
     """
+    method = translated(method) if is_foreign_config(method) else method
     handles: dict[str, Handle] = {}
     try:
         for name, denoiser in compat.find_denoisers(target).items():
