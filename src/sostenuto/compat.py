@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -259,22 +259,29 @@ def block_is_registered(block_class: type[nn.Module]) -> bool:
     return True
 
 
-def register_block(block_class: type[nn.Module], hidden_index: int, encoder_index: int | None) -> Callable[[], None]:
-    """Tell diffusers' caches in which places blocks of a class return the sample's and the text's hidden states.
+def register_block(block_class: type[nn.Module], streams: Sequence[str], returns: Sequence[str]) -> Callable[[], None]:
+    """Tell diffusers' caches which arguments of a block are the sample's and the text's, and in which order it returns them.
+
+    Args:
+        block_class: the class of the blocks.
+        streams: the names of the arguments: the sample's, and the text's where there is one.
+        returns: the same names in the order in which a block returns them.
 
     Returns:
         A function that makes diffusers forget it again.
     """
     from diffusers.hooks._helpers import TransformerBlockMetadata
 
+    fields: dict[str, Any] = {"return_hidden_states_index": returns.index(streams[0])}
+    fields["hidden_states_argument_name"] = streams[0]
+    if len(streams) > 1:
+        fields["return_encoder_hidden_states_index"] = returns.index(streams[1])
+        fields["encoder_hidden_states_argument_name"] = streams[1]
+    known = {
+        field.name for field in dataclasses.fields(TransformerBlockMetadata)
+    }  # older ones lack the arguments' names
     registry = _block_registry()
-    registry.register(
-        block_class,
-        TransformerBlockMetadata(
-            return_hidden_states_index=hidden_index,  # pyright: ignore[reportArgumentType]
-            return_encoder_hidden_states_index=encoder_index,  # pyright: ignore[reportArgumentType]
-        ),
-    )
+    registry.register(block_class, TransformerBlockMetadata(**{k: v for k, v in fields.items() if k in known}))
     return lambda: registry._registry.pop(block_class, None)
 
 

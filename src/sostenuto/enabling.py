@@ -79,8 +79,9 @@ def enable(
         target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
             before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
             each, call this on each denoiser with ``scheduler=pipe.scheduler``.
-        method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration of diffusers'
-            own caches, such as ``FirstBlockCacheConfig``: which method it became is logged, and ``handle.method`` holds it.
+        method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration of
+            diffusers' own caches, such as ``FirstBlockCacheConfig``; the method that it becomes is logged, and it is
+            ``handle.method``.
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
             sites of the network are computed always.

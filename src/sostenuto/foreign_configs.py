@@ -42,6 +42,11 @@ def is_foreign_config(method: Any) -> bool:
 
 
 def _first_block_cache(config: Any) -> tuple[Method, str]:
+    if config.threshold >= 1:
+        raise MethodError(
+            f"FirstBlockCacheConfig's threshold is {config.threshold:g}, and from 1 on DBCache compares nothing and caches "
+            "every step that it may: give a threshold below 1"
+        )
     return DBCache.first_block_cache(
         config.threshold
     ), "the same rule; every pass and every generation has a state of its own"
@@ -83,8 +88,8 @@ def _taylor_seer(config: Any) -> tuple[Method, str]:
     )
     kept = "the output of the last block" if method.lite else "every attention and MLP, not attention alone,"
     return method, (
-        f"{kept} is kept, in its own dtype; step {config.disable_cache_before_step} is computed, which diffusers forecasts, and "
-        "the others are those that it computes"
+        f"{kept} is kept, in its own dtype; step {config.disable_cache_before_step} is computed, which diffusers forecasts, "
+        "and the others are those that it computes"
     )
 
 

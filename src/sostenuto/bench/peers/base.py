@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -28,11 +28,13 @@ class Peer(ABC):
         kind: the name without settings, such as ``cache-dit``.
         library: whose method it is.
         distribution: what the library is called where packages are installed from.
+        wrong_on: networks on which its output is wrong, or its first call fails, by class, with the reason.
     """
 
     kind: ClassVar[str] = ""
     library: ClassVar[str] = ""
     distribution: ClassVar[str] = ""
+    wrong_on: ClassVar[Mapping[str, str]] = {}
 
     @property
     def name(self) -> str:
@@ -69,8 +71,12 @@ class Peer(ABC):
                 return f"sostenuto is enabled on this {type(denoiser).__name__}: disable it first"
             if has_foreign_cache(denoiser):
                 return f"another cache is enabled on this {type(denoiser).__name__}: disable that first"
-        reasons = (self._unfit(target, denoiser) for denoiser in denoisers.values())
-        return next((reason for reason in reasons if reason), None) or self._trial(target)
+        for denoiser in denoisers.values():
+            name = type(compat.unwrapped(denoiser)).__name__
+            reason = self._unfit(target, denoiser) or self.wrong_on.get(name)
+            if reason is not None:
+                return reason
+        return self._trial(target)
 
     def calibrated(self, target: Any, sample: Callable[..., Any], num_inference_steps: int) -> Peer:
         """The peer with what has to be measured on this model first; the peer itself where nothing has to.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,13 +12,6 @@ from torch import nn
 from sostenuto import compat
 from sostenuto.bench.peers.base import Peer, Restored
 from sostenuto.bench.peers.follower import Follower
-
-_WRONG_ON = {
-    "ConsisIDTransformer3DModel": (
-        "the network adds features between its blocks, which the library's residual takes twice: with identical inputs its "
-        "output is another one (seen with cache-dit 1.5.3)"
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +43,12 @@ class DBCachePeer(Peer):
     kind: ClassVar[str] = "cache-dit"
     library: ClassVar[str] = "cache-dit"
     distribution: ClassVar[str] = "cache-dit"
+    wrong_on: ClassVar[Mapping[str, str]] = {
+        "ConsisIDTransformer3DModel": (
+            "the network adds features between its blocks, which the library's residual takes twice: with identical inputs "
+            "its output is another one (seen with cache-dit 1.5.3)"
+        )
+    }
 
     def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
         import cache_dit
@@ -58,8 +57,6 @@ class DBCachePeer(Peer):
         register = cache_dit.BlockAdapterRegister
         if not (_takes_whole(target) or register.is_supported(network)):
             return f"cache-dit {self.version()} knows neither the pipeline nor a {type(network).__name__}"
-        if type(network).__name__ in _WRONG_ON:
-            return _WRONG_ON[type(network).__name__]
         kept = self.Fn_compute_blocks + self.Bn_compute_blocks
         lengths = [len(child) for child in network.children() if isinstance(child, nn.ModuleList)]
         if lengths and max(lengths) <= kept:

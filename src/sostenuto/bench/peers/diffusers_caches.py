@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sostenuto import compat
+from sostenuto.anatomy import Anatomy
 from sostenuto.bench.peers.base import Peer
 from sostenuto.bench.peers.follower import Follower, context_setter, resetter
 from sostenuto.errors import AnatomyError, MethodError
@@ -40,14 +41,17 @@ class DiffusersCache(Peer):
     wants_steps: ClassVar[bool] = False
     wants_blocks: ClassVar[bool] = False
     """Whether it looks up what the blocks return."""
-    wrong_on: ClassVar[dict[str, str]] = {}
-    """Networks on which its output is wrong or it fails at the first call, with the reason."""
 
     def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
         hooks = importlib.import_module("diffusers.hooks")
         if not (hasattr(hooks, self.config_name) and hasattr(hooks, self.apply_name)):
             return f"diffusers {self.version()} has no {self.config_name}"
-        return self.wrong_on.get(type(compat.unwrapped(denoiser)).__name__)
+        anatomy = _known(denoiser)
+        if self.wants_blocks and anatomy is not None and anatomy.interleaved:
+            return (
+                "two lists of its blocks run in turn on tokens laid out in different ways, of which the residual is one"
+            )
+        return None
 
     def _attach(self, target: Any, num_inference_steps: int, stack: ExitStack) -> None:
         hooks = importlib.import_module("diffusers.hooks")
@@ -89,11 +93,20 @@ class FirstBlockCache(DiffusersCache):
     config_name: ClassVar[str] = "FirstBlockCacheConfig"
     apply_name: ClassVar[str] = "apply_first_block_cache"
     wants_blocks: ClassVar[bool] = True
-    wrong_on: ClassVar[dict[str, str]] = {
+    wrong_on: ClassVar[Mapping[str, str]] = {
         "WanVACETransformer3DModel": _BETWEEN_BLOCKS,
-        "Flux2Transformer2DModel": "its two kinds of blocks return different things, at which the library's tail hook fails",
         "SD3Transformer2DModel": "its last block returns no text, at which the library's tail hook fails",
     }
+
+    def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
+        anatomy = _known(denoiser)
+        places = () if anatomy is None else anatomy.blocks
+        if len({len(place.streams) for place in places}) > 1:
+            return "its kinds of blocks return different numbers of streams, at which the library's tail hook fails"
+        odd = next((name for place in places for name in place.streams if name not in _STREAMS), None)
+        if odd is not None:
+            return f"its blocks are given {odd!r}, and the library looks for {' and '.join(_STREAMS)} alone"
+        return super()._unfit(target, denoiser)
 
     def _options(
         self, denoiser: nn.Module, num_inference_steps: int, follower: Callable[[], Follower]
@@ -124,7 +137,7 @@ class MagCache(DiffusersCache):
     config_name: ClassVar[str] = "MagCacheConfig"
     apply_name: ClassVar[str] = "apply_mag_cache"
     wants_blocks: ClassVar[bool] = True
-    wrong_on: ClassVar[dict[str, str]] = {"WanVACETransformer3DModel": _BETWEEN_BLOCKS}
+    wrong_on: ClassVar[Mapping[str, str]] = {"WanVACETransformer3DModel": _BETWEEN_BLOCKS}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -400,17 +413,21 @@ def _frames(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
 
 def _register_blocks(denoiser: nn.Module, stack: ExitStack) -> None:
     """Tell diffusers of blocks that it doesn't know, from what is known of the network here."""
-    try:
-        places = anatomy_of(denoiser).blocks
-    except AnatomyError:
-        return  # the library says itself what it misses
-    for place in places:
-        returns = place.returns or place.streams
-        plain = place.streams in (("hidden_states",), ("hidden_states", "encoder_hidden_states"))
+    anatomy = _known(denoiser)
+    for place in () if anatomy is None else anatomy.blocks:
         for block_class in {type(block) for block in denoiser.get_submodule(place.path).children()}:
-            if plain and not compat.block_is_registered(block_class):
-                encoder = returns.index("encoder_hidden_states") if len(returns) > 1 else None
-                stack.callback(compat.register_block(block_class, returns.index("hidden_states"), encoder))
+            if len(place.streams) <= len(_STREAMS) and not compat.block_is_registered(block_class):
+                stack.callback(compat.register_block(block_class, place.streams, place.returns or place.streams))
+
+
+def _known(denoiser: nn.Module) -> Anatomy | None:
+    try:
+        return anatomy_of(denoiser)
+    except AnatomyError:
+        return None  # the library says itself what it misses
+
+
+_STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
 def _is_demo(target: Any) -> bool:

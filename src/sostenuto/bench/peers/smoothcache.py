@@ -49,7 +49,19 @@ class SmoothCachePeer(Peer):
         often = next((site.id for site in sites if site.calls > 1 or site.optional), None)
         if often is not None:
             return f"it counts steps by the calls of each module, and {often} isn't called once in every step"
+        network = compat.unwrapped(denoiser)
+        blocks, components = self._wrapped(network)
+        for path, block in network.named_modules():
+            absent = [name for name in components if isinstance(block, blocks) and getattr(block, name, block) is None]
+            if absent:
+                return f"it wraps {absent[0]} of every block, which {path} has as None"
         return None
+
+    def _wrapped(self, denoiser: nn.Module) -> tuple[tuple[type[nn.Module], ...], tuple[str, ...]]:
+        """The classes of blocks, and the names of their modules."""
+        paths = [site.id.rpartition(".") for site in inspect(denoiser)]
+        blocks = dict.fromkeys(type(denoiser.get_submodule(block)) for block, _, _ in paths)
+        return tuple(blocks), self.components or tuple(dict.fromkeys(name for _, _, name in paths))
 
     def _remedy(self) -> str:
         return "name modules that its blocks have as components"
@@ -61,9 +73,7 @@ class SmoothCachePeer(Peer):
         stack.enter_context(patch.object(smooth_cache_helper, "print", lambda *_: None, create=True))
         for caller in compat.find_denoisers(target).values():
             denoiser = compat.unwrapped(caller)
-            sites = inspect(denoiser)
-            blocks = {type(denoiser.get_submodule(site.id.rpartition(".")[0])) for site in sites}
-            components = self.components or tuple(dict.fromkeys(site.id.rpartition(".")[2] for site in sites))
+            blocks, components = self._wrapped(denoiser)
             helper = SmoothCacheHelper(
                 denoiser, list(blocks), list(components), self._schedule(components, num_inference_steps)
             )
