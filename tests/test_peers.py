@@ -348,6 +348,7 @@ def test_magcache_wants_the_ratios_of_a_network_that_it_cannot_run_by_itself():
         ("LatteTransformer3DModel", "diffusers-magcache:threshold=0.1", "run in turn"),
         ("LatteTransformer3DModel", "dit-smoothcache", "attn2 of every block, which .* has as None"),
         ("CogView4Transformer2DModel", "dit-smoothcache", "isn't called once in every step"),
+        ("JoyImageEditTransformer3DModel", "diffusers-magcache:threshold=0.1", "where diffusers' caches don't look"),
         ("FluxTransformer2DModel", "diffusers-seacache", "needs the latents as frames"),
         ("ZImageTransformer2DModel", "diffusers-first-block-cache", "its blocks are given 'x'"),
         ("Flux2Transformer2DModel", "diffusers-first-block-cache", "different numbers of streams"),

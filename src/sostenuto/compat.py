@@ -285,6 +285,13 @@ def register_block(block_class: type[nn.Module], streams: Sequence[str], returns
     return lambda: registry._registry.pop(block_class, None)
 
 
+def block_lists_of_diffusers() -> tuple[str, ...]:
+    """The names under which diffusers' caches look for lists of blocks."""
+    from diffusers.hooks import _common
+
+    return tuple(getattr(_common, "_ALL_TRANSFORMER_BLOCK_IDENTIFIERS", ("blocks", "transformer_blocks")))
+
+
 def _block_registry() -> Any:
     try:
         from diffusers.hooks._helpers import TransformerBlockRegistry

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,67 +14,17 @@ import torch
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.anatomy import Anatomy
 from sostenuto.bench.peers.base import Peer
-from sostenuto.bench.peers.follower import Follower, context_setter, resetter
-from sostenuto.errors import AnatomyError, MethodError
+from sostenuto.bench.peers.diffusers_base import STREAMS, DiffusersCache, known_anatomy, seen_lists
+from sostenuto.bench.peers.follower import Follower
+from sostenuto.errors import MethodError
 from sostenuto.methods.magcache import MagCacheRatios
-from sostenuto.sites import anatomy_of, inspect
+from sostenuto.sites import inspect
 
 _BETWEEN_BLOCKS = (
     "the network adds hints between its blocks, which the library's residual takes twice: with identical inputs its output is "
     "another one (seen with diffusers 0.42.1)"
 )
-
-
-@dataclass(frozen=True)
-class DiffusersCache(Peer):
-    """Base of them: a configuration and the function that applies it, which also works on models without ``enable_cache``."""
-
-    library: ClassVar[str] = "diffusers"
-    distribution: ClassVar[str] = "diffusers"
-    config_name: ClassVar[str] = ""
-    apply_name: ClassVar[str] = ""
-    wants_context: ClassVar[bool] = True
-    wants_steps: ClassVar[bool] = False
-    wants_blocks: ClassVar[bool] = False
-    """Whether it looks up what the blocks return."""
-
-    def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
-        hooks = importlib.import_module("diffusers.hooks")
-        if not (hasattr(hooks, self.config_name) and hasattr(hooks, self.apply_name)):
-            return f"diffusers {self.version()} has no {self.config_name}"
-        anatomy = _known(denoiser)
-        if self.wants_blocks and anatomy is not None and anatomy.interleaved:
-            return (
-                "two lists of its blocks run in turn on tokens laid out in different ways, of which the residual is one"
-            )
-        return None
-
-    def _attach(self, target: Any, num_inference_steps: int, stack: ExitStack) -> None:
-        hooks = importlib.import_module("diffusers.hooks")
-        for caller in compat.find_denoisers(target).values():
-            denoiser = compat.unwrapped(caller)
-            if self.wants_blocks:
-                _register_blocks(denoiser, stack)
-            followers: list[Follower] = []
-            config = getattr(hooks, self.config_name)(
-                **self._options(denoiser, num_inference_steps, lambda known=followers: known[0])
-            )
-            kept = compat.diffusers_hooks(denoiser)
-            stack.callback(compat.renew_diffusers_hooks, denoiser)
-            stack.callback(compat.remove_diffusers_hooks, denoiser, kept)
-            getattr(hooks, self.apply_name)(denoiser, config)
-            compat.renew_diffusers_hooks(denoiser)
-            tell = context_setter(denoiser, self.wants_steps) if self.wants_context else None
-            followers.append(Follower(caller, target, num_inference_steps, resetter(denoiser), tell))
-            followers[0].follow(stack)
-
-    @abstractmethod
-    def _options(
-        self, denoiser: nn.Module, num_inference_steps: int, follower: Callable[[], Follower]
-    ) -> dict[str, Any]:
-        """What its configuration is made with."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +47,12 @@ class FirstBlockCache(DiffusersCache):
     }
 
     def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
-        anatomy = _known(denoiser)
-        places = () if anatomy is None else anatomy.blocks
+        places = seen_lists(known_anatomy(denoiser))
         if len({len(place.streams) for place in places}) > 1:
             return "its kinds of blocks return different numbers of streams, at which the library's tail hook fails"
-        odd = next((name for place in places for name in place.streams if name not in _STREAMS), None)
+        odd = next((name for place in places for name in place.streams if name not in STREAMS), None)
         if odd is not None:
-            return f"its blocks are given {odd!r}, and the library looks for {' and '.join(_STREAMS)} alone"
+            return f"its blocks are given {odd!r}, and the library looks for {' and '.join(STREAMS)} alone"
         return super()._unfit(target, denoiser)
 
     def _options(
@@ -409,25 +356,6 @@ def _frames(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     """The latents ``[batch, channels, height, width]`` of a call, each as ``[channels, 1, height, width]``."""
     latents = args[0] if args else kwargs["hidden_states"]
     return list(latents[:, :, None].unbind(0))
-
-
-def _register_blocks(denoiser: nn.Module, stack: ExitStack) -> None:
-    """Tell diffusers of blocks that it doesn't know, from what is known of the network here."""
-    anatomy = _known(denoiser)
-    for place in () if anatomy is None else anatomy.blocks:
-        for block_class in {type(block) for block in denoiser.get_submodule(place.path).children()}:
-            if len(place.streams) <= len(_STREAMS) and not compat.block_is_registered(block_class):
-                stack.callback(compat.register_block(block_class, place.streams, place.returns or place.streams))
-
-
-def _known(denoiser: nn.Module) -> Anatomy | None:
-    try:
-        return anatomy_of(denoiser)
-    except AnatomyError:
-        return None  # the library says itself what it misses
-
-
-_STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
 def _is_demo(target: Any) -> bool:
