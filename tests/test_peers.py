@@ -419,3 +419,32 @@ def test_settings_in_the_name_and_as_arguments_are_one():
 def test_a_misspelt_peer_is_refused(name, reason):
     with pytest.raises(InputError, match=reason):
         peer(name)
+
+
+# --- what docs/peers.md says of the libraries themselves --------------------------------------------------------------
+
+
+def test_cache_dit_taken_off_by_itself_leaves_weights_that_were_not_there_and_the_adapter_none():
+    cache_dit = pytest.importorskip("cache_dit")
+    model = TINY_MODELS["DiTTransformer2DModel"].build()
+    before = list(model.state_dict())
+    with peer("cache-dit").attached(model, STEPS):
+        drive(TINY_MODELS["DiTTransformer2DModel"], model)
+    assert list(model.state_dict()) == before
+    cache_dit.enable_cache(model, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1))
+    cache_dit.disable_cache(model)
+    assert any(name.startswith("_norm1_emb") for name in model.state_dict())
+
+
+def test_diffusers_taylorseer_is_enabled_with_nothing_hooked():
+    from diffusers import TaylorSeerCacheConfig
+
+    tiny = TINY_MODELS["WanTransformer3DModel"]
+    model = tiny.build()
+    plain, macs = drive(tiny, model)
+    model.enable_cache(TaylorSeerCacheConfig())
+    assert model.is_cache_enabled
+    output, as_many = drive(tiny, model)
+    assert as_many == macs
+    assert torch.equal(output, plain)
+    assert "nothing of the network would be hooked" in peer("diffusers-taylorseer").problem(tiny.build())
