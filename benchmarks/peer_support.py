@@ -4,7 +4,7 @@
 
 With identical inputs at every step a cache must reproduce the output, so whatever differs is wrong. Every peer is set to
 skip as much as it can. Of each pair of network and peer the share of multiply-accumulates that is left is told, or how far
-the output is off, or why it doesn't run. Networks that are in the file already are not run again.
+the output is off, or why it doesn't run. What is in the file already is not run again.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PEERS = (
     "cache-dit:residual_diff_threshold=10.0,max_warmup_steps=2",
     "cache-dit-taylorseer:residual_diff_threshold=10.0,max_warmup_steps=2",
     "dit-smoothcache",
+    "para-attn:residual_diff_threshold=10.0",
 )
 
 
@@ -70,15 +71,19 @@ def blocks_unknown_to_diffusers(model: torch.nn.Module) -> bool:
     return not all(map(block_is_registered, classes))
 
 
-def try_network(tiny: TinyModel) -> dict:
+def try_network(tiny: TinyModel, row: dict) -> None:
+    """Try the peers that aren't in the row yet."""
+    if row.keys() >= set(PEERS):
+        return
     model = tiny.build()
     plain, macs = eight_steps(tiny, model)
-    row: dict = {"unknown_blocks": blocks_unknown_to_diffusers(model)}
+    row["unknown_blocks"] = blocks_unknown_to_diffusers(model)
     for name in PEERS:
+        if name in row:
+            continue
         other = peer(name, **({"ratios": (1.0,)} if "magcache" in name else {}))
         type(other).wrong_on = {}  # found out here, not taken for granted
         row[name] = try_peer(tiny, model, other, plain, macs)
-    return row
 
 
 def main() -> None:
@@ -92,12 +97,11 @@ def main() -> None:
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())["networks"]
     for name in tqdm(options.only):
-        if name not in rows:
-            with torch.compiler.set_stance("force_eager"):
-                rows[name] = try_network(TINY_MODELS[name])
-            if options.json:
-                content = {"num_steps": NUM_STEPS, "versions": versions, "networks": dict(sorted(rows.items()))}
-                options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with torch.compiler.set_stance("force_eager"):
+            try_network(TINY_MODELS[name], rows.setdefault(name, {}))
+        if options.json:
+            content = {"num_steps": NUM_STEPS, "versions": versions, "networks": dict(sorted(rows.items()))}
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     helped = sum(row["unknown_blocks"] for row in rows.values())
     print(f"{len(rows)} networks; of {helped} diffusers' caches don't know the blocks, and the adapter tells them.\n")
     print("| peer | works | skips nothing | wrong | fails | refused |\n|---|---|---|---|---|---|")

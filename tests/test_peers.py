@@ -327,7 +327,6 @@ def test_deepcache_skips_the_deep_part_of_a_unet_and_leaves_no_trace():
         ("cache-dit:Fn_compute_blocks=8", "nothing is left to be skipped: 8 blocks in front"),
         ("dit-smoothcache:components=['nowhere']", "nothing of the network would be hooked"),
         ("deepcache", "caches U-Nets, and a DiTTransformer2DModel is none"),
-        ("para-attn", "not installed"),
     ],
 )
 def test_a_peer_that_cannot_run_says_why_and_is_refused(pipe, plain, name, reason):
@@ -358,6 +357,25 @@ def test_magcache_wants_the_ratios_of_a_network_that_it_cannot_run_by_itself():
 def test_a_network_that_a_peer_does_not_support_is_named(network, name, reason):
     other = peer(name, **({"ratios": [1.0]} if "magcache" in name else {}))
     assert re.search(reason, other.problem(TINY_MODELS[network].build()))
+
+
+def test_para_attn_says_that_it_is_not_installed_or_runs():
+    tiny = TINY_MODELS["WanTransformer3DModel"]
+    model, other = tiny.build(), peer("para-attn:residual_diff_threshold=10.0")
+    if other.version() == "not installed":
+        assert other.problem(model) == "para-attn is not installed: pip install para-attn"
+        return
+    assert "Unknown transformer class name" in other.problem(TINY_MODELS["DiTTransformer2DModel"].build())
+    plain, macs = drive(tiny, model)
+    repeated, _ = drive(tiny, model, same=True)
+    with other.attached(model, STEPS):
+        first, fewer = drive(tiny, model)
+        exact, _ = drive(tiny, model, same=True)
+        again, _ = drive(tiny, model)
+    assert fewer < macs
+    assert torch.equal(first, again)
+    torch.testing.assert_close(exact, repeated, rtol=1e-3, atol=1e-4)
+    assert torch.equal(drive(tiny, model)[0], plain)
 
 
 def test_a_library_that_is_not_installed_is_named(pipe, monkeypatch):
@@ -412,7 +430,7 @@ def test_settings_in_the_name_and_as_arguments_are_one():
     [
         ("nobody", "there is no peer 'nobody'; there are .*cache-dit"),
         ("cache-dit:treshold=0.1", "cache-dit has no setting 'treshold', only Fn_compute_blocks"),
-        ("para-attn:threshold=1", "only none at all"),
+        ("para-attn:threshold=1", "only residual_diff_threshold"),
         ("cache-dit:0.12", "write them as name:option=value"),
     ],
 )
