@@ -19,7 +19,7 @@ from sostenuto.methods import FORA, MagCacheRatios
 from sostenuto.zoo import TINY_MODELS
 from unets import build_conditional, context
 
-STEPS = 8
+STEPS = 6
 
 ON_THE_DEMO = (
     "diffusers-first-block-cache:threshold=0.8",
@@ -41,9 +41,7 @@ def pipe():
 
 def generate(pipe, seed=0, **kwargs):
     with MacCounter() as counter:
-        images = pipe(
-            [3, 8], STEPS, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs
-        ).images
+        images = pipe([3], STEPS, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).images
     return images, counter.macs
 
 
@@ -117,16 +115,21 @@ def drive(tiny, model, same=False):
 
 
 ON_TINY_NETWORKS = (
-    ("FluxTransformer2DModel", "diffusers-first-block-cache:threshold=1000.0"),
-    ("FluxTransformer2DModel", "diffusers-magcache"),
     ("FluxTransformer2DModel", "diffusers-taylorseer:taylor_factors_dtype=float32"),
-    ("FluxTransformer2DModel", "diffusers-pab:timestep_skip_range=[0,1001]"),
-    ("FluxTransformer2DModel", "diffusers-fastercache"),
-    ("FluxTransformer2DModel", "cache-dit:residual_diff_threshold=10.0,max_warmup_steps=2"),
-    ("PixArtTransformer2DModel", "dit-smoothcache"),
     ("WanTransformer3DModel", "diffusers-seacache:threshold=1000.0"),
     # Its blocks are in no registry of diffusers': they are registered while the peer is attached.
     ("AllegroTransformer3DModel", "diffusers-first-block-cache:threshold=1000.0"),
+    *(
+        pytest.param("FluxTransformer2DModel", name, marks=pytest.mark.slow)
+        for name in (
+            "diffusers-first-block-cache:threshold=1000.0",
+            "diffusers-magcache",
+            "diffusers-pab:timestep_skip_range=[0,1001]",
+            "diffusers-fastercache",
+            "cache-dit:residual_diff_threshold=10.0,max_warmup_steps=2",
+            "dit-smoothcache",
+        )
+    ),
 )
 
 
@@ -161,9 +164,14 @@ def test_blocks_are_registered_with_diffusers_only_while_a_peer_is_attached():
     ("network", "name"),
     [
         ("WanVACETransformer3DModel", "diffusers-first-block-cache:threshold=1000.0"),
-        ("WanVACETransformer3DModel", "diffusers-magcache"),
-        ("SD3Transformer2DModel", "diffusers-first-block-cache:threshold=1000.0"),
-        ("ConsisIDTransformer3DModel", "cache-dit:residual_diff_threshold=10.0,max_warmup_steps=2"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("MotifVideoTransformer3DModel", "diffusers-magcache"),
+                ("SD3Transformer2DModel", "diffusers-first-block-cache:threshold=1000.0"),
+                ("ConsisIDTransformer3DModel", "cache-dit:residual_diff_threshold=10.0,max_warmup_steps=2"),
+            )
+        ),
     ],
 )
 def test_where_a_peer_is_refused_as_wrong_it_is(network, name, monkeypatch):
@@ -207,12 +215,12 @@ def calls_of(module, run):
 
 def test_pab_follows_the_schedulers_timesteps(pipe):
     projection = pipe.transformer.transformer_blocks[5].attn1.to_q
-    with peer("diffusers-pab", spatial_attention_block_skip_range=3, timestep_skip_range=(200, 700)).attached(
+    with peer("diffusers-pab", spatial_attention_block_skip_range=3, timestep_skip_range=(100, 900)).attached(
         pipe, STEPS
     ):
         ran = calls_of(projection, SimpleNamespace(pipe=pipe))
     timesteps = pipe.scheduler.timesteps.tolist()
-    assert ran == [p for p, t in enumerate(timesteps) if not (200 < t < 700) or p % 3 == 0]
+    assert ran == [p for p, t in enumerate(timesteps) if not (100 < t < 900) or p % 3 == 0]
     assert len(ran) < STEPS
 
 
@@ -221,17 +229,17 @@ def test_taylorseer_computes_the_steps_that_its_interval_says(pipe):
         pipe, STEPS
     ):
         ran = calls_of(pipe.transformer.transformer_blocks[2].ff.net[0], SimpleNamespace(pipe=pipe))
-    assert ran == [0, 1, 3, 6]  # two at first, then those with (p − 2 − 1) mod 3 = 0
+    assert ran == [0, 1, 3]  # two at first, then those with (p − 2 − 1) mod 3 = 0
 
 
 def test_smoothcache_follows_a_schedule_file(pipe, tmp_path):
     path = tmp_path / "schedule.json"
-    path.write_text('{"attn1": [1, 0, 0, 1, 0, 0, 1, 1], "ff": [1, 1, 1, 1, 1, 1, 1, 0]}')
+    path.write_text('{"attn1": [1, 0, 0, 1, 0, 1], "ff": [1, 1, 1, 1, 1, 0]}')
     with peer("dit-smoothcache", schedule=str(path)).attached(pipe, STEPS):
         attention = calls_of(pipe.transformer.transformer_blocks[1].attn1.to_q, SimpleNamespace(pipe=pipe))
         mlp = calls_of(pipe.transformer.transformer_blocks[1].ff.net[0], SimpleNamespace(pipe=pipe))
-    assert attention == [0, 3, 6, 7]
-    assert mlp == [0, 1, 2, 3, 4, 5, 6]
+    assert attention == [0, 3, 5]
+    assert mlp == [0, 1, 2, 3, 4]
 
 
 def test_seacache_is_told_step_and_noise_level_of_the_scheduler(pipe):
@@ -346,6 +354,7 @@ def test_magcache_wants_the_ratios_of_a_network_that_it_cannot_run_by_itself():
     [
         ("LatteTransformer3DModel", "diffusers-magcache:threshold=0.1", "run in turn"),
         ("LatteTransformer3DModel", "dit-smoothcache", "attn2 of every block, which .* has as None"),
+        ("CogView4Transformer2DModel", "diffusers-taylorseer:modules=branches", "called more than once in a step"),
         ("CogView4Transformer2DModel", "dit-smoothcache", "isn't called once in every step"),
         ("JoyImageEditTransformer3DModel", "diffusers-magcache:threshold=0.1", "where diffusers' caches don't look"),
         ("FluxTransformer2DModel", "diffusers-seacache", "needs the latents as frames"),

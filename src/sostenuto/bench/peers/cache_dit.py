@@ -43,12 +43,11 @@ class DBCachePeer(Peer):
     kind: ClassVar[str] = "cache-dit"
     library: ClassVar[str] = "cache-dit"
     distribution: ClassVar[str] = "cache-dit"
-    wrong_on: ClassVar[Mapping[str, str]] = {
-        "ConsisIDTransformer3DModel": (
-            "the network adds features between its blocks, which the library's residual takes twice: with identical inputs "
-            "its output is another one (seen with cache-dit 1.5.3)"
-        )
-    }
+    # Found by benchmarks/peer_support.py; ConsisID adds to what is between its blocks, which a residual then takes twice.
+    wrong_on: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("AnyFlowFARTransformer3DModel", "ConsisIDTransformer3DModel"),
+        "with identical inputs the network returns something else than without the cache (seen with cache-dit 1.5.3)",
+    )
 
     def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
         import cache_dit

@@ -79,7 +79,8 @@ def _register_blocks(denoiser: nn.Module, stack: ExitStack) -> None:
     """Tell diffusers of blocks that it doesn't know, from what is known of the network here."""
     for place in seen_lists(known_anatomy(denoiser)):
         for block_class in {type(block) for block in denoiser.get_submodule(place.path).children()}:
-            if len(place.streams) <= len(STREAMS) and not compat.block_is_registered(block_class):
+            usual = len(place.streams) == 1 or place.streams == STREAMS
+            if usual and not compat.block_is_registered(block_class):
                 stack.callback(compat.register_block(block_class, place.streams, place.returns or place.streams))
 
 

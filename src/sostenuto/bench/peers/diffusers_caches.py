@@ -21,9 +21,15 @@ from sostenuto.errors import MethodError
 from sostenuto.methods.magcache import MagCacheRatios
 from sostenuto.sites import inspect
 
-_BETWEEN_BLOCKS = (
-    "the network adds hints between its blocks, which the library's residual takes twice: with identical inputs its output is "
-    "another one (seen with diffusers 0.42.1)"
+# Found by benchmarks/peer_support.py; the networks add to what is between their blocks, which a residual then takes twice.
+_WRONG: dict[str, str] = dict.fromkeys(
+    (
+        "ConsisIDTransformer3DModel",
+        "MotifVideoTransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "WanVACETransformer3DModel",
+    ),
+    "with identical inputs the network returns something else than without the cache (seen with diffusers 0.42.1)",
 )
 
 
@@ -42,7 +48,7 @@ class FirstBlockCache(DiffusersCache):
     apply_name: ClassVar[str] = "apply_first_block_cache"
     wants_blocks: ClassVar[bool] = True
     wrong_on: ClassVar[Mapping[str, str]] = {
-        "WanVACETransformer3DModel": _BETWEEN_BLOCKS,
+        **_WRONG,
         "SD3Transformer2DModel": "its last block returns no text, at which the library's tail hook fails",
     }
 
@@ -84,7 +90,7 @@ class MagCache(DiffusersCache):
     config_name: ClassVar[str] = "MagCacheConfig"
     apply_name: ClassVar[str] = "apply_mag_cache"
     wants_blocks: ClassVar[bool] = True
-    wrong_on: ClassVar[Mapping[str, str]] = {"WanVACETransformer3DModel": _BETWEEN_BLOCKS}
+    wrong_on: ClassVar[Mapping[str, str]] = _WRONG
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -185,6 +191,9 @@ class TaylorSeer(DiffusersCache):
     def _unfit(self, target: Any, denoiser: nn.Module) -> str | None:
         if self.use_lite_mode and not hasattr(compat.unwrapped(denoiser), "proj_out"):
             return "its lite mode keeps a module named proj_out, which this network lacks: it would get zeros for its blocks"
+        often = [site.id for site in inspect(denoiser) if site.calls > 1] if self.modules == "branches" else []
+        if often:
+            return f"it counts steps by the calls of each module, and {often[0]} is called more than once in a step"
         return super()._unfit(target, denoiser)
 
     def _remedy(self) -> str:

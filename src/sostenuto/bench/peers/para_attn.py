@@ -37,14 +37,15 @@ class ParaAttn(Peer):
     kind: ClassVar[str] = "para-attn"
     library: ClassVar[str] = "ParaAttention"
     distribution: ClassVar[str] = "para-attn"
+    # Found by benchmarks/peer_support.py.
     wrong_on: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("FluxTransformer2DModel", "Flux2Transformer2DModel", "HunyuanVideoTransformer3DModel"),
             "its blocks take other arguments in this diffusers than the library passes (seen with para-attn 0.3.38)",
         ),
-        "WanVACETransformer3DModel": (
-            "the network adds hints between its blocks, which the library's residual takes twice: with identical inputs its "
-            "output is another one (seen with para-attn 0.3.38)"
+        **dict.fromkeys(
+            ("WanAnimateTransformer3DModel", "WanVACETransformer3DModel"),
+            "with identical inputs the network returns something else than without the cache (seen with para-attn 0.3.38)",
         ),
     }
 
