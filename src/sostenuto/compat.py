@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -179,3 +179,127 @@ def first_tensor(output: Any) -> torch.Tensor:
 def only_tensor(output: Any) -> Any:
     """The tensor in an output that holds nothing else (diffusers' attentions return a tuple of one); else the output."""
     return output[0] if isinstance(output, tuple) and len(output) == 1 else output
+
+
+class CacheStates:
+    """What diffusers' cache hooks on a denoiser keep, found through their managers, which want to know each call's context.
+
+    Args:
+        denoiser: the network, with the hooks in place.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        found: dict[int, Any] = {}
+        for _, hook in diffusers_hooks(denoiser):
+            for value in vars(hook).values():
+                if callable(getattr(value, "set_context", None)) and hasattr(value, "_state_cache"):
+                    found[id(value)] = value
+        self._managers = list(found.values())
+
+    @property
+    def context(self) -> Any:
+        """The context that a pipeline has set for the call, or ``None``."""
+        manager = next(iter(self._managers), None)
+        return getattr(manager, "_context", getattr(manager, "_current_context", None))
+
+    def set_context(self, context: Any) -> None:
+        """Set it, or take it away with ``None``."""
+        for manager in self._managers:
+            manager.set_context(context)
+
+    def values(self, name: str) -> list[Any]:
+        """The attribute of that name of every state: one for each context."""
+        states = (state for manager in self._managers for state in manager._state_cache.values())
+        return [getattr(state, name) for state in states if hasattr(state, name)]
+
+
+def new_cache_context(name: str, **fields: Any) -> Any:
+    """A context of diffusers' caches: an object with these fields, or its name alone in diffusers before 0.42."""
+    from diffusers.hooks import hooks
+
+    make = getattr(hooks, "CacheContext", None)
+    return name if make is None else make(name, **fields)
+
+
+def diffusers_hooks(denoiser: nn.Module) -> list[tuple[Any, Any]]:
+    """Every hook of diffusers' on a denoiser's modules, as its registry and itself."""
+    registries = [vars(module).get("_diffusers_hook") for module in denoiser.modules()]
+    return [(registry, hook) for registry in registries if registry is not None for hook in registry.hooks.values()]
+
+
+def remove_diffusers_hooks(denoiser: nn.Module, kept: list[tuple[Any, Any]]) -> None:
+    """Take off the hooks that are not among the ones to keep, last first."""
+    known = {id(hook) for _, hook in kept}
+    for registry, hook in reversed(diffusers_hooks(denoiser)):
+        if id(hook) not in known:
+            registry.remove_hook(next(n for n, other in registry.hooks.items() if other is hook), recurse=False)
+
+
+def renew_diffusers_hooks(denoiser: nn.Module) -> None:
+    """Make diffusers look for hooks anew: it remembers which modules had some (0.36 and later)."""
+    for module in denoiser.modules():
+        registry: Any = vars(module).get("_diffusers_hook")
+        if hasattr(registry, "_child_registries_cache"):
+            registry._child_registries_cache = None
+
+
+def reset_diffusers_hooks(denoiser: nn.Module) -> None:
+    """Drop what diffusers' caches keep from the generation before."""
+    registry = vars(denoiser).get("_diffusers_hook")
+    if registry is None:
+        from diffusers.hooks import HookRegistry
+
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.reset_stateful_hooks(recurse=True)
+
+
+def block_is_registered(block_class: type[nn.Module]) -> bool:
+    """Whether diffusers' caches know what blocks of this class take and return."""
+    try:
+        _block_registry().get(block_class)
+    except ValueError:
+        return False
+    return True
+
+
+def register_block(block_class: type[nn.Module], streams: Sequence[str], returns: Sequence[str]) -> Callable[[], None]:
+    """Tell diffusers' caches which arguments of a block are the sample's and the text's, and in which order it returns them.
+
+    Args:
+        block_class: the class of the blocks.
+        streams: the names of the arguments: the sample's, and the text's where there is one.
+        returns: the same names in the order in which a block returns them.
+
+    Returns:
+        A function that makes diffusers forget it again.
+    """
+    from diffusers.hooks._helpers import TransformerBlockMetadata
+
+    fields: dict[str, Any] = {"return_hidden_states_index": returns.index(streams[0])}
+    fields["hidden_states_argument_name"] = streams[0]
+    if len(streams) > 1:
+        fields["return_encoder_hidden_states_index"] = returns.index(streams[1])
+        fields["encoder_hidden_states_argument_name"] = streams[1]
+    known = {
+        field.name for field in dataclasses.fields(TransformerBlockMetadata)
+    }  # older ones lack the arguments' names
+    registry = _block_registry()
+    registry.register(block_class, TransformerBlockMetadata(**{k: v for k, v in fields.items() if k in known}))
+    return lambda: registry._registry.pop(block_class, None)
+
+
+def block_lists_of_diffusers() -> tuple[str, ...]:
+    """The names under which diffusers' caches look for lists of blocks."""
+    from diffusers.hooks import _common
+
+    return tuple(getattr(_common, "_ALL_TRANSFORMER_BLOCK_IDENTIFIERS", ("blocks", "transformer_blocks")))
+
+
+def _block_registry() -> Any:
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+    except ImportError:
+        raise EngineError(
+            "this diffusers has no registry of blocks, which its caches need: install 0.35 or newer"
+        ) from None
+    return TransformerBlockRegistry

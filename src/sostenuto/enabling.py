@@ -10,6 +10,7 @@ from sostenuto import compat
 from sostenuto.config import Config, is_config_path, load_config
 from sostenuto.engine import Handle, attach, handle_of
 from sostenuto.errors import EngineError
+from sostenuto.foreign_configs import is_foreign_config, translated
 from sostenuto.methods.base import Method
 from sostenuto.stats import Statistics, current, joined
 from sostenuto.switch import DisabledHandle, is_switched_off
@@ -80,7 +81,7 @@ class JointHandle:
 
 def enable(
     target: Any,
-    method: str | Path | Method | Config,
+    method: str | Path | Method | Config | Any,
     *,
     scheduler: Any = None,
     max_cache_bytes: int | None = None,
@@ -92,7 +93,8 @@ def enable(
             before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
             each, call this on each denoiser with ``scheduler=pipe.scheduler``.
         method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration: one of
-            :func:`sostenuto.load_config`, or the path of its ``.json``, ``.yaml`` or ``.yml`` file.
+            :func:`sostenuto.load_config`, the path of its ``.json``, ``.yaml`` or ``.yml`` file, or one of diffusers' own
+            caches, such as ``FirstBlockCacheConfig``; the method that it becomes is logged, and it is ``handle.method``.
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
             sites of the network are computed always. Given here it stands before that of a configuration.
@@ -114,6 +116,8 @@ def enable(
     if isinstance(method, Config):
         max_cache_bytes = method.max_cache_bytes if max_cache_bytes is None else max_cache_bytes
         method = method.method
+    if is_foreign_config(method):
+        method = translated(method)
     handles: dict[str, Handle] = {}
     try:
         for name, denoiser in compat.find_denoisers(target).items():
