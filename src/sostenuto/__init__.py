@@ -11,6 +11,7 @@ from sostenuto.calibrations import (
     TeaCacheCalibration,
     calibrate,
 )
+from sostenuto.distributed.lockstep import sharded_over
 from sostenuto.enabling import JointHandle, disable, enable
 from sostenuto.engine import Handle
 from sostenuto.errors import (
@@ -52,7 +53,6 @@ from sostenuto.methods import (
 from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
-from sostenuto.signals import sharded_over
 from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.table import CacheTable, StepState
 from sostenuto.verify import verify

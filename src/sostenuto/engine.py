@@ -17,6 +17,7 @@ from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
+from sostenuto.distributed import lockstep
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor
 from sostenuto.features import Feature, leaves, mapped
@@ -266,7 +267,9 @@ class Handle:
         self._settle(between=tick.new_generation)
         if tick.new_generation:
             self._check_neighbours()
-            self._decide(tick)
+            with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
+                self._decide(tick)
+                agree(self.method, self._plan, bool(self._observers), tick.timesteps, tick.step, self._noise_scale)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
