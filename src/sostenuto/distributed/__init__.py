@@ -2,10 +2,11 @@
 
 from sostenuto.distributed.folder import complete, publish
 from sostenuto.distributed.lockstep import sharded_over
-from sostenuto.distributed.world import World, gather, joined, on_main, share, spread, until, world
+from sostenuto.distributed.world import World, apart, gather, joined, on_main, share, spread, until, world
 
 __all__ = [
     "World",
+    "apart",
     "complete",
     "gather",
     "joined",

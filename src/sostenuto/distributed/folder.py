@@ -65,19 +65,20 @@ def complete(
     folder.mkdir(parents=True, exist_ok=True)
     with progress(len(pieces), desc, show_progress) as bar:
         shown = 0
-        while True:
-            left = _missing(folder, pieces)
+        while left := _missing(folder, pieces):
             bar.update(len(pieces) - len(left) - shown)
             shown = len(pieces) - len(left)
-            if not left:
-                break
             if not _do_next(folder, left, do):
                 time.sleep(_PAUSE)
+        bar.update(len(pieces) - shown)
     if world().is_main:
         tidy(folder)
         for lock in folder.glob("*.lock"):
             lock.unlink(missing_ok=True)
-    return [json.loads(_record(folder, piece).read_text(encoding="utf-8")) for piece in pieces]
+    try:
+        return [json.loads(_record(folder, piece).read_text(encoding="utf-8")) for piece in pieces]
+    except FileNotFoundError:  # another launch has just found that what a record tells of is lost
+        return complete(folder, pieces, do, desc, show_progress=show_progress)
 
 
 def tidy(folder: Path) -> None:
@@ -107,6 +108,16 @@ def _do_next(folder: Path, left: Sequence[str], do: Callable[[str], Any]) -> boo
                 publish_json(_record(folder, piece), do(piece))
             return True
     return False
+
+
+@contextmanager
+def one_at_a_time(guard: Path) -> Iterator[None]:
+    """Waits until no other process is within, for what is quickly done by whoever comes first."""
+    from filelock import FileLock
+
+    guard.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(guard):
+        yield
 
 
 @contextmanager

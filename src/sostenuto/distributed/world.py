@@ -90,6 +90,16 @@ def joined() -> Iterator[World]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Share nothing of what is called within, which a process does by itself."""
+    token = _JOINED.set(None)
+    try:
+        yield
+    finally:
+        _JOINED.reset(token)
+
+
 def _launched() -> World:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
