@@ -155,12 +155,17 @@ def test_a_killed_process_loses_the_piece_it_was_at_and_another_takes_it_over(tm
     assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == {name: name for name in PIECES}
 
 
+def fill_the_disk(path):
+    with publish(path) as partial:
+        partial.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+
 def test_a_file_is_put_in_place_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     with publish(path) as partial:
         partial.write_text("old")
-    with pytest.raises(OSError, match="No space"), publish(path) as partial:
-        partial.write_text("ne")
-        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space"):
+        fill_the_disk(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -19,7 +19,7 @@ def found(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(here / "parallel.py")]
     processes = [subprocess.Popen([*command, str(rank), str(store)], env=environment) for rank in range(2)]
-    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    assert [process.wait(timeout=280) for process in processes] == [0, 0]
     return [json.loads(Path(f"{store}.{rank}").read_text()) for rank in range(2)]
 
 
@@ -46,15 +46,17 @@ def test_a_network_sharded_by_other_means_decides_alike_within_sharded_over(foun
     assert alone[0] != alone[1]  # the parts by themselves would have disagreed
 
 
-@pytest.mark.parametrize("method", ["fora", "eb", "teacache", "dbcache", "toca"])
+@pytest.mark.parametrize("method", ["eb", "dbcache", "toca"])
 def test_weights_split_over_processes_change_no_decision_and_no_output(found, method):
     for rank in range(2):
-        gap, (plan, size, share), (own_plan, own_size, own_share) = found[rank][f"weights {method}"]
+        gap, (plan, size, share), (own_plan, own_size, own_share), collectives = found[rank][f"weights {method}"]
         assert gap < 1e-4
         assert own_plan == plan
-        assert any(action != "compute" for row in plan for action in row)
+        assert ("partial" if method == "toca" else "reuse") in {action for row in plan for action in row}
         assert own_size == size  # what a branch adds is whole on every process
         assert own_share == pytest.approx(share, abs=0.1)  # of this process's multiply-accumulates
+        if method != "dbcache":
+            assert collectives == 1  # at the start of the generation; a plan that is known needs no more
 
 
 @pytest.mark.parametrize("case", ["differ", "differ in tokens", "differ at run time"])

@@ -13,6 +13,7 @@ import json
 import os
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,9 +239,12 @@ class _Pngs(_Store):
     def put(self, name: str, indices: range, images: np.ndarray) -> None:
         from PIL import Image
 
-        for path, image in zip(self.files(name, indices), images, strict=True):
+        def write(path: Path, image: np.ndarray) -> None:
             with publish(path) as partial:
                 Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(partial, "PNG")
+
+        with ThreadPoolExecutor() as pool:  # encoding large images takes longer than some networks
+            list(pool.map(write, self.files(name, indices), images))
 
 
 class _Npz(_Store):
