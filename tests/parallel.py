@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from diffusers import DDPMScheduler
 from torch import nn
 
 import sostenuto
-from sostenuto import FORA, Anatomy, BlockList, Branch, DBCache, SiteKind, TeaCache
+from conftest import build_tiny, sample_loop
+from sostenuto import (
+    FORA,
+    Anatomy,
+    BlockList,
+    Branch,
+    CacheTable,
+    DBCache,
+    DuCa,
+    EBCache,
+    SiteKind,
+    StepState,
+    TeaCache,
+    ToCa,
+)
 from sostenuto.zoo import TINY_MODELS
 
 METHODS = {
@@ -99,6 +115,107 @@ def run_own(method, parts, part, group):
         return torch.stack(outputs), [row[0] for row in handle.stats.plan]
 
 
+def share_weights(model, mesh):
+    """Megatron's split of a transformer: heads and hidden channels over the processes; every output is a plain tensor."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    for block in model.transformer_blocks:
+        columns = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj")
+        plan = {
+            **dict.fromkeys(columns, ColwiseParallel()),
+            "attn1.to_out.0": RowwiseParallel(),
+            "ff.net.2": RowwiseParallel(),
+        }
+        parallelize_module(block, mesh, plan)
+        block.attn1.heads //= mesh.size()
+
+
+def generate_dit(method, mesh=None, order="before", steps=6):
+    """A guided generation of a tiny DiT, its weights split before or after the method is enabled."""
+    model, scheduler = build_tiny(), DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    if mesh is not None and order == "before":
+        share_weights(model, mesh)
+    with sostenuto.enable(model, method, scheduler=scheduler) as handle:
+        if mesh is not None and order == "after":
+            share_weights(model, mesh)
+        latents, outputs = sample_loop(model, scheduler, steps, separate_guidance=True)
+        assert all(type(output) is torch.Tensor for output in outputs)
+        stats = handle.stats
+        return latents, [stats.as_dict()["plan"], stats.cache_bytes_peak, stats.macs / stats.macs_uncached]
+
+
+@contextmanager
+def counted_collectives():
+    """How many all-reduces are asked for by name, as sostenuto does; torch's own tensor parallelism has another way."""
+    count, plain = [0], dist.all_reduce
+
+    def counting(*args, **kwargs):
+        count[0] += 1
+        return plain(*args, **kwargs)
+
+    dist.all_reduce = counting
+    try:
+        yield count
+    finally:
+        dist.all_reduce = plain
+
+
+def refusal(run):
+    """The kind of the error and what it says, or what came out."""
+    try:
+        return ["", str(run())]
+    except sostenuto.SostenutoError as error:
+        return [type(error).__name__, str(error)]
+
+
+class Unwilling(FORA):
+    """Refuses in one process."""
+
+    def plan(self, facts):
+        if dist.get_rank() == 1:
+            raise sostenuto.MethodError("process 1 has reasons of its own")
+        return super().plan(facts)
+
+
+def weights_and_agreement(rank):
+    """Tensor parallelism, and what happens where processes differ."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    found = {}
+    for label, method, order in (
+        ("eb", EBCache(STATES, eps_scale=0.98), "after"),
+        ("dbcache", DBCache(1, 0, 0.9, warmup=1), "before"),
+        ("toca", ToCa(3, 0.5, "random", "constant", spatial_bonus=0.0), "before"),
+    ):
+        whole, facts = generate_dit(method)
+        with counted_collectives() as count:
+            shared, own = generate_dit(method, mesh, order)
+        found[f"weights {label}"] = [(whole - shared).abs().max().item(), facts, own, count[0]]
+    group, flux = dist.group.WORLD, TINY_MODELS["FluxTransformer2DModel"].build()
+    parallelize(flux)
+    found["refusals"] = {
+        "differ": refusal(lambda: generate_dit(FORA(2 + rank), mesh)),
+        "differ in tokens": refusal(lambda: generate_dit(ToCa(3, selection="random", seed=rank), mesh)),
+        "differ at run time": refusal(lambda: run_own(DBCache(1, 0, 0.15 + rank, warmup=1), 2, rank, group)),
+        "one refuses": refusal(lambda: generate_dit(Unwilling(2), mesh)),
+        "scored tokens": refusal(lambda: generate_dit(ToCa(3), mesh)),
+        "split tokens": refusal(lambda: generate(flux, "FluxTransformer2DModel", DuCa(3))),
+        "no tokens": refusal(lambda: generate(flux, "FluxTransformer2DModel", DuCa(3, fresh_ratio=0.0))[1]),
+    }
+    return found
+
+
+STATES = CacheTable(
+    (
+        StepState.COMPUTE,
+        StepState.REUSE_BOTH,
+        StepState.REUSE_MLP,
+        StepState.COMPUTE,
+        StepState.REUSE_ATTENTION,
+        StepState.COMPUTE,
+    )
+)
+
+
 def main():
     rank, store = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -127,6 +244,7 @@ def main():
         _, alone = run_own(method(), 2, rank, None)
         gap = (whole.chunk(2, dim=2)[rank] - part).abs().max().item()
         found[f"own {label}"] = [gap, plan, own_plan, alone]
+    found |= weights_and_agreement(rank)
     dist.destroy_process_group()
     with open(f"{store}.{rank}", "w") as file:
         json.dump(found, file)

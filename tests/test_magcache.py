@@ -14,6 +14,7 @@ from sostenuto import MagCache, MagCacheCalibration, MagCacheRatios, MethodError
 from sostenuto.cli import main
 from sostenuto.methods.base import Facts
 from sostenuto.methods.magcache import nearest_indices
+from sostenuto.seeds import noise_seed
 
 NAN = float("nan")
 
@@ -164,10 +165,10 @@ def test_ratios_are_those_that_plain_hooks_see(two, scheduler, separate):
         two.transformer_blocks[0].register_forward_pre_hook(lambda _, args: entry.append(args[0])),
         two.transformer_blocks[1].register_forward_hook(lambda _, args, out: residuals.append(out - entry[-1])),
     ]
-    noise, ratios = torch.Generator().manual_seed(0), []
-    for _ in range(2):
+    ratios = []
+    for seed in (0, noise_seed(0, 1)):
         residuals.clear()
-        sample_with(scheduler, separate)(two, noise, 6)
+        sample_with(scheduler, separate)(two, torch.Generator().manual_seed(seed), 6)
         for which in range(passes):
             sizes = [r.square().sum(-1).sqrt() for r in residuals[which::passes]]
             ratios.append([1.0] + [(sizes[p] / sizes[p - 1]).mean().item() for p in range(1, 6)])

@@ -25,6 +25,7 @@ from sostenuto.cli import main
 from sostenuto.engine import handle_of
 from sostenuto.methods.smoothcache import greedy_schedule
 from sostenuto.plan import Action
+from sostenuto.seeds import noise_seed
 from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 10
@@ -109,9 +110,8 @@ def test_the_errors_are_those_of_a_plain_run(model, separate):
     assert table.calibration["num_samples"] == 4
 
     def run():
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            guided(model, generator, STEPS)
+        for seed in (0, noise_seed(0, 1)):
+            guided(model, torch.Generator().manual_seed(seed), STEPS)
 
     expected = measured_by_hooks(model, run, STEPS, 3, passes=1 + separate)
     assert set(table.calibration["errors"]) == set(expected)

@@ -12,6 +12,7 @@ from sostenuto.calibrations import (
     calibrate,
 )
 from sostenuto.config import Config, load_config
+from sostenuto.distributed.lockstep import sharded_over
 from sostenuto.enabling import JointHandle, disable, enable
 from sostenuto.engine import Handle
 from sostenuto.errors import (
@@ -55,7 +56,6 @@ from sostenuto.methods import (
 from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
-from sostenuto.signals import sharded_over
 from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.switch import DisabledHandle
 from sostenuto.table import CacheTable, StepState

@@ -121,8 +121,8 @@ STEPWISE_ARGUMENTS = frozenset(
 )
 
 
-def config_of(denoiser: nn.Module) -> dict[str, Any]:
-    """The public configuration of a denoiser as plain JSON data; of a module without one, its parameter shapes."""
+def config_of(denoiser: Any) -> dict[str, Any]:
+    """The public configuration of a denoiser or scheduler as plain JSON data; of a module without one, its parameter shapes."""
     module = unwrapped(denoiser)
     config = getattr(module, "config", None)
     if config is None:

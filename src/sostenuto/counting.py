@@ -60,6 +60,8 @@ class _Listener(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(getattr(kind, "__name__", "") == "DTensor" for kind in types):
+            return NotImplemented  # it comes again with this process's parts
         is_plain = not isinstance(func, HigherOrderOperator)
         formula = _FORMULAS.get(func._overloadpacket if is_plain else func)
         if formula is None and is_plain and func.namespace != "prim":

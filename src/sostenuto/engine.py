@@ -18,6 +18,7 @@ from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
+from sostenuto.distributed import lockstep
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor, NeverReachedError
 from sostenuto.features import Feature, leaves
@@ -299,7 +300,9 @@ class Handle:
             self._settle(between=True)
             self._reporter.tell()
             self._check_neighbours()
-            self._decide(tick)
+            with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
+                self._decide(tick)
+                agree(self.method, self._plan, bool(self._observers), tick.timesteps, tick.step, self._noise_scale)
         else:
             self._settle(between=False)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)

@@ -15,12 +15,11 @@ from sostenuto.attention_tap import check_guidance_halves
 from sostenuto.block_tap import BlocksTap
 from sostenuto.correct import keep_variance
 from sostenuto.cost import Carried, Cost
+from sostenuto.distributed.lockstep import groups_of, over
 from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.forecast import lagrange_weights
-from sostenuto.foreign import parallel_group
 from sostenuto.plan import Action, Op, Plan, Row
-from sostenuto.signals import current_group, sharded_over
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.tap import Observer, Tap
@@ -174,7 +173,7 @@ class Executor:
         policy = state.policy
         assert policy is not None
         tap = self._taps[index]
-        with sharded_over(current_group() or parallel_group(self._denoiser)):
+        with over(groups_of(self._denoiser)):
             skips = policy.skips(step, num_steps, signal, tuple(state.decided))
         if not skips or not state.decided:
             tap.slots = state.make_room(index)

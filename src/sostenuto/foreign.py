@@ -111,13 +111,6 @@ def has_foreign_cache(denoiser: nn.Module) -> bool:
     )
 
 
-def parallel_group(denoiser: nn.Module) -> Any:
-    """The processes among which diffusers' context parallelism splits a denoiser's tokens, or ``None``."""
-    config = getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)
-    mesh = getattr(config, "_flattened_mesh", None)
-    return None if mesh is None or mesh.size() == 1 else mesh.get_group()
-
-
 @contextmanager
 def set_aside(denoiser: nn.Module, device: torch.device) -> Iterator[None]:
     """Without the hooks that move or cast weights: as if all weights lay on ``device`` in the dtype that they compute in.

@@ -1,4 +1,4 @@
-"""A progress bar where tqdm is installed and wanted, silence otherwise."""
+"""A progress bar where tqdm is installed and wanted, silence otherwise; of several processes the main one shows it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class _Silent:
 
 @contextlib.contextmanager
 def progress(total: int, desc: str, show: bool = True) -> Iterator[Bar]:
-    """A bar over ``total`` pieces of work; nothing if it is not wanted or tqdm isn't installed."""
-    if not show:
+    """A bar over ``total`` pieces of work; nothing if it is not wanted, another process shows it, or tqdm isn't installed."""
+    from sostenuto.distributed.world import world  # its package shows progress too
+
+    if not (show and world().is_main):
         yield _Silent()
         return
     try:

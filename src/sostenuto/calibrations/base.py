@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
+from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, Prober, attach
 from sostenuto.errors import MethodError
 from sostenuto.measured import identity
 from sostenuto.methods.base import Method
 from sostenuto.plan import Action
 from sostenuto.progress import progress
+from sostenuto.seeds import noise_seed
 from sostenuto.sites import Site
 from sostenuto.table import CacheTable
 
 Sample = Callable[..., Any]
 Score = Callable[[Any], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,15 @@ class Settings:
     def fresh_generator(self) -> torch.Generator:
         """A generator at the seed, on the device of the one that was given."""
         return torch.Generator(self.generator.device if self.generator else "cpu").manual_seed(self.seed)
+
+    def generator_of(self, call: int) -> torch.Generator:
+        """The noise of one of several generations, which processes may share: that of the first is at the seed itself."""
+        generator = self.fresh_generator()
+        return generator.manual_seed(noise_seed(self.seed, call)) if call else generator
+
+    def enough(self, rows: Callable[[T], int]) -> Callable[[list[T]], bool]:
+        """Whether some generations have so many rows of the denoiser's batch as there should be samples."""
+        return lambda results: sum(map(rows, results)) >= self.num_samples
 
     def generate(self, generator: torch.Generator) -> Any:
         """One generation of the user's own kind."""
@@ -122,19 +134,17 @@ def measure_uncached(
     Raises:
         MethodError: a generation has another number of steps than asked for.
     """
-    series: list[list[Any]] = []
-    samples = 0
-    noise = settings.fresh_generator()
     with (
         attach(settings.target, method, scheduler=settings.scheduler) as handle,
         progress(settings.num_samples, "calibrate", settings.show_progress) as bar,
     ):
         handle.driver_slots = num_slots
-        while samples < settings.num_samples:
+
+        def generation(call: int) -> tuple[int, list[list[Any]]]:
             passes: dict[int, list[Any]] = {}
             rows = 0
 
-            def driver(tick: Tick, prober: Prober, passes: dict[int, list[Any]] = passes) -> Any:
+            def driver(tick: Tick, prober: Prober) -> Any:
                 nonlocal rows
                 rows = prober.batch_size
                 output, measured = measure(tick, prober)
@@ -142,14 +152,15 @@ def measure_uncached(
                 return output
 
             handle.driver = driver
-            settings.generate(noise)
+            settings.generate(settings.generator_of(call))
             for measurements in passes.values() or [[]]:
                 settings.check_steps(len(measurements))
-            series += passes.values()
-            samples += rows
             bar.update(rows)
-        calibration = {"num_samples": samples, "seed": settings.seed}
-        return series, {**made_for(handle), "calibration": calibration}
+            return rows, list(passes.values())
+
+        generations = until(settings.enough(lambda made: made[0]), generation)
+        calibration = {"num_samples": sum(rows for rows, _ in generations), "seed": settings.seed}
+        return [one for _, passes in generations for one in passes], {**made_for(handle), "calibration": calibration}
 
 
 def macs_fraction(table: CacheTable, sites: Sequence[Site], cost: Cost) -> float:

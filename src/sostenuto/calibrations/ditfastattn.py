@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from sostenuto import compat
 from sostenuto.attention_tap import ConditionalHalf, is_guided
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
+from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
@@ -102,36 +103,47 @@ class DiTFastAttnCalibration(Calibration):
 
     def run(self, settings: Settings) -> CacheTable:
         """Search in as many generations as the samples need."""
-        noise = settings.fresh_generator()
-        searches: list[GreedySearch] = []
         method = _Taps(DiTFastAttn(window=self.window, conditional_half=self.conditional_half))
         with (
             attach(settings.target, method, scheduler=settings.scheduler) as handle,
             progress(settings.num_samples * settings.num_inference_steps, "calibrate", settings.show_progress) as bar,
         ):
-            while sum(search.num_samples for search in searches) < settings.num_samples:
+
+            def generation(call: int) -> _Found:
                 search = handle.driver = GreedySearch(handle, self, bar)
-                settings.generate(noise)
+                settings.generate(settings.generator_of(call))
                 settings.check_steps(len(search.actions), search.num_steps)
-                searches.append(search)
+                return _Found(search.num_samples, search.actions, search.losses)
+
+            found = until(settings.enough(lambda one: one.num_samples), generation)
+            search = handle.driver
+            assert isinstance(search, GreedySearch)
             identity, names = made_for(handle), [site.id for site in handle.sites]
             table = CacheTable(
-                actions=tuple(dict(zip(names, row, strict=True)) for row in _vote([s.actions for s in searches])),
+                actions=tuple(dict(zip(names, row, strict=True)) for row in _vote([one.actions for one in found])),
                 method=self.method,
                 calibration={
-                    "num_samples": sum(search.num_samples for search in searches),
+                    "num_samples": sum(one.num_samples for one in found),
                     "seed": settings.seed,
                     "theta": self.theta,
                     "window": self.window,
                     "conditional_half": self.conditional_half,
                     "loss": self.loss,
                     "candidates": [candidate.value for candidate in self.candidates],
-                    "losses": searches[0].losses,
+                    "losses": found[0].losses,
                 },
                 model=identity["model"],
                 scheduler=identity["scheduler"],
             )
-            return replace(table, macs_fraction=searches[0].macs_fraction(table.plan(handle.sites)))
+            return replace(table, macs_fraction=search.macs_fraction(table.plan(handle.sites)))
+
+
+class _Found(NamedTuple):
+    """What one generation's search found."""
+
+    num_samples: int
+    actions: list[list[Action]]
+    losses: list[list[float | None]]
 
 
 @dataclass(frozen=True)

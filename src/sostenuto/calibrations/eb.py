@@ -13,6 +13,7 @@ from torch import nn
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
 from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
+from sostenuto.distributed.world import spread, until
 from sostenuto.engine import attach
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.progress import progress
@@ -42,21 +43,22 @@ class _Tapped(NoCache):
 
 
 def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
-    target, scheduler, num_samples = settings.target, settings.scheduler, settings.num_samples
+    target, scheduler = settings.target, settings.scheduler
     num_inference_steps, score, score_sample = settings.num_inference_steps, settings.score, settings.score_sample
     facts: dict[str, Any] = {}
 
     def run(kappa: float) -> CacheTable:
-        traces: list[Trace] = []
-        noise = settings.fresh_generator()
         with attach(target, _Tapped(options.fill), scheduler=scheduler) as handle:
-            while sum(trace.samples for trace in traces) < num_samples:
+
+            def generation(call: int) -> Trace:
                 algorithm = Algorithm1(handle, options, kappa)
                 handle.driver, handle.driver_slots = algorithm, options.forecast_order + 1
-                settings.generate(noise)
+                settings.generate(settings.generator_of(call))
                 trace = algorithm.trace
                 settings.check_steps(len(trace.states), trace.num_steps)
-                traces.append(trace)
+                return trace
+
+            traces = until(settings.enough(lambda trace: trace.samples), generation)
             facts.update(sites=handle.sites, cost=traces[0].cost, **made_for(handle))
         states = _vote([trace.states for trace in traces], options.max_consecutive_reuse)
         table = CacheTable(
@@ -98,16 +100,17 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             return replace(table, eps_scale=tuple(fmean(matched.scales[p]) for p in steps))
         if score is None or not grid:
             return table
-        scores: dict[float, float] = {}
-        for scale in grid:
+
+        def judged(scale: float) -> float:
             with attach(
                 target, EBCache(table, options.noise_scales(scale, table.num_inference_steps)), scheduler=scheduler
             ):
                 noise = settings.fresh_generator()
-                scores[scale] = score(
-                    (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
-                )
+                images = (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
             bar.update()
+            return score(images)
+
+        scores = dict(zip(grid, spread(judged, grid), strict=True))
     best = min(scores, key=scores.__getitem__)
     return replace(
         table,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
+from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods import NoCache, SmoothCache
@@ -18,6 +20,7 @@ from sostenuto.methods.smoothcache import GroupBy, ReuseErrors, check_options
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.progress import progress
+from sostenuto.sites import Site
 from sostenuto.table import CacheTable, StepState
 
 
@@ -57,31 +60,33 @@ class SmoothCacheCalibration(Calibration):
 
     def run(self, settings: Settings) -> CacheTable:
         """Measure over as many runs as the samples need, then make the schedule."""
-        noise = settings.fresh_generator()
         with (
             attach(settings.target, NoCache(), scheduler=settings.scheduler) as handle,
             progress(settings.num_samples, "calibrate", settings.show_progress) as bar,
         ):
-            meter = ErrorMeter(handle, self.max_lag)
-            handle.driver, handle.driver_slots = meter, self.max_lag + 1
-            while meter.num_samples < settings.num_samples:
-                meter.steps = []
-                settings.generate(noise)
-                settings.check_steps(len(meter.steps), meter.num_steps)
-                meter.num_samples += meter.batch_size
-                bar.update(meter.batch_size)
+            handle.driver_slots = self.max_lag + 1
+
+            def generation(call: int) -> Measured:
+                meter = handle.driver = ErrorMeter(handle, self.max_lag)
+                settings.generate(settings.generator_of(call))
+                settings.check_steps(len(meter.steps), meter.found.num_steps)
+                bar.update(meter.found.num_samples)
+                return meter.found
+
+            found = merged(until(settings.enough(lambda one: one.num_samples), generation))
+            errors = found.errors(handle.sites)
             identity = made_for(handle)
         measured = CacheTable(
-            actions=(StepState.COMPUTE,) * meter.num_steps,
+            actions=(StepState.COMPUTE,) * found.num_steps,
             method=self.method,
             model=identity["model"],
             scheduler=identity["scheduler"],
-            calibration={"num_samples": meter.num_samples, "seed": settings.seed, **meter.errors().as_dict()},
+            calibration={"num_samples": found.num_samples, "seed": settings.seed, **errors.as_dict()},
         )
         method = SmoothCache.from_errors(
             measured,
             self.alpha,
-            max_lag=min(self.max_lag, meter.num_steps - 1),
+            max_lag=min(self.max_lag, found.num_steps - 1),
             group_by=self.group_by,
             target_fraction=self.target_fraction,
         )
@@ -89,24 +94,75 @@ class SmoothCacheCalibration(Calibration):
         return method.table
 
 
+@dataclass
+class Measured:
+    """What one generation measured, or several together.
+
+    Attributes:
+        num_samples: rows of the denoiser's batch.
+        num_steps: steps of a generation.
+        cost: of a call.
+        totals: by site, lag and step, the sum of the errors over rows and passes.
+        rows: by lag and step, over how many.
+    """
+
+    num_samples: int = 0
+    num_steps: int = 0
+    cost: Cost | None = None
+    totals: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    rows: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def errors(self, sites: Sequence[Site]) -> ReuseErrors:
+        """The mean errors.
+
+        Raises:
+            MethodError: an output was not finite.
+        """
+        assert self.cost is not None
+        cost, max_lag = self.cost, max(lag for lag, _ in self.rows)
+        errors: dict[str, list[list[float]]] = {}
+        for index, site in enumerate(sites):
+            errors[site.id] = [
+                [_rounded(self.totals[index, lag, p] / self.rows[lag, p]) for p in range(self.num_steps - lag)]
+                for lag in range(1, max_lag + 1)
+            ]
+            if not all(math.isfinite(error) for row in errors[site.id] for error in row):
+                raise MethodError(f"the output of {site.id} is not finite: run the model in a wider dtype")
+        return ReuseErrors(
+            errors,
+            {site.id: site.kind.value for site in sites},
+            {site.id: macs / cost.macs for site, macs in zip(sites, cost.site_macs, strict=True)},
+        )
+
+
+def merged(parts: Sequence[Measured]) -> Measured:
+    """Several generations together."""
+    whole = Measured(num_steps=parts[0].num_steps, cost=parts[0].cost)
+    for part in parts:
+        whole.num_samples += part.num_samples
+        for key, total in part.totals.items():
+            whole.totals[key] = whole.totals.get(key, 0.0) + total
+        for lag, rows in part.rows.items():
+            whole.rows[lag] = whole.rows.get(lag, 0) + rows
+    return whole
+
+
 class ErrorMeter:
     """Stands in for the plan: computes everything and compares each output with those of the last ``max_lag`` steps."""
 
     def __init__(self, handle: Handle, max_lag: int) -> None:
         self.handle, self.max_lag = handle, max_lag
-        self.num_samples = self.num_steps = self.batch_size = 0
+        self.found = Measured()
         self.steps: list[int] = []
-        self._cost: Cost | None = None
-        self._totals: dict[tuple[int, int, int], float] = {}  # (site, lag, p) → sum over rows and passes
-        self._rows: dict[tuple[int, int], int] = {}  # (lag, p) → how many
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         """Carry out one denoiser call of the calibration and measure."""
         output = prober.run([Op.STORE] * len(self.handle.sites))
-        self.num_steps, self.batch_size = tick.num_steps, prober.batch_size
+        found = self.found
+        found.num_steps, found.num_samples = tick.num_steps, prober.batch_size
+        found.cost = found.cost or prober.cost()
         if tick.pass_index == 0:
             self.steps.append(tick.step)
-        self._cost = self._cost or prober.cost()
         lags = 0
         for site, slots in enumerate(prober.state.slots):
             fresh, *earlier = (slot for slot in slots if slot is not None)  # newest first
@@ -116,33 +172,11 @@ class ErrorMeter:
             errors = torch.stack([relative_l1(stale, fresh) for stale in earlier]).tolist()
             for lag, error in enumerate(errors, 1):
                 key = (site, lag, tick.step - lag)
-                self._totals[key] = self._totals.get(key, 0.0) + error * prober.batch_size
+                found.totals[key] = found.totals.get(key, 0.0) + error * prober.batch_size
         for lag in range(1, lags + 1):
             key = (lag, tick.step - lag)
-            self._rows[key] = self._rows.get(key, 0) + prober.batch_size
+            found.rows[key] = found.rows.get(key, 0) + prober.batch_size
         return output
-
-    def errors(self) -> ReuseErrors:
-        """The mean errors.
-
-        Raises:
-            MethodError: an output was not finite.
-        """
-        assert self._cost is not None
-        sites, cost = self.handle.sites, self._cost
-        errors: dict[str, list[list[float]]] = {}
-        for index, site in enumerate(sites):
-            errors[site.id] = [
-                [_rounded(self._totals[index, lag, p] / self._rows[lag, p]) for p in range(self.num_steps - lag)]
-                for lag in range(1, min(self.max_lag, self.num_steps - 1) + 1)
-            ]
-            if not all(math.isfinite(error) for row in errors[site.id] for error in row):
-                raise MethodError(f"the output of {site.id} is not finite: run the model in a wider dtype")
-        return ReuseErrors(
-            errors,
-            {site.id: site.kind.value for site in sites},
-            {site.id: macs / cost.macs for site, macs in zip(sites, cost.site_macs, strict=True)},
-        )
 
 
 def relative_l1(stale: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:

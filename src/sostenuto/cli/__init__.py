@@ -15,6 +15,7 @@ from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
 from sostenuto.cli.models import Models
 from sostenuto.cli.studio import Studio
+from sostenuto.distributed.world import apart, joined
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
 
@@ -31,7 +32,11 @@ COMMANDS = {
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command; returns 0, or 1 with a one-line reason on standard error (``--debug`` for the traceback)."""
+    """Run a command; returns 0, or 1 with a one-line reason on standard error (``--debug`` for the traceback).
+
+    Under ``accelerate launch`` or ``torchrun`` a command whose class says ``shared`` is run by all processes; any other one by
+    the first process alone, while the others end at once.
+    """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -39,7 +44,12 @@ def main(args: list[str] | None = None) -> int:
         COMMANDS, prog="sostenuto", description="Faster sampling for diffusion transformers.", args=words
     )
     try:
-        command.run()
+        with joined() as world:
+            if getattr(command, "shared", False):
+                command.run()
+            elif world.is_main:
+                with apart():
+                    command.run()
     except KeyboardInterrupt:
         print("sostenuto: interrupted", file=sys.stderr)
         return 1

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.distributed.world import apart, world
 
 
 @dataclass(frozen=True)
 class Calibrate:
     """Measure what a method needs for a model and sampler: a cache table, a polynomial, a router (on the demo model), …"""
+
+    shared: ClassVar[bool] = True
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
     output: Path = Path("table.json")
@@ -46,10 +49,11 @@ class Calibrate:
             from sostenuto.errors import InputError
 
             raise InputError("--config is for running a method: say with --method what to calibrate")
-        if self.choice.method == "l2c":
-            self._train_router()
-        else:
+        if self.choice.method != "l2c":
             self._make_table()
+        elif world().is_main:  # one training run is no work to share
+            with apart():
+                self._train_router()
 
     def _train_router(self) -> None:
         from dataclasses import replace
@@ -91,6 +95,8 @@ class Calibrate:
 
         calibration = self.calibration()
         pipe, extra = self.choice.pipeline(), {}
+        if world().size > 1:
+            pipe.to(world().device)
         if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
@@ -106,6 +112,8 @@ class Calibrate:
             show_progress=True,
             **extra,
         )
+        if not world().is_main:
+            return
         made.save(self.output)
         if isinstance(made, sostenuto.CacheTable):
             values: dict[str, Any] = {"macs_fraction": made.macs_fraction, "eps_scale": _short(made.eps_scale)}

@@ -2,29 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.distributed.world import apart, world
+from sostenuto.errors import InputError
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Generate images, cached and, to compare, uncached from the same noise."""
+    """Generate a few images, cached and, to compare, uncached from the same noise; or many (--num-images), by any number of
+    processes (accelerate launch -m sostenuto generate …), each image from a seed and a label of its own."""
+
+    shared: ClassVar[bool] = True
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
     output: Path = Path("generated.png")
-    """The picture: the first row cached, the second uncached."""
+    """The picture: the first row cached, the second uncached. With --num-images: a folder for PNGs, or one file that ends in
+    .npz (arr_0 [n, height, width, channels] uint8, as the ADM evaluator reads it). A run that was cut short goes on there."""
     compare: bool = True
-    """Also generate without caching."""
+    """Also generate without caching (of a few images)."""
+    num_images: int | None = None
+    """Generate so many images, image i with label i modulo the number of labels; the same images by any number of processes."""
+    batch_size: int = 32
+    """With --num-images: images of one call; another size changes the last bits of the images."""
+    prompts: Path | None = None
+    """With --num-images: a text file with a prompt in each line, for pipelines that take prompts in place of labels."""
     json: Path | None = None
     """Write the statistics to this file."""
 
     def run(self) -> None:
         """Generate, save, print statistics."""
+        if self.num_images is not None:
+            self._many(self.num_images)
+        elif world().is_main:
+            with apart():
+                self._few()
+
+    def _many(self, num_images: int) -> None:
+        import time
+
+        from sostenuto.sampling import Images, sample_images
+
+        choice, began = self.choice, time.perf_counter()
+        images = Images(
+            num_images,
+            choice.labels if self.prompts is None else _lines(self.prompts),
+            choice.num_inference_steps,
+            choice.guidance_scale,
+            choice.seed,
+            self.batch_size,
+        )
+        table = None if choice.table is None else hashlib.sha256(choice.table.read_bytes()).hexdigest()
+        made_with = {"name": choice.model, "method": choice.method, "table": table}
+        pipe = choice.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        content = sample_images(pipe, choice.method_object(), images, self.output, made_with)
+        content |= {"wall_s": time.perf_counter() - began, "processes": world().size}
+        if world().is_main:
+            write_json(self.json, content)
+            print(
+                f"{self.output}: {content['num_images']} images, {content['seconds']:.1f} s of sampling, "
+                f"{content['ideal_speedup']:.2f}× by multiply-accumulates"
+            )
+
+    def _few(self) -> None:
         import time
 
         import torch
@@ -49,6 +96,13 @@ class Generate:
         write_json(self.json, content)
         speed = f", {content['speedup']:.2f}× measured" if self.compare else ""
         print(f"{self.output}: {seconds:.2f} s, {stats['ideal_speedup']:.2f}× by multiply-accumulates{speed}")
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise InputError(f"{path} holds no prompt: write one in each line")
+    return prompts
 
 
 def _contact_sheet(rows: list[list[Any]]) -> Any:

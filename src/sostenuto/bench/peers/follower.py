@@ -13,7 +13,7 @@ from sostenuto import compat
 from sostenuto.arguments import Reader
 from sostenuto.errors import MethodError
 from sostenuto.schedulers import noise_levels
-from sostenuto.timesteps import Timesteps
+from sostenuto.timesteps import Timesteps, levels_of
 
 _RANGE = 1000  # of the timesteps of an unknown scheduler
 
@@ -65,7 +65,7 @@ class Follower:
                 self._timesteps = Timesteps(self._pipe.scheduler, self._reader.given_as)
             assert self._reader is not None
             given = self._reader.read(*self._arguments).timestep
-            self._step = self._timesteps.find(given, self._pipe.scheduler, self._step, False)
+            self._step = self._timesteps.find(levels_of(given), self._pipe.scheduler, self._step, lambda: False)
             self._arguments = None
         return self._step
 

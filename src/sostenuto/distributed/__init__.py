@@ -1,0 +1,20 @@
+"""More than one process: those of a launch share work, those of one generation decide alike."""
+
+from sostenuto.distributed.folder import complete, publish
+from sostenuto.distributed.lockstep import sharded_over
+from sostenuto.distributed.world import World, apart, gather, joined, on_main, share, spread, until, world
+
+__all__ = [
+    "World",
+    "apart",
+    "complete",
+    "gather",
+    "joined",
+    "on_main",
+    "publish",
+    "sharded_over",
+    "share",
+    "spread",
+    "until",
+    "world",
+]

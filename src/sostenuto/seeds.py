@@ -1,0 +1,21 @@
+"""Which seed does each image of a run have?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_BITS = 32  # of a seed that torch's CPU generator looks at
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """The seed of the noise of image ``index`` in a run with ``seed``, from 0 to 2³²−1.
+
+    Within a run no two images share one (torch's CPU generator knows 2³² seeds, so that seeds drawn at random would coincide
+    among a million images); runs with other seeds begin somewhere else.
+
+    Args:
+        seed: of the run, 0 or more.
+        index: of the image, from 0 to 2³²−1.
+    """
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return (start + index) % 2**_BITS
