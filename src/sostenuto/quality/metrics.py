@@ -14,8 +14,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-_SMALL = 512
-
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -61,36 +59,27 @@ def frechet_distance(features: torch.Tensor | Gaussian, reference: Gaussian) -> 
     width = len(features.mean) if isinstance(features, Gaussian) else features.shape[1]
     if width != len(reference.mean):
         raise ValueError(f"the images have {width} features and the reference {len(reference.mean)}: use one network")
-    if isinstance(features, torch.Tensor) and len(features) < 2:
+    if isinstance(features, Gaussian):
+        return _frechet_distance_of_moments(features, reference)
+    if len(features) < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 images, not {len(features)}")
-    if width > _SMALL:
-        return _frechet_distance_symmetric(features, reference)
     metric = FrechetInceptionDistance(
         feature=_Given(width), normalize=True, input_img_size=(1, 1, width)
     ).set_dtype(torch.float64)  # fmt: skip
-    metric.real_features_sum, metric.real_features_cov_sum, metric.real_features_num_samples = _sums(reference)
-    if isinstance(features, Gaussian):
-        metric.fake_features_sum, metric.fake_features_cov_sum, metric.fake_features_num_samples = _sums(features)
-    else:
-        metric.update(features.double(), real=False)
+    count = max(reference.count, 2)  # any gives the same distance
+    metric.real_features_sum = reference.mean * count
+    metric.real_features_cov_sum = reference.cov * (count - 1) + torch.outer(reference.mean, reference.mean) * count
+    metric.real_features_num_samples = torch.tensor(count)
+    metric.update(features.double(), real=False)
     return float(metric.compute())
 
 
-def _sums(gaussian: Gaussian) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torchmetrics keeps of a set; any count gives the same distance back."""
-    count = max(gaussian.count, 2)
-    mean = gaussian.mean
-    return mean * count, gaussian.cov * (count - 1) + torch.outer(mean, mean) * count, torch.tensor(count)
-
-
-def _frechet_distance_symmetric(features: torch.Tensor | Gaussian, reference: Gaussian) -> float:
+def _frechet_distance_of_moments(images: Gaussian, reference: Gaussian) -> float:
     """The same by symmetric eigenvalues: torchmetrics' general ones take minutes for Inception's 2048 features."""
-    if isinstance(features, torch.Tensor):
-        features = Gaussian(features.double().mean(0), features.double().T.cov(), len(features))
     root = square_root(reference.cov)
-    crossed = torch.linalg.eigvalsh(root @ features.cov @ root).clamp(min=0).sqrt().sum()
-    apart = (features.mean - reference.mean).square().sum()
-    return float(apart + features.cov.trace() + reference.cov.trace() - 2 * crossed)
+    crossed = torch.linalg.eigvalsh(root @ images.cov @ root).clamp(min=0).sqrt().sum()
+    apart = (images.mean - reference.mean).square().sum()
+    return float(apart + images.cov.trace() + reference.cov.trace() - 2 * crossed)
 
 
 def square_root(matrix: torch.Tensor, inverse: bool = False) -> torch.Tensor:

@@ -70,14 +70,14 @@ class Inception:
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         except ImportError as error:
             raise MetricError("Inception-v3 needs the package torch-fidelity: pip install torch-fidelity") from error
         state = io.BytesIO()
         torch.save(weights_.read_state(path), state)  # torch-fidelity unpickles what it is given
         state.seek(0)
         try:
-            network: Any = FeatureExtractorInceptionV3(
+            network: Any = module.FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=state
             )
         except RuntimeError as error:
@@ -105,7 +105,9 @@ def _inception(given: Mapping[str, Path], device: str) -> FeatureNetwork:
 
 
 def _demo(given: Mapping[str, Path], device: str) -> FeatureNetwork:
-    return importlib.import_module("sostenuto.demo.judge").DemoFeatures()  # the demo knows of this package, not the reverse
+    return importlib.import_module(
+        "sostenuto.demo.judge"
+    ).DemoFeatures()  # the demo knows of this package, not the reverse
 
 
 Loader = Callable[[Mapping[str, Path], str], FeatureNetwork]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,13 @@ def load_dists(given: Mapping[str, Path], device: str) -> Scorer:
 
 
 @contextlib.contextmanager
-def _as_metric_error(weights: weights_.Weights):  # noqa: ANN202
+def _as_metric_error(weights: weights_.Weights) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise MetricError(f"the file given for {weights.name} does not hold the weights of {weights.files[0]}") from error
+        raise MetricError(
+            f"the file given for {weights.name} does not hold the weights of {weights.files[0]}"
+        ) from error
 
 
 def load_clip_score(given: Mapping[str, Path], device: str) -> Scorer:
@@ -100,8 +102,9 @@ def load_clip_score(given: Mapping[str, Path], device: str) -> Scorer:
         raise MetricError("the CLIP score needs the package transformers: pip install transformers") from error
     source = given.get("clip", weights_.CLIP.files[0])
     try:
-        model: Any = CLIPModel.from_pretrained(source, local_files_only=True).to(device).eval()
+        loaded: Any = CLIPModel.from_pretrained(source, local_files_only=True)
         processor: Any = CLIPProcessor.from_pretrained(source, local_files_only=True)
+        model = loaded.to(device).eval()
     except (OSError, ValueError) as error:
         if "clip" in given:
             raise MetricError(f"{source} does not hold a CLIP model: {str(error).splitlines()[0]}") from error
@@ -144,6 +147,8 @@ def load_image_reward(given: Mapping[str, Path], device: str) -> Scorer:
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.expand(-1, 3, -1, -1)]
         with torch.inference_mode():
-            return torch.tensor([model.score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)])
+            return torch.tensor(
+                [model.score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+            )
 
     return score

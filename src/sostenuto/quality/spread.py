@@ -15,8 +15,9 @@ def of_mean(values: torch.Tensor) -> float | None:
 
 
 def of_share(share: float, count: int) -> float:
-    """Standard error of a share of ``count`` independent images."""
-    return math.sqrt(max(share * (1 - share), 0.0) / count)
+    """Standard error of a share of ``count`` independent images; as if two more were in and two out, so that 1 has one too."""
+    share = (share * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | None:

@@ -42,7 +42,9 @@ INCEPTION = Weights(
 )
 ALEXNET = Weights("alexnet", ("alexnet-owt-7be5be79.pth",), "torchvision's AlexNet_Weights.IMAGENET1K_V1")
 VGG16 = Weights("vgg16", ("vgg16-397923af.pth",), "torchvision's VGG16_Weights.IMAGENET1K_V1")
-CLIP = Weights("clip", ("openai/clip-vit-large-patch14",), "the model of that name on the Hugging Face hub", folder=True)
+CLIP = Weights(
+    "clip", ("openai/clip-vit-large-patch14",), "the model of that name on the Hugging Face hub", folder=True
+)
 IMAGE_REWARD = Weights(
     "image-reward", ("ImageReward.pt", "med_config.json"), "THUDM/ImageReward on the Hugging Face hub", folder=True
 )
