@@ -63,12 +63,11 @@ class Evaluate:
             raise InputError("a part of the images is kept in a file of its own: give --statistics FILE.safetensors")
         if self.statistics is not None and self.statistics.suffix != ".safetensors":
             raise InputError(f"--statistics writes a .safetensors file, not {self.statistics.name}")
-        named: tuple[str, ...] = tuple(self.samples)
-        samples: Any = named[0] if len(named) == 1 else named
-        if self.write_npz is not None and (len(named) > 1 or named[0].endswith(".safetensors")):
+        first, *more = self.samples
+        if self.write_npz is not None and (more or first.endswith(".safetensors")):
             raise InputError("--write-npz needs the images themselves, not statistics")
         found = evaluate(
-            samples,
+            self.samples if more else first,
             self.reference,
             paired=self.paired,
             prompts=None if self.prompts is None else read_prompts(self.prompts),
@@ -87,7 +86,7 @@ class Evaluate:
         for warning in found.warnings:
             print(f"note: {warning}", file=sys.stderr)
         if self.write_npz is not None:
-            write_adm(self.write_npz, named[0], self.video, found)
+            write_adm(self.write_npz, first, self.video, found)
             print(f"images for ADM's evaluator: {self.write_npz}")
         if found.rows and all(row.value is None for row in found.rows) and not (self.statistics or self.write_npz):
             raise MetricError(f"no metric could be computed; {found.rows[0].label}: {found.rows[0].reason}")

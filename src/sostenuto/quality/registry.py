@@ -104,7 +104,7 @@ def _frechet(images: Subject, reference: Subject) -> Value:
     _need(reference.gaussian, "the features of the reference")
     assert images.gaussian is not None
     assert reference.gaussian is not None
-    value = metrics.frechet_distance(images.gaussian, reference.gaussian)
+    value = _distance(images.gaussian, reference.gaussian)
     error = None if images.features is None else spread.of_frechet_distance(images.features, reference.gaussian)
     return Value(value, error)
 
@@ -114,7 +114,14 @@ def _spatial_frechet(images: Subject, reference: Subject) -> Value:
     _need(reference.spatial, "the spatial features of the reference")
     assert images.spatial is not None
     assert reference.spatial is not None
-    return Value(metrics.frechet_distance(images.spatial, reference.spatial))
+    return Value(_distance(images.spatial, reference.spatial))
+
+
+def _distance(images: Gaussian, reference: Gaussian) -> float:
+    try:
+        return metrics.frechet_distance(images, reference)
+    except ValueError as error:  # moments of another network in a reference file
+        raise MetricError(str(error)) from error
 
 
 def _both(images: Subject, reference: Subject) -> tuple[torch.Tensor, torch.Tensor]:

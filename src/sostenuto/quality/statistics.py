@@ -102,11 +102,11 @@ class Statistics:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get("about", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} can't be read as statistics: {error}") from error
         try:
             return cls._from(about, tensors)
-        except (InputError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path} does not hold the statistics of images: {error}") from error
 
     @classmethod
