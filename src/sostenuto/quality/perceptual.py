@@ -84,7 +84,7 @@ def load_dists(given: Mapping[str, Path], device: str) -> Scorer:
 def _as_metric_error(weights: weights_.Weights) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise MetricError(
             f"the file given for {weights.name} does not hold the weights of {weights.files[0]}"
         ) from error
@@ -113,9 +113,9 @@ def load_clip_score(given: Mapping[str, Path], device: str) -> Scorer:
     @torch.inference_mode()
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         pictures = [image.permute(1, 2, 0).numpy() for image in images.expand(-1, 3, -1, -1)]
-        inputs = processor(
-            text=list(prompts), images=pictures, return_tensors="pt", padding=True, truncation=True
-        ).to(device)  # fmt: skip
+        limit = model.config.text_config.max_position_embeddings
+        text = {"text": list(prompts), "padding": True, "truncation": True, "max_length": limit}
+        inputs = processor(images=pictures, return_tensors="pt", **text).to(device)
         out = model(**inputs)  # its embeddings are normalised
         return 100 * (out.image_embeds * out.text_embeds).sum(-1).clamp(min=0).cpu()
 
