@@ -213,7 +213,7 @@ def test_parts_put_together_are_to_the_bit_the_whole_in_any_order(tmp_path):
         found = evaluate(
             images, paired=twins, network=Colours(), batch_size=8, shard=(number, parts), statistics=path, show=False,
         )  # fmt: skip
-        assert found.rows == () or parts == 1
+        assert (found.rows == ()) == (parts > 1)
         return path
 
     (whole,), three = [part(0, 1)], [part(number, 3) for number in range(3)]
@@ -254,6 +254,8 @@ def test_parts_of_different_sets_or_twice_the_same_are_refused(tmp_path):
         evaluate([paths[0], paths[2]], show=False)
     with pytest.raises(InputError, match="10 images of images are in more than one part, such as 0"):
         evaluate([paths[0], paths[0]], show=False)
+    with pytest.raises(InputError, match="10 of the 20 images of images are in these"):
+        evaluate(paths[0], show=False)
     with pytest.raises(InputError, match="10 of 20 images: finish it first"):
         evaluate(pictures(9), paths[0], show=False)
 
@@ -609,6 +611,12 @@ def test_too_few_images_for_a_metric_say_so_and_leave_the_others(tmp_path):
     assert found["psnr"].value is not None
     alone = evaluate(pictures(1), pictures(30), network=Colours(), show=False)
     assert alone["frechet_distance"].reason == "it needs at least 2 images, there are 1"
+    for count in (1, 2, 3):
+        scant = evaluate(pictures(9), pictures(count), network=Colours(), show=False)
+        assert scant["kernel_distance"].reason == f"it needs at least 4 reference images, there are {count}"
+        assert (scant["frechet_distance"].value is None) == (count < 2)
+    for count in (4, 5, 9):  # every floor that can be had, and no failure where none can
+        assert evaluate(pictures(9), pictures(count), network=Colours(), show=False)["recall"].value is not None
     assert any("PSNR of 3 says little" in warning for warning in found.warnings)
 
 

@@ -119,7 +119,7 @@ def lines(found: Evaluation) -> Iterator[str]:
     what = f"{about['n']} images" if about["frames"] == 1 else f"{about['n']} videos of {about['frames']} frames"
     yield f"{about['samples']}: {what} of {size}, network {about['network'] or 'none'}, reference {found.reference or 'none'}"
     if not found.rows:
-        yield f"{about['measured']} of {about['n'] * about['frames']} are measured; give the files of all parts to go on"
+        yield f"{about['measured']} of {about['n'] * about['frames']} images are measured; next, give the files of all parts"
         return
     yield f"{'':12} {'value':>10}  {'95 % interval':>22}  {'real images':>16}  better"
     for row in found.rows:

@@ -60,7 +60,7 @@ class Evaluation:
     """What :func:`evaluate` found.
 
     Attributes:
-        rows: one for each metric; none while parts of other processes are missing.
+        rows: one for each metric; none of a part of the images (``shard``).
         statistics: what is known of the images.
         reference: name of the reference.
         warnings: what a reader of the numbers should know.
@@ -127,7 +127,8 @@ def evaluate(
         show: progress bars.
 
     Raises:
-        InputError: images, reference, pairs or prompts are unusable; nothing was computed before that could be known.
+        InputError: images, reference, pairs or prompts are unusable, or statistics are not all of a set; nothing was
+            computed before that could be known.
     """
     wanted = choose_metrics(tuple(metrics))
     given = dict(weights or {})
@@ -149,13 +150,19 @@ def evaluate(
         if instruments.network is not None:
             instruments.network.extract(source.read(0, 1))  # refuses images that it doesn't take
         reasons = instruments.reasons
-        subject = _subject(against, instruments.network, given, device, batch_size)
+        whole = shard[1] == 1
+        subject = _subject(against if whole else None, instruments.network, given, device, batch_size)
         measured = measure(
             source, instruments, companions, batch_size=batch_size, shard=shard, checkpoint=statistics, show=show
         )
+        if not whole:
+            return Evaluation((), measured, None)
     name = None if against is None else against.name
     if not measured.complete:
-        return Evaluation((), measured, name)
+        raise InputError(
+            f"{len(measured)} of the {measured.origin.total} images of {measured.origin.source} are in these statistics: "
+            "give the files of all parts"
+        )
     rows = _rows(wanted, measured, subject, reasons, show)
     size = None if against is None or against.source is None else against.source.shape
     return Evaluation(tuple(rows), measured, name, tuple(_warnings(wanted, rows, measured, size)))

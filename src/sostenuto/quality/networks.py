@@ -71,8 +71,11 @@ class Inception:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         try:
             module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        except ImportError as error:
-            raise MetricError("Inception-v3 needs the package torch-fidelity: pip install torch-fidelity") from error
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+            raise MetricError(
+                "Inception-v3 needs the packages torch-fidelity and torchvision, the latter of the same build as torch: "
+                f"pip install torch-fidelity torchvision ({str(error).splitlines()[0]})"
+            ) from error
         state = io.BytesIO()
         torch.save(weights_.read_state(path), state)  # torch-fidelity unpickles what it is given
         state.seek(0)

@@ -14,6 +14,8 @@ from sostenuto.errors import InputError, MetricError
 from sostenuto.quality import metrics, perceptual, spread
 from sostenuto.quality.metrics import Gaussian
 
+_FEWEST = 4  # three neighbours and the image itself; two subsets of two
+
 
 class Needs(Enum):
     """What a metric is computed from."""
@@ -130,6 +132,8 @@ def _both(images: Subject, reference: Subject) -> tuple[torch.Tensor, torch.Tens
     _need(other, "the features of single reference images (give a reference with images instead of moments alone)")
     assert images.features is not None
     assert other is not None
+    if len(other) < _FEWEST:
+        raise MetricError(f"it needs at least {_FEWEST} reference images, there are {len(other)}")
     return images.features, other[chosen(len(other), len(images.features), reference.shuffled)]
 
 
@@ -169,10 +173,10 @@ def _recall(images: Subject, reference: Subject) -> Value:
 _ALL = (
     Metric("frechet_distance", "FID", Needs.FEATURES, "lower", 2, 0, _frechet, bounds=(0, math.inf)),
     Metric("spatial_frechet_distance", "sFID", Needs.SPATIAL, "lower", 2, 0, _spatial_frechet, bounds=(0, math.inf)),
-    Metric("kernel_distance", "KID", Needs.FEATURES, "lower", 4, 500, _kernel),
+    Metric("kernel_distance", "KID", Needs.FEATURES, "lower", _FEWEST, 500, _kernel),
     Metric("inception_score", "IS", Needs.LOGITS, "higher", 2, 1000, _inception_score, bounds=(1, math.inf)),
-    Metric("precision", "precision", Needs.FEATURES, "higher", 4, 500, _precision, bounds=(0, 1)),
-    Metric("recall", "recall", Needs.FEATURES, "higher", 4, 500, _recall, bounds=(0, 1)),
+    Metric("precision", "precision", Needs.FEATURES, "higher", _FEWEST, 500, _precision, bounds=(0, 1)),
+    Metric("recall", "recall", Needs.FEATURES, "higher", _FEWEST, 500, _recall, bounds=(0, 1)),
     Metric("clip_score", "CLIP score", Needs.PROMPTS, "higher", 1, 30, load=perceptual.load_clip_score),
     Metric("image_reward", "ImageReward", Needs.PROMPTS, "higher", 1, 30, load=perceptual.load_image_reward),
     Metric("psnr", "PSNR", Needs.PAIRS, "higher", 1, 8, load=perceptual.load_psnr),
