@@ -45,3 +45,7 @@ class EngineError(SostenutoError, RuntimeError):
 
 class VerificationError(SostenutoError, RuntimeError):
     """The proof that caching is exact on this model failed; the message names the site."""
+
+
+class MetricError(SostenutoError, RuntimeError):
+    """A metric can't be computed here; the message says which package or weights it needs and how to pass them."""

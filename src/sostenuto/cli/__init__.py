@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models | studio``."""
+"""The command line: ``sostenuto demo | generate | calibrate | evaluate | inspect | verify | methods | models | studio``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 from sostenuto.cli.calibrate import Calibrate
 from sostenuto.cli.common import ModelChoice
 from sostenuto.cli.demo import Demo
+from sostenuto.cli.evaluate import Evaluate
 from sostenuto.cli.examine import Inspect, Verify
 from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
@@ -23,6 +24,7 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "calibrate": Calibrate,
+    "evaluate": Evaluate,
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from sostenuto.demo.assets import asset
-from sostenuto.demo.classifier import Classifier, extract
+from sostenuto.demo.classifier import NUM_FEATURES, Classifier, extract
+from sostenuto.errors import InputError
 from sostenuto.quality import metrics
+from sostenuto.quality.networks import Features
+from sostenuto.quality.weights import digest
 
 NUM_TRAINING_IMAGES = 60_000
 
@@ -33,13 +36,45 @@ class Verdict:
     recall: float
 
 
-class Judge:
-    """The shipped classifier with the statistics of real images."""
+class DemoFeatures:
+    """The shipped classifier as a feature network: 128 features and ten logits of 28 x 28 grey images."""
+
+    num_features = NUM_FEATURES
 
     def __init__(self) -> None:
+        path = asset("classifier.safetensors")
+        self.name = f"demo-{digest(path)}"
         self.classifier = Classifier()
-        self.classifier.load_state_dict(load_file(asset("classifier.safetensors")))
+        self.classifier.load_state_dict(load_file(path))
         self.classifier.eval().requires_grad_(False)
+
+    def extract(self, images: torch.Tensor) -> Features:
+        """Features of images ``[n, c, 28, 28]``, uint8; three channels must be equal, as of a grey picture saved as RGB.
+
+        Raises:
+            InputError: they have another size, or colours.
+        """
+        if images.shape[2:] != (28, 28):
+            raise InputError(f"the demo's feature network takes images of 28 x 28, not {_size(images)}")
+        if not (images == images[:, :1]).all():
+            raise InputError("the demo's feature network takes grey images, not colours: choose another network")
+        return Features(*extract(self.classifier, images[:, :1].float() / 127.5 - 1))
+
+
+def _size(images: torch.Tensor) -> str:
+    return f"{images.shape[3]} x {images.shape[2]}"
+
+
+def eight_bits(images: torch.Tensor) -> torch.Tensor:
+    """Images in ``[0, 1]`` as bytes, as the real images are and as a saved picture would be."""
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class Judge:
+    """The shipped feature network with the statistics of real images."""
+
+    def __init__(self) -> None:
+        self.network = DemoFeatures()
         real = load_file(asset("reference.safetensors"))
         self.training_set = metrics.Gaussian(real["train_mean"], real["train_cov"], NUM_TRAINING_IMAGES)
         self.test_features = real["test_features"].float()
@@ -47,21 +82,25 @@ class Judge:
 
     def judge(self, images: torch.Tensor, labels: torch.Tensor) -> Verdict:
         """Quality of images ``[n, 1, 28, 28]`` in ``[0, 1]`` that were asked to be of ``labels`` ``[n]``."""
-        # Eight bits, as the real images have and as a saved picture would have.
-        features, logits = extract(self.classifier, (images * 255).round() / 127.5 - 1)
-        precision, recall = metrics.precision_recall(features, self.test_features[: len(features)])
+        seen = self.network.extract(eight_bits(images))
+        assert seen.logits is not None
+        precision, recall = metrics.precision_recall(seen.features, self.test_features[: len(images)])
         return Verdict(
-            frechet_distance=metrics.frechet_distance(features, self.training_set),
-            inception_score=metrics.inception_score(logits),
-            class_accuracy=(logits.argmax(1) == labels).float().mean().item(),
+            frechet_distance=metrics.frechet_distance(seen.features, self.training_set),
+            inception_score=metrics.inception_score(seen.logits),
+            class_accuracy=(seen.logits.argmax(1) == labels).float().mean().item(),
             precision=precision,
             recall=recall,
         )
 
     def distance(self, images: torch.Tensor) -> float:
         """Only the Fréchet distance of images ``[n, 1, 28, 28]`` in ``[0, 1]``."""
-        features, _ = extract(self.classifier, (images * 255).round() / 127.5 - 1)
-        return metrics.frechet_distance(features, self.training_set)
+        return metrics.frechet_distance(self.network.extract(eight_bits(images)).features, self.training_set)
+
+    def test_logits(self) -> torch.Tensor:
+        """What the classifier says of the test images, ``[10000, 10]``."""
+        with torch.inference_mode():
+            return self.network.classifier.head(self.test_features)
 
     def floor(self, n: int) -> float:
         """The distance of n real test images to the training set: what a perfect generator would get at this n."""

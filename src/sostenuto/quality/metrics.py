@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +12,12 @@ from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """First two moments of features: ``mean`` ``[d]``, ``cov`` ``[d, d]``, float64, of ``count`` images."""
+    """First two moments of features: ``mean`` ``[d]``, ``cov`` ``[d, d]``, float64, of ``count`` images (0: unknown)."""
 
     mean: torch.Tensor
     cov: torch.Tensor
@@ -32,18 +35,39 @@ class _Given(nn.Module):
         return features
 
 
-def frechet_distance(features: torch.Tensor, reference: Gaussian) -> float:
-    """Fréchet distance of features ``[n, d]`` to the reference; 0 is best. Depends on n: compare equal n only.
+@contextmanager
+def _fixed_draws() -> Iterator[None]:
+    """torchmetrics draws subsets and shuffles with the global generator: here always the same, and nobody else's change."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it keeps what it is given
+        torch.manual_seed(0)
+        yield
+
+
+def frechet_distance(features: torch.Tensor | Gaussian, reference: Gaussian) -> float:
+    """Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) to the reference; 0 is best.
+
+    It is biased upward at small n: compare equal n only.
+
+    Args:
+        features: of generated images, ``[n, d]``, or their moments.
+        reference: moments of real images.
 
     Raises:
-        ValueError: fewer than two features.
+        ValueError: fewer than two features, or another number of features than the reference has.
     """
+    width = len(features.mean) if isinstance(features, Gaussian) else features.shape[1]
+    if width != len(reference.mean):
+        raise ValueError(f"the images have {width} features and the reference {len(reference.mean)}: use one network")
+    if isinstance(features, Gaussian):
+        return _frechet_distance_of_moments(features, reference)
     if len(features) < 2:
         raise ValueError(f"a Fréchet distance needs at least 2 images, not {len(features)}")
     metric = FrechetInceptionDistance(
-        feature=_Given(features.shape[1]), normalize=True, input_img_size=(1, 1, features.shape[1])
-    ).set_dtype(torch.float64)
-    count = reference.count
+        sync_on_compute=False,  # the caller shares work among processes, if anybody
+        feature=_Given(width), normalize=True, input_img_size=(1, 1, width)
+    ).set_dtype(torch.float64)  # fmt: skip
+    count = max(reference.count, 2)  # any gives the same distance
     metric.real_features_sum = reference.mean * count
     metric.real_features_cov_sum = reference.cov * (count - 1) + torch.outer(reference.mean, reference.mean) * count
     metric.real_features_num_samples = torch.tensor(count)
@@ -51,14 +75,60 @@ def frechet_distance(features: torch.Tensor, reference: Gaussian) -> float:
     return float(metric.compute())
 
 
-def inception_score(logits: torch.Tensor) -> float:
+def _frechet_distance_of_moments(images: Gaussian, reference: Gaussian) -> float:
+    """The same by symmetric eigenvalues: torchmetrics' general ones take minutes for Inception's 2048 features."""
+    root = square_root(reference.cov)
+    crossed = torch.linalg.eigvalsh(root @ images.cov @ root).clamp(min=0).sqrt().sum()
+    apart = (images.mean - reference.mean).square().sum()
+    return float(apart + images.cov.trace() + reference.cov.trace() - 2 * crossed)
+
+
+def square_root(matrix: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+    """Symmetric square root of a positive semi-definite matrix ``[d, d]``, or that of its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    roots = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny).sqrt(), 0.0)
+    if inverse:
+        roots = torch.where(kept, 1 / roots, 0.0)
+    return (vectors * roots) @ vectors.T
+
+
+def kernel_distance(
+    features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Kernel distance (arXiv 1801.01401): unbiased MMD² with the kernel (x·y/d + 1)³, a mean over random subsets.
+
+    Args:
+        features: of generated images, ``[n, d]``.
+        reference: of real images, ``[m, d]``.
+        subsets: number of subsets, always the same ones.
+        subset_size: images in a subset, at most half of the smaller set; equal to both sizes, all of them are compared.
+
+    Returns:
+        The mean over the subsets, 0 at best and without bias, and their standard deviation.
+
+    Raises:
+        ValueError: a subset is smaller than two images, or larger than a set.
+    """
+    if not 2 <= subset_size <= min(len(features), len(reference)):
+        raise ValueError(f"subsets of {subset_size} can't be drawn from {len(features)} and {len(reference)} images")
+    with _fixed_draws():
+        metric = KernelInceptionDistance(
+            _Given(features.shape[1]), subsets=subsets, subset_size=subset_size, sync_on_compute=False
+        )
+        metric.update(reference.double(), real=True)
+        metric.update(features.double(), real=False)
+        mean, spread = metric.compute()
+    return float(mean), float(spread)
+
+
+def inception_score(logits: torch.Tensor, splits: int = 1) -> float:
     """exp of the mean divergence between each image's class distribution and the mean one; logits ``[n, classes]``.
 
-    In one split, so that it is comparable at small n.
+    In one split unless told otherwise, so that it is comparable at small n; published scores are means over ten.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it keeps all logits: ten numbers an image
-        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=1)
+    with _fixed_draws():
+        metric = InceptionScore(feature=_Given(logits.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(logits)
         return float(metric.compute()[0])
 
@@ -71,16 +141,36 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours
         reference: of real images, ``[m, d]``; use m = n, the value depends on both.
         neighbours: k of the balls, 3 as in the paper.
     """
-    features, reference = features.float(), reference.float()
+    return covered(features, reference, neighbours), covered(reference, features, neighbours)
 
-    def covered(points: torch.Tensor, manifold: torch.Tensor) -> float:
-        radius = (
-            torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values
-        )  # the nearest is the point itself
-        inside = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
-        return torch.cat(inside).float().mean().item()
 
-    return covered(features, reference), covered(reference, features)
+def covered(points: torch.Tensor, manifold: torch.Tensor, neighbours: int = 3) -> float:
+    """Share of points ``[n, d]`` inside a ball around a point of the manifold ``[m, d]`` that reaches to its k-th neighbour.
+
+    Raises:
+        ValueError: the manifold has no more than k points.
+    """
+    if len(manifold) <= neighbours:
+        raise ValueError(f"balls of {neighbours} neighbours need more than {neighbours} images, not {len(manifold)}")
+    points, manifold = points.float(), manifold.float()
+    rows = max(1, 10**8 // len(manifold))  # at most 400 MB of distances at once
+    radius = torch.cat(
+        [torch.cdist(part, manifold).kthvalue(neighbours + 1, dim=1).values for part in manifold.split(rows)]
+    )  # the nearest is the point itself
+    inside = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
+    return torch.cat(inside).float().mean().item()
+
+
+def psnr_per_image(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB, ``[n]``; both ``[n, c, h, w]`` in ``[0, 1]``. Infinite for identical images."""
+    return peak_signal_noise_ratio(images, reference, data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim_per_image(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity, ``[n]``; both ``[n, c, h, w]`` in ``[0, 1]``, at least 11 pixels wide; 1 is best."""
+    similarity = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    assert isinstance(similarity, torch.Tensor)
+    return similarity.reshape(-1)
 
 
 def paired_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -88,13 +178,9 @@ def paired_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 
     Infinite for identical images.
     """
-    return float(
-        peak_signal_noise_ratio(images, reference, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    )
+    return float(psnr_per_image(images, reference).mean())
 
 
 def paired_ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean structural similarity; both ``[n, c, h, w]`` in ``[0, 1]``, from the same noise; 1 is best."""
-    similarity = structural_similarity_index_measure(images, reference, data_range=1.0)
-    assert isinstance(similarity, torch.Tensor)
-    return float(similarity)
+    return float(ssim_per_image(images, reference).mean())

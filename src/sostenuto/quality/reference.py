@@ -1,0 +1,127 @@
+"""What images are compared with: moments and features of real ones, in whatever form they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sostenuto.errors import InputError, MetricError
+from sostenuto.quality.arrays import open_npz, read_moments
+from sostenuto.quality.measure import Instruments, measure
+from sostenuto.quality.metrics import Gaussian
+from sostenuto.quality.moments import Moments
+from sostenuto.quality.networks import FeatureNetwork, load_network
+from sostenuto.quality.registry import Subject
+from sostenuto.quality.sources import Source, open_source
+from sostenuto.quality.statistics import Statistics
+
+_ADM_NETWORK = "inception"
+
+
+def subject_of(statistics: Statistics) -> Subject:
+    """A measured set as metrics see it."""
+
+    def gaussian(moments: Moments | None) -> Gaussian | None:
+        return None if moments is None or moments.count < 2 else moments.gaussian()
+
+    known = gaussian(statistics.moments), gaussian(statistics.spatial)
+    return Subject(len(statistics), *known, statistics.features, statistics.logits)
+
+
+class Reference:
+    """The reference that was asked for: looked at when made, so that errors come early, and measured when needed.
+
+    Args:
+        where: a folder, ``.npz`` (images, moments or both), ``.npy``, a tensor, a file of statistics, ``demo:train`` or
+            ``demo:test``.
+        video: see :class:`~sostenuto.quality.sources.FolderSource`.
+        show: progress bars.
+
+    Raises:
+        InputError: it is unusable.
+    """
+
+    def __init__(self, where: str | Path | torch.Tensor, video: bool = False, show: bool = True) -> None:
+        self.name = "images" if isinstance(where, torch.Tensor) else str(where)
+        self._where, self._show = where, show
+        self._moments: Subject | None = None
+        self._statistics: Statistics | None = None
+        self.source: Source | None = None
+        if self.name.endswith(".safetensors"):
+            self._statistics = Statistics.load(Path(self.name))
+            if not self._statistics.complete:
+                raise InputError(
+                    f"{self.name} holds {len(self._statistics)} of {self._statistics.origin.total} images: finish it first"
+                )
+        elif not self._shipped:
+            if self.name.endswith(".npz") and Path(self.name).is_file():
+                arrays = open_npz(Path(self.name))
+                moments, spatial = read_moments(arrays, "mu", "sigma"), read_moments(arrays, "mu_s", "sigma_s")
+                self._moments = Subject(0, moments, spatial) if moments else None
+                if "arr_0" not in arrays and moments:
+                    return
+            self.source = open_source(where, video, show)
+
+    @property
+    def _shipped(self) -> bool:
+        return self.name in ("demo:train", "demo:test")
+
+    def subject(
+        self, network: FeatureNetwork | str, weights: Mapping[str, Path], device: str, batch_size: int
+    ) -> Subject:
+        """What is known of it, in the features of a network.
+
+        Args:
+            network: that looked at the images that are compared with it, or its name where they come as statistics.
+            weights: paths of weights by name.
+            device: where the network runs.
+            batch_size: images at once.
+
+        Raises:
+            InputError: it was made with another network.
+            MetricError: the network's weights are not at hand.
+        """
+        name = network if isinstance(network, str) else network.name
+        if self._shipped:
+            return self._shipped_subject(name)
+        if self._statistics is not None:
+            if self._statistics.origin.network != name:
+                raise InputError(
+                    f"{self.name} was made with the network {self._statistics.origin.network!r}, not {name!r}"
+                )
+            return subject_of(self._statistics)
+        if self._moments is not None and not name.startswith(_ADM_NETWORK):
+            raise InputError(f"the moments in {self.name} are of Inception's features, those of the images of {name}'s")
+        if self.source is None:
+            assert self._moments is not None
+            return self._moments
+        if isinstance(network, str):
+            network = load_network(name.partition("-")[0], weights, self.source.shape, device)
+            if network.name != name:
+                raise MetricError(f"the images were measured with {name}, and only {network.name} is at hand")
+        measured = subject_of(measure(self.source, Instruments(network), batch_size=batch_size, show=self._show))
+        if self._moments is None:
+            return measured
+        # ADM's files hold moments of the whole data set and images of a part of it.
+        return replace(measured, gaussian=self._moments.gaussian, spatial=self._moments.spatial or measured.spatial)
+
+    def _shipped_subject(self, network: str) -> Subject:
+        from sostenuto.demo.judge import Judge
+
+        judge = Judge()
+        if network != judge.network.name:
+            raise InputError(
+                f"{self.name} is known in the features of {judge.network.name}, not of {network}: --network demo"
+            )
+        if self.name == "demo:train":
+            return Subject(
+                judge.training_set.count, judge.training_set, held_out=judge.test_features, shuffled=True,
+                logits=judge.test_logits(),
+            )  # fmt: skip
+        features = judge.test_features
+        centre = features.double()
+        gaussian = Gaussian(centre.mean(0), centre.T.cov(), len(features))
+        return Subject(len(features), gaussian, features=features, logits=judge.test_logits(), shuffled=True)

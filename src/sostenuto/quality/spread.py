@@ -1,0 +1,58 @@
+"""How far a metric would move with other images of the same kind: standard errors, by theory instead of by repetition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sostenuto.quality.metrics import Gaussian, square_root
+
+
+def of_mean(values: torch.Tensor) -> float | None:
+    """Standard error of the mean of independent values ``[n]``; ``None`` for one value."""
+    return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def of_share(share: float, count: int) -> float:
+    """Standard error of a share of ``count`` independent images; as if two more were in and two out, so that 1 has one too."""
+    share = (share * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
+
+
+def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | None:
+    """Standard error of the Fréchet distance of features ``[n, d]``, the reference taken as it is.
+
+    The distance is a smooth function of mean and covariance, so to first order (the delta method) it is a mean of
+
+        2(μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ(1 − T)(x − μ₁),    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^-½ Σ₂^½
+
+    over images. It says nothing of the bias, which the floor shows.
+
+    Returns:
+        The standard error, or ``None`` with fewer than two images per feature, where the covariance is too uncertain.
+    """
+    if len(features) < 2 * features.shape[1]:
+        return None
+    values = features.double()
+    mean = values.mean(0)
+    centred = values - mean
+    root = square_root(reference.cov)
+    transport = root @ square_root(root @ centred.T.cov() @ root, inverse=True) @ root
+    slope = torch.eye(len(mean), dtype=torch.float64) - transport
+    influence = 2 * centred @ (mean - reference.mean) + ((centred @ slope) * centred).sum(1)
+    return of_mean(influence)
+
+
+def of_inception_score(logits: torch.Tensor, score: float) -> float | None:
+    """Standard error of the inception score: it is exp of a mean of divergences, so score × the mean's standard error."""
+    logs = logits.double().log_softmax(1)
+    shares = logs.exp()
+    divergence = (shares * (logs - shares.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log())).sum(1)
+    error = of_mean(divergence)
+    return None if error is None else score * error
+
+
+def of_subsets(spread: float, subset_size: int, count: int) -> float | None:
+    """Standard error of a mean over subsets, as if the ``count / subset_size`` that are disjoint were all there are."""
+    return spread / math.sqrt(count / subset_size) if count >= 2 * subset_size else None

@@ -1,0 +1,332 @@
+"""Evaluating a set of images: every way in which it may come, and what is found."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import processes
+from image_sets import Colours, pictures, run, write_folder
+from sostenuto.cli import main
+from sostenuto.demo.judge import DemoFeatures, Judge
+from sostenuto.errors import InputError
+from sostenuto.quality import measure as measuring
+from sostenuto.quality.evaluate import evaluate
+from sostenuto.quality.metrics import precision_recall, ssim_per_image
+from sostenuto.quality.registry import Metric, Needs, Value, available_metrics, choose_metrics, register_metric
+from sostenuto.quality.sources import open_source
+from sostenuto.quality.statistics import Statistics, merge
+
+# What it finds.
+
+
+def test_every_form_of_the_same_images_gives_the_same_numbers(tmp_path):
+    images, real = pictures(40), pictures(60, 1)
+    np.save(tmp_path / "last.npy", images.permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / "first.npy", images.numpy())
+    np.savez(tmp_path / "plain.npz", images.permute(0, 2, 3, 1).numpy(), np.zeros(40, np.int64))
+    np.savez_compressed(tmp_path / "packed.npz", images.permute(0, 2, 3, 1).numpy())
+    forms = [tmp_path / name for name in ("last.npy", "first.npy", "plain.npz", "packed.npz")]
+    forms += [write_folder(tmp_path / "png", images), images]
+    found = [evaluate(form, real, network=Colours(), batch_size=16, show=False) for form in forms]
+    for row in ("frechet_distance", "kernel_distance", "spatial_frechet_distance", "inception_score", "recall"):
+        values = [evaluation[row].value for evaluation in found]
+        assert values[0] is not None
+        assert values == [values[0]] * len(values)
+
+
+def test_demo_images_are_judged_as_the_demo_judges_them(tmp_path):
+    judge = Judge()
+    images = pictures(60, channels=1, size=28)
+    row = judge.judge(images.float() / 255, torch.zeros(60))
+    found = evaluate(images, "demo:train", show=False)
+    assert found["frechet_distance"].value == pytest.approx(row.frechet_distance, rel=1e-4)
+    assert found["inception_score"].value == pytest.approx(row.inception_score, rel=1e-5)
+    assert found["precision"].value == pytest.approx(row.precision)
+    assert found["recall"].value == pytest.approx(row.recall)
+    assert found["frechet_distance"].floor == pytest.approx(judge.floor(60), rel=1e-4)
+    assert found["frechet_distance"].floor_n == 60
+    assert any("FID of 60 says little, it wants 128" in warning for warning in found.warnings)
+    coloured = evaluate(images.expand(-1, 3, -1, -1), "demo:train", show=False)  # saved as RGB
+    assert coloured["frechet_distance"].value == found["frechet_distance"].value
+
+
+def test_floor_is_one_half_of_the_reference_against_the_other():
+    real = pictures(80, 2)
+    found = evaluate(pictures(40), real, network=Colours(), show=False)
+    features = Colours().extract(real).features
+    even, odd = features[::2], features[1::2]
+    assert found["precision"].floor == pytest.approx(precision_recall(even, odd)[0])
+    assert found["precision"].floor_n == 40
+    few = evaluate(pictures(10), real, network=Colours(), show=False)
+    assert few["frechet_distance"].floor_n == 10
+    assert few["frechet_distance"].interval is None  # fewer than two images for each of the 6 features
+    low, high = found["frechet_distance"].interval
+    assert low < found["frechet_distance"].value < high
+
+
+def test_paired_metrics_are_means_over_images_and_their_interval_is_their_spread():
+    images, twins = pictures(20), pictures(20, 7)
+    found = evaluate(images, paired=twins, metrics=("psnr", "SSIM"), show=False)
+    mse = (images.double() / 255 - twins.double() / 255).square().mean((1, 2, 3))
+    psnr = -10 * mse.log10()
+    assert [row.name for row in found.rows] == ["psnr", "ssim"]
+    assert found["psnr"].value == pytest.approx(psnr.mean().item(), rel=1e-5)
+    half = 1.96 * psnr.std().item() / 20**0.5
+    assert found["psnr"].interval == pytest.approx((psnr.mean().item() - half, psnr.mean().item() + half), rel=1e-4)
+    grey = evaluate(images[:, :1], paired=twins[:, :1], metrics=("ssim",), show=False)["ssim"].value
+    assert grey == pytest.approx(ssim_per_image(images[:, :1] / 255, twins[:, :1] / 255).mean().item(), rel=1e-5)
+
+
+def test_videos_count_once_though_their_frames_are_compared_one_by_one(tmp_path):
+    videos, twins = (pictures(12, seed).view(4, 3, 3, 16, 16) for seed in (0, 1))
+    found = evaluate(videos, paired=twins, metrics=("psnr", "fid"), network=Colours(), reference=twins, show=False)
+    per_frame = -10 * (videos.double() / 255 - twins.double() / 255).square().mean((2, 3, 4)).log10()
+    assert found["psnr"].value == pytest.approx(per_frame.mean().item(), rel=1e-5)
+    assert found["psnr"].n == 4
+    half = 1.96 * per_frame.mean(1).std().item() / 2
+    assert found["psnr"].interval[1] == pytest.approx(per_frame.mean().item() + half, rel=1e-4)
+    assert found["frechet_distance"].n == 12
+    assert found.as_dict()["n"] == 4
+    for number, frames in enumerate(videos):
+        write_folder(tmp_path / "v" / f"clip{number}", frames)
+    np.save(tmp_path / "t.npy", twins.permute(0, 1, 3, 4, 2).numpy())
+    again = evaluate(tmp_path / "v", paired=tmp_path / "t.npy", metrics=("psnr",), video=True, batch_size=5, show=False)
+    assert again["psnr"].value == pytest.approx(found["psnr"].value)
+    assert again["psnr"].n == 4
+    (tmp_path / "v" / "clip0" / "0.png").unlink()
+    with pytest.raises(InputError, match="differ in length"):
+        evaluate(tmp_path / "v", video=True, show=False)
+
+
+def test_identical_images_have_no_finite_psnr_and_say_so(tmp_path, capsys):
+    folder = write_folder(tmp_path / "a", pictures(4))
+    assert run(folder, "--paired", folder, "--metrics", "psnr", "ssim", "--json", tmp_path / "o.json") == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "o.json").read_text())["metrics"]}
+    assert rows["psnr"]["value"] is None
+    assert "4 of 4 are identical" in rows["psnr"]["reason"]
+    assert rows["ssim"]["value"] == pytest.approx(1)
+    assert "not computed: PSNR" in capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_and_writes_numbers(tmp_path, capsys):
+    folder = write_folder(tmp_path / "made", pictures(40, channels=1, size=28))
+    twins = write_folder(tmp_path / "plain", pictures(40, 3, channels=1, size=28))
+    words = [folder, "--reference", "demo:train", "--paired", twins, "--json", tmp_path / "o.json"]
+    assert run(*words) == 0
+    printed = capsys.readouterr()
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert found["n"] == 40
+    assert found["network"] == DemoFeatures().name
+    assert [row["name"] for row in found["metrics"]] == list(available_metrics())
+    for row in found["metrics"]:
+        assert (row["value"] is None) == (row["reason"] is not None)
+        assert row["label"] in printed.out
+    assert "note: FID of 40 says little" in printed.err
+
+
+# Metrics and networks of one's own.
+
+
+def test_metrics_are_chosen_by_name_or_label_and_unknown_ones_named():
+    assert [m.name for m in choose_metrics(("psnr", "FID"))] == ["frechet_distance", "psnr"]
+    with pytest.raises(InputError, match="no metric 'fvd'; there are FID"):
+        choose_metrics(("fvd",))
+
+
+def test_a_metric_of_ones_own_is_computed_like_the_others(monkeypatch):
+    from sostenuto.quality import registry
+
+    monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+    darkness = Metric(
+        "darkness",
+        "darkness",
+        Needs.PAIRS,
+        "lower",
+        load=lambda given, device: lambda a, b: 255 - a.float().mean((1, 2, 3)),
+    )
+    mean = Metric("mean", "mean", Needs.FEATURES, "lower", compute=lambda a, b: Value(float(a.features.mean())))
+    register_metric(darkness)
+    register_metric(mean)
+    images = pictures(6)
+    found = evaluate(images, images, paired=images, metrics=("darkness", "mean"), network=Colours(), show=False)
+    assert found["darkness"].value == pytest.approx(255 - images.float().mean().item(), rel=1e-5)
+    assert found["mean"].value == pytest.approx(Colours().extract(images).features.mean().item(), rel=1e-5)
+    with pytest.raises(InputError, match="already"):
+        register_metric(mean)
+    with pytest.raises(InputError, match="either compute"):
+        register_metric(Metric("neither", "neither", Needs.PAIRS, "lower"))
+
+
+# Sufficient statistics.
+
+
+def test_parts_put_together_are_to_the_bit_the_whole_in_any_order(tmp_path):
+    images, twins = pictures(50), pictures(50, 4)
+
+    def part(number, parts):
+        path = tmp_path / f"{number}of{parts}.safetensors"
+        found = evaluate(
+            images, paired=twins, network=Colours(), batch_size=8, shard=(number, parts), statistics=path, show=False,
+        )  # fmt: skip
+        assert (found.rows == ()) == (parts > 1)
+        return path
+
+    (whole,), three = [part(0, 1)], [part(number, 3) for number in range(3)]
+    real = pictures(60, 5)
+
+    class Here(Colours):
+        pass
+
+    def numbers(paths):
+        merged = merge([Statistics.load(path) for path in paths])
+        reference = Statistics.load(part_of_real)
+        assert reference.complete
+        return evaluate(paths, part_of_real, show=False).rows, merged
+
+    part_of_real = tmp_path / "real.safetensors"
+    evaluate(real, network=Here(), statistics=part_of_real, show=False)
+    rows, one = numbers([whole])
+    assert next(row.value for row in rows if row.name == "frechet_distance") is not None
+    for order in (three, three[::-1], [three[1], three[2], three[0]]):
+        other_rows, merged = numbers(order)
+        assert other_rows == rows
+        assert torch.equal(merged.moments.outer, one.moments.outer)
+        assert torch.equal(merged.spatial.total, one.spatial.total)
+        assert torch.equal(merged.features, one.features)
+        assert torch.equal(merged.scores["psnr"], one.scores["psnr"])
+    one.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_parts_of_different_sets_or_twice_the_same_are_refused(tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path, seed in zip(paths, (0, 1), strict=False):
+        evaluate(pictures(20, seed), network=Colours(), batch_size=5, shard=(0, 2), statistics=path, show=False)
+    evaluate(pictures(20), network=Colours(), batch_size=4, shard=(1, 2), statistics=paths[2], show=False)
+    with pytest.raises(InputError, match="with identity"):
+        evaluate(paths[:2], show=False)
+    with pytest.raises(InputError, match="with batch_size 4"):
+        evaluate([paths[0], paths[2]], show=False)
+    with pytest.raises(InputError, match="10 images of images are in more than one part, such as 0"):
+        evaluate([paths[0], paths[0]], show=False)
+    with pytest.raises(InputError, match="10 of the 20 images of images are in these"):
+        evaluate(paths[0], show=False)
+    with pytest.raises(InputError, match="10 of 20 images: finish it first"):
+        evaluate(pictures(9), paths[0], show=False)
+
+
+def test_an_interrupted_run_keeps_what_was_done_and_goes_on(tmp_path, monkeypatch):
+    images, kept = pictures(40), tmp_path / "kept.safetensors"
+
+    class Fails(Colours):
+        def extract(self, batch):
+            if len(self.batches) == 3:
+                raise KeyboardInterrupt
+            return super().extract(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(images, network=Fails(), batch_size=8, statistics=kept, show=False)
+    assert len(Statistics.load(kept)) == 16  # the first call was the check of one image
+    network = Colours()
+    found = evaluate(images, images, network=network, batch_size=8, statistics=kept, show=False)
+    fresh = evaluate(images, images, network=Colours(), batch_size=8, show=False)
+    assert network.batches.count(8) - 5 == 3  # five for the reference, three that were missing
+    assert found.rows == fresh.rows
+    monkeypatch.setattr(measuring, "_SECONDS_BETWEEN_SAVES", 0.0)
+    written = []
+    monkeypatch.setattr(Statistics, "save", lambda self, path: written.append(len(self)))
+    evaluate(images, network=Colours(), batch_size=16, statistics=tmp_path / "new.safetensors", show=False)
+    assert written == [16, 32, 40]  # so that a kill loses little
+
+
+# ADM's evaluator.
+
+
+def test_adm_files_are_written_and_read_back(tmp_path, capsys):
+    images = pictures(30)
+    folder = write_folder(tmp_path / "made", images)
+    assert run(folder, "--metrics", "psnr", "--paired", folder, "--write-npz", tmp_path / "o.npz") == 0
+    with np.load(tmp_path / "o.npz", allow_pickle=False) as archive:
+        assert archive.files == ["arr_0"]
+        assert archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["arr_0"], images.permute(0, 2, 3, 1).numpy())
+    source = open_source(tmp_path / "o.npz")
+    assert torch.equal(source.read(7, 19), images[7:19])
+    assert torch.equal(source.read(0, 30), images)  # back to the beginning
+    grey = write_folder(tmp_path / "grey", pictures(5, channels=1, size=28))
+    assert run(grey, "--reference", "demo:test", "--write-npz", tmp_path / "g.npz") == 0
+    with np.load(tmp_path / "g.npz") as archive:
+        assert archive["arr_0"].shape == (5, 28, 28, 3)  # the evaluator takes RGB
+
+
+def test_an_adm_reference_gives_moments_of_all_and_images_of_some(tmp_path):
+    class Inceptionlike(Colours):
+        name = "inception-00000000"
+
+    real, images = pictures(200, 8), pictures(40)
+    seen = Inceptionlike().extract(real)
+    moments = {
+        f"{name}{suffix}": value.numpy()
+        for suffix, features in (("", seen.features.double()), ("_s", seen.spatial.double()))
+        for name, value in (("mu", features.mean(0)), ("sigma", features.T.cov()))
+    }
+    np.savez(tmp_path / "full.npz", arr_0=real[:50].permute(0, 2, 3, 1).numpy(), **moments)
+    np.savez(tmp_path / "moments.npz", **moments)
+    direct = evaluate(images, real, network=Inceptionlike(), show=False)
+    full = evaluate(images, tmp_path / "full.npz", network=Inceptionlike(), show=False)
+    bare = evaluate(images, tmp_path / "moments.npz", network=Inceptionlike(), show=False)
+    for name in ("frechet_distance", "spatial_frechet_distance"):
+        for found in (full, bare):
+            assert found[name].value == pytest.approx(direct[name].value, rel=1e-3)
+    some = precision_recall(Inceptionlike().extract(images).features, seen.features[torch.arange(40) * 50 // 40])
+    assert full["precision"].value == pytest.approx(some[0])
+    assert bare["precision"].value is None
+    assert "give a reference with images" in bare["precision"].reason
+    assert bare["frechet_distance"].floor is None
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    narrow = evaluate(images, tmp_path / "narrow.npz", paired=images // 2, network=Inceptionlike(), show=False)
+    assert narrow["frechet_distance"].reason == "the images have 6 features and the reference 3: use one network"
+    assert narrow["psnr"].value is not None
+    with pytest.raises(InputError, match=r"of Inception's features, those of the images of colours-1's"):
+        evaluate(images, tmp_path / "moments.npz", network=Colours(), show=False)
+
+
+def _evaluated(folder, *more):
+    """The command, as every process of a launch runs it."""
+    assert (
+        main(
+            [
+                "evaluate",
+                str(folder),
+                "--paired",
+                str(folder),
+                "--json",
+                str(folder.parent / "out.json"),
+                *more,
+                "--debug",
+            ]
+        )
+        == 0
+    )
+
+
+def test_several_processes_find_what_one_finds(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(12):
+        picture = torch.randint(256, (28, 28), generator=generator, dtype=torch.uint8)
+        Image.fromarray(picture.numpy()).save(folder / f"{index:02}.png")
+    _evaluated(folder, "--reference", "demo:test")
+    alone = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").unlink()
+    statistics = ("--reference", "demo:test", "--batch-size", "3", "--statistics", str(tmp_path / "kept.safetensors"))
+    processes.run(_evaluated, 2, folder, *statistics)
+    shared = json.loads((tmp_path / "out.json").read_text())
+    known = {row["name"]: row["value"] for row in alone["metrics"] if row["value"] is not None}
+    found = {row["name"]: row["value"] for row in shared["metrics"] if row["value"] is not None}
+    assert found == pytest.approx(known, rel=1e-4)
+    assert known
