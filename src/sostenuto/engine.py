@@ -15,7 +15,7 @@ from sostenuto import compat
 from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
-from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
+from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor
@@ -59,7 +59,8 @@ class Handle:
         self._facts: Facts | None = None
         self._plan: Plan | None = None
         self._shifter: TimeShifter | None = None
-        self._noise_scale: tuple[float, ...] | None = None
+        self._noise_scale: NoiseScale | None = None
+        self._reused = False  # whether the call under way filled anything in
         self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
@@ -272,7 +273,9 @@ class Handle:
         if tick.new_generation:
             self._begin(call)
         output = self._step(tick, call)
-        return output if self._noise_scale is None else self._scaled(tick, call, output, self._noise_scale[tick.step])
+        if self._noise_scale is None:
+            return output
+        return self._scaled(tick, call, output, self._noise_scale.at(tick.step, self._reused))
 
     def _filled(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
@@ -308,11 +311,12 @@ class Handle:
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
         self._check_taps(() if plan is None else plan.actions)
-        scale = self.method.noise_scale(facts)
-        if scale is not None and any(factor != 1 for factor in scale):
+        factors = self.method.noise_scale(facts)
+        scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
+        if scale is not None and not scale.is_idle:
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
-        self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
+        self._noise_scale = scale
 
     def _check_taps(self, actions: Sequence[Sequence[Action]]) -> None:
         for tap, column in zip(self._taps, zip(*actions, strict=True), strict=bool(actions)):
@@ -398,6 +402,7 @@ class Handle:
         """Run the denoiser with one op per site."""
 
         def note(carried: Carried) -> None:
+            self._reused = any(op.action is not Action.COMPUTE for op in carried.ops)
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
