@@ -1,5 +1,6 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
+from sostenuto.analysis.analyze import Analysis, analyze
 from sostenuto.anatomy import Anatomy, BlockList, Branch, SiteKind
 from sostenuto.calibrations import (
     DiTFastAttnCalibration,
@@ -68,6 +69,7 @@ __all__ = [
     "ABCache",
     "Action",
     "AlreadyEnabledError",
+    "Analysis",
     "Anatomy",
     "AnatomyError",
     "BlockList",
@@ -115,6 +117,7 @@ __all__ = [
     "TimeShift",
     "ToCa",
     "VerificationError",
+    "analyze",
     "available_methods",
     "calibrate",
     "disable",

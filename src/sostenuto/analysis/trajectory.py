@@ -31,7 +31,8 @@ class Trajectory:
         predictions: what the network predicted, before any scaling; the same as the noise where it predicts that.
         reused: whether a step filled in anything.
         clean: the clean samples that the last step ends at, ``[rows, …]``.
-        macs: multiply-accumulates, all generations together.
+        rows: rows of each generation.
+        macs: multiply-accumulates, all generations together; 0 where a network can't be counted.
         macs_uncached: the same had every call been computed.
     """
 
@@ -42,6 +43,7 @@ class Trajectory:
     predictions: torch.Tensor
     reused: tuple[bool, ...]
     clean: torch.Tensor
+    rows: tuple[int, ...]
     macs: int
     macs_uncached: int
 
@@ -124,6 +126,7 @@ def record(
         joined("predictions"),
         tuple(first.reused),
         clean,
+        tuple(recorder.rows for recorder in recorders),
         macs,
         macs_uncached,
     )

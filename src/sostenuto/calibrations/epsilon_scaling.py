@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,7 +51,7 @@ class EpsilonScalingCalibration(Calibration):
         limit: how far a factor may be from 1, above 0 and below 1.
     """
 
-    caching: Method | str = FORA(2)
+    caching: Method | str = field(default_factory=lambda: FORA(2))
     real_latents: torch.Tensor | None = None
     match: Literal["variance", "norm"] = "variance"
     window: int = 3
@@ -105,7 +105,9 @@ class EpsilonScalingCalibration(Calibration):
         generator = settings.fresh_generator()
         own: list[torch.Tensor] = []
         while sum(map(len, own)) < settings.num_samples:
-            own.append(clean_samples(settings.target, lambda *_, **__: settings.generate(generator), settings.scheduler))
+            own.append(
+                clean_samples(settings.target, lambda *_, **__: settings.generate(generator), settings.scheduler)
+            )
             if self.real_latents is not None:
                 break  # one tells how many rows a generation has
         if self.real_latents is None:

@@ -43,7 +43,9 @@ class NoiseScales(Measured):
             if min(getattr(self, name)) <= 0:
                 raise TableError(f"{name} must be numbers above 0, not {min(getattr(self, name))}; 1 means no scaling")
         if len(self.computed) != len(self.reused):
-            raise TableError(f"computed has {len(self.computed)} entries and reused {len(self.reused)}: give one per step")
+            raise TableError(
+                f"computed has {len(self.computed)} entries and reused {len(self.reused)}: give one per step"
+            )
 
     def check_steps(self, timesteps: Sequence[float]) -> None:
         """Refuse a generation of another length or with other timesteps.
@@ -76,7 +78,9 @@ class EpsilonScaling(Method):
     denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, (NoiseScales, Path)) or (isinstance(self.scale, str) and self.scale.endswith(".json")):
+        if isinstance(self.scale, (NoiseScales, Path)) or (
+            isinstance(self.scale, str) and self.scale.endswith(".json")
+        ):
             if self.end is not None:
                 raise MethodError("EpsilonScaling's calibrated scales say b of every step: leave out end")
             return
