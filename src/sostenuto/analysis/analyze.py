@@ -258,7 +258,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def image_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What turns a pipeline's latents ``[rows, channels, height, width]`` into images by its VAE; ``None`` where it has none."""
+    """What turns a pipeline's latents ``[rows, channels, height, width]`` into images by its VAE; ``None`` without one."""
     vae = getattr(pipe, "vae", None)
     factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
     if vae is None or factor is None:

@@ -127,8 +127,8 @@ def draw(data: Data) -> Figure:
 
 def finding(data: Data) -> str:
     """What the numbers say."""
-    listed = ", ".join(
-        f"{name} {data['share_of_macs'][name]:.0%} of the multiply-accumulates and {data['share_of_time'][name]:.0%} of the time"
+    listed = "; ".join(
+        f"{name} {data['share_of_macs'][name]:.0%} of the multiply-accumulates, {data['share_of_time'][name]:.0%} of the time"
         for name in data["share_of_time"]
     )
     text = f"{listed[0].upper()}{listed[1:]} (medians of {data['repeats']} calls of {data['rows']} rows)."
@@ -144,12 +144,12 @@ COMPONENTS = Instrument(
     title="Work and time by component",
     source="EB-Cache (arXiv 2503.07120v1), table 8",
     claim=(
-        "In DiT-XL/2 at 256 pixels self-attention has 38 % of the work and 51 % of the time, the MLP 62 % and 35 %, all else no "
-        "work and 14 % of the time."
+        "In DiT-XL/2 at 256 pixels self-attention has 38 % of the work and 51 % of the time, the MLP 62 % and 35 %, all else "
+        "no work and 14 % of the time."
     ),
     method=(
-        "Multiply-accumulates by torch's formulas, of the branches; time by what a call saves when the component is reused, the "
-        "norm in front of it included (the paper removes the component)."
+        "Multiply-accumulates by torch's formulas, of the branches; time by what a call saves when the component is reused, "
+        "the norm in front of it included (the paper removes the component)."
     ),
     measure=measure,
     draw=draw,

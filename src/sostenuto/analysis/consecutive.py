@@ -18,7 +18,7 @@ ORDERS = (1, 2, 3, 4, 5)
 
 
 def changes(outputs: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Relative L1 distance and cosine of each output and the one before; outputs ``[steps, rows, …]``, one value from step 1."""
+    """Relative L1 distance and cosine of each output and the one before; from step 1 on; outputs ``[steps, rows, …]``."""
     rows = outputs.double().flatten(2)
     distance = ((rows[1:] - rows[:-1]).abs().sum(2) / rows[:-1].abs().sum(2).clamp(min=1e-300)).mean(1)
     cosine = torch.nn.functional.cosine_similarity(rows[1:], rows[:-1], dim=2).mean(1)
@@ -26,7 +26,7 @@ def changes(outputs: torch.Tensor) -> tuple[list[float], list[float]]:
 
 
 def residuals(outputs: torch.Tensor, order: int) -> list[float | None]:
-    """``‖f_n − Σ_j w_j·f_{n−j}‖ / ‖f_n‖`` with AB-Cache's weights of k outputs, mean over rows; ``None`` in the first k steps."""
+    """``‖f_n − Σ_j w_j·f_{n−j}‖ / ‖f_n‖`` with AB-Cache's weights of k outputs, mean over rows; ``None`` in the first k."""
     rows = outputs.double().flatten(2)
     found: list[float | None] = [None] * min(order, len(rows))
     for step in range(order, len(rows)):
@@ -68,12 +68,13 @@ def finding(data: Data) -> str:
     """What the numbers say."""
     distance = [value for value in data["relative_l1"] if value is not None]
     low = min(range(len(distance)), key=distance.__getitem__)
+    most = max(range(len(distance)), key=distance.__getitem__)
     last = len(distance) - 1
     inside = 0 < low < last and distance[low] < min(distance[0], distance[last])
     shape = (
         f"has its least at step {low + 1} and rises to both ends: the U of the paper"
         if inside
-        else f"has its least at step {low + 1} and its most at step {max(range(len(distance)), key=distance.__getitem__) + 1}: no U"
+        else f"has its least at step {low + 1} and its most at step {most + 1}: no U"
     )
     # Away from both ends, over the same steps for all orders.
     steps = range(len(distance) // 5 + max(map(int, data["residual"])), 1 + last - len(distance) // 5)
@@ -92,8 +93,8 @@ CONSECUTIVE = Instrument(
     title="Consecutive outputs, and what they foretell",
     source="AB-Cache (arXiv 2504.10540), from its abstract; the relation of k outputs as derived from Adams–Bashforth",
     claim=(
-        "The change between neighbouring steps is U-shaped over the path; k earlier outputs combined linearly foretell the next "
-        "with an error of O(h^k)."
+        "The change between neighbouring steps is U-shaped over the path; k earlier outputs combined linearly foretell the "
+        "next with an error of O(h^k)."
     ),
     method="Predictions of the uncached path; weights (−1)^(j−1)·C(k, j) of the k outputs before, each truly computed.",
     measure=measure,

@@ -108,11 +108,11 @@ def finding(data: Data) -> str:
         worse = "attention" if a > m else "the MLP"
         agrees = (a > m) == (band == "low")
         words.append(
-            f"in the {which} half caching {worse} disturbs {band} frequencies more ({a:.4f} for attention, {m:.4f} for the MLP; "
+            f"in the {which} half {worse} disturbs {band} frequencies more ({a:.4f} for attention, {m:.4f} for the MLP, "
             f"{'as' if agrees else 'not as'} the paper says)"
         )
     return (
-        f"Reusing one kind in 2 of {data['interval']} steps, errors relative to the uncached path in {data['space']}: "
+        f"Reusing one kind in 2 of {data['interval']} steps, by errors relative to the uncached path in {data['space']}: "
         + "; ".join(words)
         + "."
     )

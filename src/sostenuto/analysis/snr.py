@@ -1,4 +1,4 @@
-"""Does caching raise the ratio of signal to noise along the path, and does scaling bring it back? (EB-Cache, figures 2, 3, 9)"""
+"""Does caching raise the ratio of signal to noise along the path, and does scaling bring it back? (EB-Cache, figure 2)"""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def finding(data: Data) -> str:
     listed = ", ".join(f"{name} {gap:+.2f} dB" for name, gap in gaps.items())
     return (
         f"Averaged over the steps, against the uncached path: {listed}. So uniform caching {verdict}; a constant "
-        f"b = {data['b']:.3f} brings the path at interval {first} {repaired} the uncached one ({before:+.2f} to {after:+.2f} dB)."
+        f"b = {data['b']:.3f} brings the path at interval {first} {repaired} uncached ({before:+.2f} to {after:+.2f} dB)."
     )
 
 

@@ -134,7 +134,7 @@ class Subject:
             decoded = decoded.transpose(1, 2).flatten(0, 1)
         if decoded.ndim != 4:
             raise InputError(
-                f"latents of shape {list(latents.shape[1:])} lie on no grid of pixels: pass decode=…, which makes images of them"
+                f"latents of shape {list(latents.shape[1:])} lie on no grid of pixels: pass decode=… to make images"
             )
         return decoded
 

@@ -72,7 +72,8 @@ def measure(subject: Subject) -> Data:
             "macs_share": runs[0]["macs_share"],
             "means_of_seeds": [found["mean"] for found in runs],
         }
-    chosen: Selection = next((selection for selection in _SELECTIONS if selection in selections), "random")
+    usable: list[Selection] = [selection for selection in _SELECTIONS if selection in selections]
+    chosen = usable[0] if usable else "random"
     ratio = _RATIOS[-1]
     every_step = selections[chosen][f"{ratio:g}"]
     necessity = {
@@ -174,9 +175,9 @@ def finding(data: Data) -> str:
     else:
         kept = f"half of the refreshes keep {(none - second) / gain:.0%} of what refreshing gains"
     return (
-        f"Are they important? In the final sample's relative error, {important} (different: by more than two standard errors of "
-        f"the paired difference). Must they be computed at every step? The error is {none:.4f} without tokens, {second:.4f} at "
-        f"every second step, {every:.4f} at every step: {kept}."
+        f"Are they important? In the final sample's relative error, {important} (different: by more than two standard errors "
+        f"of the paired difference). Must they be computed at every step? The error is {none:.4f} without, {second:.4f} at "
+        f"every second step, {every:.4f} at every one: {kept}."
     )
 
 
