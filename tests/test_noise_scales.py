@@ -80,7 +80,9 @@ def test_a_network_that_is_wrong_by_a_factor_is_given_the_inverse(kind):
 def test_a_reused_prediction_is_measured_as_theory_has_it(kind):
     model = denoiser(kind)
     levels, probe = levels_of(model), probed(model, FORA(2))
-    assert [moments is not None for moments in probe.reused] == [p != 0 and (STEPS - 1 - p) % 2 == 1 for p in range(STEPS)]
+    assert [moments is not None for moments in probe.reused] == [
+        p != 0 and (STEPS - 1 - p) % 2 == 1 for p in range(STEPS)
+    ]
     for step in range(2, STEPS - 1):
         if probe.reused[step] is None:
             continue
@@ -167,14 +169,17 @@ def test_factors_stay_within_the_limit_and_the_models_own_samples_serve_where_no
     scales = calibrated(model, caching=FORA(2), limit=0.02)
     assert scales.calibration["real_latents"] == "generated"
     assert all(0.98 - 1e-9 <= factor <= 1.02 + 1e-9 for factor in (*scales.computed, *scales.reused))
-    assert sostenuto.calibrate(
-        model,
-        "epsilon-scaling",
-        tiny_sample,
-        num_inference_steps=6,
-        num_samples=2,
-        scheduler=model.scheduler_for_test,
-    ).check_steps(model.scheduler_for_test.timesteps.tolist()) is None
+    assert (
+        sostenuto.calibrate(
+            model,
+            "epsilon-scaling",
+            tiny_sample,
+            num_inference_steps=6,
+            num_samples=2,
+            scheduler=model.scheduler_for_test,
+        ).check_steps(model.scheduler_for_test.timesteps.tolist())
+        is None
+    )
     sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
 
 
@@ -222,7 +227,9 @@ def test_each_call_is_scaled_by_what_it_did(model):
 def test_a_run_time_decision_is_scaled_by_what_was_decided(model):
     scheduler = model.scheduler_for_test
     method = sostenuto.DBCache(1, 0, 10.0, warmup=1)  # skips whenever it may
-    with sostenuto.enable(model, method | EpsilonScaling(NoiseScales((1.0,) * 6, (2.0,) * 6)), scheduler=scheduler) as handle:
+    with sostenuto.enable(
+        model, method | EpsilonScaling(NoiseScales((1.0,) * 6, (2.0,) * 6)), scheduler=scheduler
+    ) as handle:
         _, outputs = sample_loop(model, scheduler)
         plan = handle.stats.plan
     with sostenuto.enable(model, method, scheduler=scheduler):

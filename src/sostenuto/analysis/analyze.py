@@ -129,8 +129,9 @@ class Analysis:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         pictures: dict[str, str] = {}
-        for name, observation in self.observations.items():
+        for name, observation in self.observations.items():  # the numbers first: they took the time
             _write_json(folder / f"{name}.json", observation.as_dict())
+        for name, observation in self.observations.items():
             if observation.error:
                 continue
             files = observation.figure()

@@ -113,7 +113,7 @@ def draw(data: Data) -> Figure:
             begin += share
     axis.set_yticks([0, 1], ["time", "multiply-accumulates"])
     axis.grid(visible=False)
-    axis.set_xlim(0, 1)
+    axis.set_xlim(0, max(1.0, *(sum(data[key].values()) for key in ("share_of_time", "share_of_macs"))))
     dress(
         axis,
         f"one call of {data['rows']} rows: {data['macs'] / 1e9:.3g} GMACs, {data['seconds'] * 1e3:.3g} ms",

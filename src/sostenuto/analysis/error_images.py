@@ -85,8 +85,8 @@ def draw(data: Data) -> Figure:
     first = next(iter(stages.values()))["pictures"]
     names = [name for name in first if name != "uncached"]
     samples = len(first["uncached"])
-    made, axes = figure(len(stages), 1, height=0.9 * (1 + 2 * len(names)))
-    for axis, (stage, entry) in zip(axes[:, 0], stages.items(), strict=True):
+    made, axes = figure(1, len(stages), width=9.5, height=0.3 + (4.2 / samples) * (1 + 2 * len(names)))
+    for axis, (stage, entry) in zip(axes[0], stages.items(), strict=True):
         pictures = {name: numpy.array(values) for name, values in entry["pictures"].items()}
         reference = pictures["uncached"]
         low, high = reference.min(), max(reference.max(), reference.min() + 1e-12)

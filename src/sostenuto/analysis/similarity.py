@@ -66,7 +66,7 @@ def draw(data: Data) -> Figure:
     mesh = None
     for axis, (name, entry) in zip(axes[0], data["maps"].items(), strict=False):
         if entry["cosine"]:
-            mesh = heat_map(axis, entry["cosine"], name, low, 1.0)
+            mesh = heat_map(axis, entry["cosine"], name, low, 1.0, data["steps"][0])
     if mesh is not None:
         made.colorbar(mesh, ax=list(axes[0][:2]), label="cosine")
     for index, (name, entry) in enumerate(data["maps"].items()):

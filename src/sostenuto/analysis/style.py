@@ -84,7 +84,12 @@ def dress(axes: Axes, title: str, ylabel: str, xlabel: str = "step (noise → im
 
 
 def heat_map(
-    axes: Axes, rows: Sequence[Sequence[float | None]], title: str, low: float | None = None, high: float | None = None
+    axes: Axes,
+    rows: Sequence[Sequence[float | None]],
+    title: str,
+    low: float | None = None,
+    high: float | None = None,
+    first_step: int = 0,
 ) -> Any:
     """A map of branches over steps, the first block at the top; what was not measured is hatched."""
     import numpy
@@ -95,8 +100,16 @@ def heat_map(
     axes.patch.set_hatch("////")
     axes.patch.set_edgecolor("#bbbbbb")
     mesh = axes.pcolormesh(
-        numpy.ma.masked_invalid(values), cmap=SHADES, vmin=low, vmax=high, rasterized=values.size > 5000, linewidth=0
+        numpy.arange(values.shape[1] + 1) + first_step - 0.5,
+        numpy.arange(values.shape[0] + 1) - 0.5,
+        numpy.ma.masked_invalid(values),
+        cmap=SHADES,
+        vmin=low,
+        vmax=high,
+        rasterized=values.size > 5000,
+        linewidth=0,
     )
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.invert_yaxis()
     axes.set_title(title)
     axes.set_xlabel("step (noise → image)")

@@ -118,7 +118,8 @@ def draw(data: Data) -> Figure:
             capsize=2,
         )
     axes[0][0].set_xticks(range(len(ratios)), [f"{float(ratio):.0%}" for ratio in ratios])
-    dress(axes[0][0], "which tokens", "relative error", xlabel="tokens of the MLPs that are refreshed")
+    dress(axes[0][0], "which tokens", "relative error", "tokens of the MLPs that are refreshed", legend=False)
+    axes[0][0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
     entries = data["necessity"]
     axes[0][1].bar(
         range(len(entries)),
