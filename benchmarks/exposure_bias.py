@@ -32,10 +32,7 @@ MATCHES = ("variance", "norm")
 
 def training_images(num_images: int, folder: Path | None) -> torch.Tensor:
     """As many images of the training set as rows, of the labels 0 … 9 over and over: ``[n, 1, 28, 28]``."""
-    images, labels = data.load("train", folder)
-    of_class = [(labels == label).nonzero()[:, 0] for label in range(10)]
-    chosen = [of_class[label][place // 10] for place, label in enumerate(labels_of(num_images).tolist())]
-    return images[torch.stack(chosen)]
+    return data.of_labels("train", labels_of(num_images).tolist(), folder)
 
 
 def calibrated(

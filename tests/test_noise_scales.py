@@ -264,3 +264,15 @@ def test_scales_without_meaning_are_refused(computed, reused):
         NoiseScales(computed, reused)
     with pytest.raises(MethodError, match="leave out end"):
         EpsilonScaling(SCALES, end=1.0)
+
+
+def test_the_command_calibrates_and_what_it_saved_is_run(tmp_path):
+    from sostenuto.cli import main
+    from sostenuto.cli.common import ModelChoice
+
+    path = tmp_path / "scales.json"
+    words = ["--method", "epsilon-scaling", "--num-inference-steps", "3", "--labels", "0", "1", "--num-samples", "2"]
+    assert main(["calibrate", *words, "--output", str(path)]) == 0
+    method = ModelChoice(method="epsilon-scaling", table=path).method_object()
+    assert isinstance(method, EpsilonScaling)
+    assert len(NoiseScales.load(path).computed) == 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from sostenuto.analysis.exposure_bias import noise_norm_curves
@@ -93,11 +93,11 @@ def finding(data: Data) -> str:
     more = "more" if means[cached] > means["uncached"] else "less"
     late = len(data["factor"]["computed"]) // 2
 
-    def mean_factor(kind: str) -> float | None:
-        factors = [min(max(value, 0.5), 1.5) for value in data["factor"][kind][late:] if value is not None]
-        return fmean(factors) if factors else None
+    def middle(kind: str) -> float | None:
+        factors = [value for value in data["factor"][kind][late:] if value is not None]
+        return median(factors) if factors else None
 
-    computed, reused = mean_factor("computed"), mean_factor("reused")
+    computed, reused = middle("computed"), middle("reused")
     repair = f"b = {computed:.3f} at computed calls"
     if reused is not None:
         repair += f" and {reused:.3f} at reused ones"
@@ -107,7 +107,7 @@ def finding(data: Data) -> str:
     return (
         f"Against {data['real']}, the norm on the chain is {means['uncached']:.4f} of theirs uncached and {means[cached]:.4f} "
         f"cached {cached} (means over the steps; at the last step {last['uncached']:.3f} and {last[cached]:.3f}): caching "
-        f"predicts {more} noise. In the second half of the steps the next input keeps its variance with {repair}."
+        f"predicts {more} noise. In the second half of the steps the next input keeps its variance with (medians) {repair}."
     )
 
 

@@ -96,7 +96,11 @@ CONSECUTIVE = Instrument(
         "The change between neighbouring steps is U-shaped over the path; k earlier outputs combined linearly foretell the "
         "next with an error of O(h^k)."
     ),
-    method="Predictions of the uncached path; weights (−1)^(j−1)·C(k, j) of the k outputs before, each truly computed.",
+    method=(
+        "Predictions of the uncached path; weights (−1)^(j−1)·C(k, j) of the k outputs before, each truly "
+        "computed. A sampler that draws noise of its own at every step puts into each output what none before could foretell: "
+        "look at an ODE solver too."
+    ),
     measure=measure,
     draw=draw,
     finding=finding,

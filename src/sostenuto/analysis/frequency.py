@@ -77,7 +77,7 @@ def measure(subject: Subject) -> Data:
         "cuts": list(CUTS),
         "cut": CUTS[1],
         "interval": _INTERVAL,
-        "space": "latents" if subject.decode is None else "decoded images",
+        "space": "the sampler's own space" if subject.decode is None else "decoded images",
     }
 
 

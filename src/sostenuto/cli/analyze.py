@@ -101,16 +101,12 @@ class Analyze:
 
     def _real(self, labels: list[int]) -> Any:
         """Test images of the labels that are generated, where the set is at hand."""
-        import torch
-
         from sostenuto.demo import data
 
+        generations = -(-self.num_samples // len(labels))
         try:
-            images, known = data.load("test", self.data)
+            return data.of_labels("test", labels * generations, self.data)
         except FileNotFoundError:
             if self.data is not None:
                 raise
             return None
-        of_class = {label: iter((known == label).nonzero()[:, 0].tolist()) for label in set(labels)}
-        generations = -(-self.num_samples // len(labels))
-        return images[torch.tensor([next(of_class[label]) for label in labels * generations])]
