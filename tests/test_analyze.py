@@ -46,7 +46,7 @@ def test_a_path_is_what_the_network_was_given_and_said_and_ends_where_the_sample
     def kept(model, generator, num_inference_steps):
         ends.append(sample_loop(model, scheduler, num_inference_steps, seed=7))
 
-    path = record(model, kept, method, num_inference_steps=STEPS, num_samples=3, scheduler=scheduler)
+    path = record(model, kept, method, num_inference_steps=STEPS, num_samples=3, scheduler=scheduler, count=True)
     final, outputs = ends[0]
     assert path.rows == (2, 2)
     assert path.latents.shape == (STEPS, 4, 2, 8, 8)
@@ -244,7 +244,7 @@ def test_shares_of_the_work_are_those_of_the_modules(model, subject):
 
 
 def test_everything_is_saved_as_data_as_figures_and_on_one_page(model, tmp_path):
-    chosen = ("snr", "consecutive-outputs", "similarity")
+    chosen = ("consecutive-outputs", "similarity")
     analysis = sostenuto.analyze(
         model, sample, only=chosen, num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
     )
@@ -258,13 +258,23 @@ def test_everything_is_saved_as_data_as_figures_and_on_one_page(model, tmp_path)
         assert (tmp_path / "out" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert saved["title"] in page
-    assert page.count("data:image/svg+xml;base64,") == 3
+    assert page.count("data:image/svg+xml;base64,") == 2
     assert 'src="http' not in page
     assert 'href="http' not in page
     again = sostenuto.analyze(
-        model, sample, only=("snr",), num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
+        model, sample, only=chosen[:1], num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
     )
-    assert again["snr"] == analysis["snr"]
+    assert again[chosen[0]] == analysis[chosen[0]]
+
+
+def test_without_a_table_one_is_calibrated_and_told_of(model, subject):
+    told = []
+    subject.tell = told.append
+    assert subject.eb_table.num_inference_steps == STEPS
+    assert "calibrate EB-Cache" in told
+    assert subject.noise_scale == pytest.approx(0.98)
+    with sostenuto.enable(model, subject.eb(), scheduler=model.scheduler_for_test):
+        sample_loop(model, model.scheduler_for_test, STEPS)
 
 
 def test_what_a_model_is_not_made_for_is_said_and_the_rest_goes_on(model):
@@ -286,8 +296,10 @@ def test_what_a_model_is_not_made_for_is_said_and_the_rest_goes_on(model):
 
 
 def test_every_instrument_measures_and_is_drawn(model):
+    scheduler, both, compute = model.scheduler_for_test, StepState.REUSE_BOTH, StepState.COMPUTE
+    table = CacheTable((compute, both, compute, both, compute, compute))
     analysis = sostenuto.analyze(
-        model, sample, num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
+        model, sample, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler, table=table
     )
     assert {name: observation.error for name, observation in analysis.observations.items()} == dict.fromkeys(
         INSTRUMENTS, ""

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _LINES = (
     ("#000000", "-", None),
@@ -110,7 +111,7 @@ def heat_map(
         rasterized=values.size > 5000,
         linewidth=0,
     )
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.invert_yaxis()
     axes.set_title(title)
     axes.set_xlabel("step (noise → image)")

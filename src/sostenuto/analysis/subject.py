@@ -86,7 +86,9 @@ class Subject:
             self._paths[name] = self.record(method)
         return self._paths[name]
 
-    def record(self, method: str | Method = "none", watch: Watch | None = None, num_slots: int = 1) -> Trajectory:
+    def record(
+        self, method: str | Method = "none", watch: Watch | None = None, num_slots: int = 1, count: bool = False
+    ) -> Trajectory:
         """A path that is not kept."""
         return record(
             self.target,
@@ -98,6 +100,7 @@ class Subject:
             scheduler=self.scheduler,
             watch=watch,
             num_slots=num_slots,
+            count=count,
         )
 
     @property

@@ -45,7 +45,7 @@ def measure(subject: Subject) -> Data:
 
     def run(name: str, method: Method) -> dict[str, Any]:
         subject.tell(name)
-        path = subject.record(method)
+        path = subject.record(method, count=True)
         errors = path_errors(path.clean, base.clean)
         share = path.macs / path.macs_uncached if path.macs_uncached else None
         return {"errors": errors, "mean": fmean(errors), "macs_share": share}

@@ -10,7 +10,7 @@ import torch
 
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
-from sostenuto.errors import EngineError, InputError, MethodError
+from sostenuto.errors import InputError, MethodError
 from sostenuto.methods.base import Method
 from sostenuto.probe import Prober
 from sostenuto.schedulers import noise_levels
@@ -32,7 +32,7 @@ class Trajectory:
         reused: whether a step filled in anything.
         clean: the clean samples that the last step ends at, ``[rows, …]``.
         rows: rows of each generation.
-        macs: multiply-accumulates, all generations together; 0 where a network can't be counted.
+        macs: multiply-accumulates, all generations together; 0 where they were not counted.
         macs_uncached: the same had every call been computed.
     """
 
@@ -70,7 +70,7 @@ def record(
     scheduler: Any = None,
     watch: Watch | None = None,
     num_slots: int = 1,
-    done: Callable[[], Any] = lambda: None,
+    count: bool = False,
 ) -> Trajectory:
     """Sample with a method attached and keep the path.
 
@@ -87,12 +87,13 @@ def record(
         scheduler: for a bare denoiser.
         watch: makes the denoiser calls in place of the method's plan.
         num_slots: outputs that each site keeps for ``watch``.
-        done: called after every generation.
+        count: also count multiply-accumulates, which takes a dry run for each combination of what the sites do.
 
     Raises:
         InputError: ``sample`` left out steps, or its generations differ in their steps.
         MethodError: the scheduler's noise levels are not known, or the latents are no single tensor.
         AlreadyEnabledError: a method is enabled on the model.
+        EngineError: the network can't be counted.
     """
     generator = generator or torch.Generator().manual_seed(0)
     recorders: list[_Recorder] = []
@@ -104,12 +105,9 @@ def record(
             sample(target, generator, num_inference_steps=num_inference_steps)
             recorder.check()
             recorders.append(recorder)
-            try:
+            if count:
                 stats = handle.stats
                 macs, macs_uncached = macs + stats.macs, macs_uncached + stats.macs_uncached
-            except EngineError:  # a network that can't be counted can be watched all the same
-                macs = macs_uncached = 0
-            done()
     first = recorders[0]
     if any(recorder.timesteps != first.timesteps for recorder in recorders):
         raise InputError("sample must run the same timesteps every time")

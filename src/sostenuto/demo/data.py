@@ -66,7 +66,7 @@ def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, to
 
 
 def of_labels(split: str, labels: Sequence[int], folder: str | Path | None = None) -> torch.Tensor:
-    """One image of each of these labels ``[n, 1, 28, 28]``, none twice: the first of a class for its first mention, and so on."""
+    """One image of each of these labels ``[n, 1, 28, 28]``, none twice, in the order of the set."""
     images, known = load(split, folder)
     of_class = {label: iter((known == label).nonzero()[:, 0].tolist()) for label in set(labels)}
     return images[torch.tensor([next(of_class[label]) for label in labels])]
