@@ -256,7 +256,7 @@ def test_the_noise_may_be_scaled_besides(model):
         model, SmoothCache(table) | EpsilonScaling(1.01), scheduler=model.scheduler_for_test
     ) as handle:
         sample_loop(model, model.scheduler_for_test, STEPS)
-        assert handle._noise_scale[0] == pytest.approx(1 / 1.01)
+        assert handle._noise_scale.computed[0] == pytest.approx(1 / 1.01)
 
 
 @pytest.mark.parametrize(

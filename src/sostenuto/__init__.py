@@ -1,9 +1,11 @@
 """sostenuto: faster sampling for diffusion transformers by feature caching, with exposure bias repaired."""
 
+from sostenuto.analysis.analyze import Analysis, analyze
 from sostenuto.anatomy import Anatomy, BlockList, Branch, SiteKind
 from sostenuto.calibrations import (
     DiTFastAttnCalibration,
     EBCalibration,
+    EpsilonScalingCalibration,
     FEBCalibration,
     L2CCalibration,
     MagCacheCalibration,
@@ -45,6 +47,7 @@ from sostenuto.methods import (
     MagCache,
     MagCacheRatios,
     NoCache,
+    NoiseScales,
     SmoothCache,
     TaylorSeer,
     TeaCache,
@@ -70,6 +73,7 @@ __all__ = [
     "ABCache",
     "Action",
     "AlreadyEnabledError",
+    "Analysis",
     "Anatomy",
     "AnatomyError",
     "BlockList",
@@ -89,6 +93,7 @@ __all__ = [
     "EBCalibration",
     "EngineError",
     "EpsilonScaling",
+    "EpsilonScalingCalibration",
     "FEBCache",
     "FEBCalibration",
     "Forecast",
@@ -102,6 +107,7 @@ __all__ = [
     "MethodError",
     "MissingPackageError",
     "NoCache",
+    "NoiseScales",
     "Plan",
     "RatioSchedule",
     "Router",
@@ -119,6 +125,7 @@ __all__ = [
     "TimeShift",
     "ToCa",
     "VerificationError",
+    "analyze",
     "available_methods",
     "calibrate",
     "disable",

@@ -53,6 +53,42 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     return values
 
 
+@dataclass(frozen=True)
+class NoiseScale:
+    """Factors of the predicted noise, one per step in sampling order for each of two kinds of calls.
+
+    A stale prediction is too small where a fresh one is too large: one factor per step can't repair both.
+
+    Attributes:
+        computed: for calls that ran every site in full.
+        reused: for calls that filled in anything: reused, forecast, or run in part.
+    """
+
+    computed: tuple[float, ...]
+    reused: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scale: NoiseScale | float | Sequence[float], num_steps: int) -> NoiseScale:
+        """The same factors for both kinds, where they aren't given apart.
+
+        Raises:
+            MethodError: a factor is not finite or not above 0, or there are not ``num_steps`` of them.
+        """
+        if isinstance(scale, NoiseScale):
+            return cls(check_noise_scale(scale.computed, num_steps), check_noise_scale(scale.reused, num_steps))
+        factors = check_noise_scale(scale, num_steps)
+        return cls(factors, factors)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all factors are 1."""
+        return all(factor == 1 for factor in (*self.computed, *self.reused))
+
+    def at(self, step: int, reused: bool) -> float:
+        """The factor of one call."""
+        return (self.reused if reused else self.computed)[step]
+
+
 # --- what the network predicts -----------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
-from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
+from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
 from sostenuto.distributed import lockstep
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
@@ -64,7 +64,8 @@ class Handle:
         self._lowered_plan: Plan | None = None
         self._programs: dict[int, Program] = {}  # the lowered plan, by the step at which a pass begins
         self._shifter: TimeShifter | None = None
-        self._noise_scale: tuple[float, ...] | None = None
+        self._noise_scale: NoiseScale | None = None
+        self._reused = False  # whether the call under way filled anything in
         self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
@@ -211,8 +212,8 @@ class Handle:
         return self._plan
 
     @property
-    def noise_scale(self) -> tuple[float, ...] | None:
-        """The factor of the predicted noise at every step of the last generation; ``None``: left as it is."""
+    def noise_scale(self) -> NoiseScale | None:
+        """The factors of the predicted noise of the last generation; ``None``: left as it is."""
         return self._noise_scale
 
     @property
@@ -311,7 +312,7 @@ class Handle:
             self._begin(call, tick.num_steps)
         output = self._step(tick, call)
         if self._noise_scale is not None:
-            output = self._scaled(tick, call, output, self._noise_scale[tick.step])
+            output = self._scaled(tick, call, output, self._noise_scale.at(tick.step, self._reused))
         self._reporter.called(tick.step, tick.num_steps)
         return output
 
@@ -349,11 +350,12 @@ class Handle:
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
         self._check_taps(() if plan is None else plan.actions)
-        scale = self.method.noise_scale(facts)
-        if scale is not None and any(factor != 1 for factor in scale):
+        factors = self.method.noise_scale(facts)
+        scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
+        if scale is not None and not scale.is_idle:
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
-        self._noise_scale = None if scale is None else check_noise_scale(scale, tick.num_steps)
+        self._noise_scale = scale
 
     def _check_taps(self, actions: Sequence[Sequence[Action]]) -> None:
         for tap, column in zip(self._taps, zip(*actions, strict=True), strict=bool(actions)):
@@ -445,6 +447,7 @@ class Handle:
         """Run the denoiser with one op per site."""
 
         def note(carried: Carried) -> None:
+            self._reused = any(op.action is not Action.COMPUTE for op in carried.ops) if row.decides else row.skips
             if self._record is not None:
                 self._record.calls.append((tick.step, tick.pass_index, call.signature, carried))
                 if row.keeps:

@@ -1,5 +1,16 @@
 """Instruments that show what caching and correction do, apart from how good the images are."""
 
 from sostenuto.analysis.exposure_bias import NormCurves, error_variance_growth, noise_norm_curves
+from sostenuto.analysis.trajectory import Trajectory, record
+from sostenuto.analysis.variance_probe import Moments, VarianceProbe, probe_variance
 
-__all__ = ["NormCurves", "error_variance_growth", "noise_norm_curves"]
+__all__ = [
+    "Moments",
+    "NormCurves",
+    "Trajectory",
+    "VarianceProbe",
+    "error_variance_growth",
+    "noise_norm_curves",
+    "probe_variance",
+    "record",
+]

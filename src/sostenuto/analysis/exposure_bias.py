@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sostenuto.analysis.variance_probe import fitted
 from sostenuto.clock import Tick
 from sostenuto.engine import attach
 from sostenuto.errors import InputError
@@ -47,12 +48,14 @@ class NormCurves:
         chain: mean norm on the sampling chain, as the network predicts it (before any scaling of the noise).
         real: mean norm on real latents noised to the step's level, all computed.
         num_samples: rows that each mean is over.
+        reused: whether the chain's prediction was filled in, in whole or in part, at each step.
     """
 
     timesteps: tuple[float, ...]
     chain: tuple[float, ...]
     real: tuple[float, ...]
     num_samples: int
+    reused: tuple[bool, ...] = ()
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -113,7 +116,8 @@ def noise_norm_curves(
         return tuple(math.fsum(row) / len(row) for row in rows)
 
     chain, real = [meter.chain for meter in meters], [meter.real for meter in meters]
-    return NormCurves(meters[0].timesteps, means(chain), means(real), sum(len(curve[0]) for curve in chain))
+    rows = sum(len(curve[0]) for curve in chain)
+    return NormCurves(meters[0].timesteps, means(chain), means(real), rows, tuple(meters[0].reused))
 
 
 class _Meter:
@@ -125,6 +129,7 @@ class _Meter:
         self.levels: tuple[tuple[float, float], ...] = ()
         self.chain: dict[int, list[float]] = {}  # step → norm of every row
         self.real: dict[int, list[float]] = {}
+        self.reused: list[bool] = []
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         if tick.new_generation:
@@ -134,19 +139,14 @@ class _Meter:
         computed = probe.run([Op.COMPUTE] * len(prober.handle.sites))
         self.real.setdefault(tick.step, []).extend(_norms(probe.noise(computed)))
         output = prober.follow()
+        if tick.pass_index == 0:
+            self.reused.append(prober.handle._reused)
         self.chain.setdefault(tick.step, []).extend(_norms(prober.noise(output)))
         return output
 
     def _noised(self, tick: Tick, latents: torch.Tensor) -> torch.Tensor:
-        repeats, left = divmod(latents.shape[0], self.real_latents.shape[0])
-        if left or self.real_latents.shape[1:] != latents.shape[1:]:
-            raise InputError(
-                f"real_latents of shape {tuple(self.real_latents.shape)} don't fit the denoiser's batch of shape "
-                f"{tuple(latents.shape)}: give one row for each row that sample generates"
-            )
         alpha, sigma = self.levels[tick.step]
-        rows = alpha * self.real_latents.to(latents) + sigma * self.added.to(latents)
-        return torch.cat([rows] * repeats)
+        return alpha * fitted(self.real_latents, latents) + sigma * fitted(self.added, latents)
 
 
 def _norms(noise: torch.Tensor) -> list[float]:

@@ -9,6 +9,7 @@ import torch
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.calibrations.ditfastattn import DiTFastAttnCalibration
 from sostenuto.calibrations.eb import EBCalibration
+from sostenuto.calibrations.epsilon_scaling import EpsilonScalingCalibration
 from sostenuto.calibrations.feb import FEBCalibration
 from sostenuto.calibrations.l2c import L2CCalibration
 from sostenuto.calibrations.magcache import MagCacheCalibration
@@ -25,12 +26,14 @@ _CALIBRATIONS: tuple[type[Calibration], ...] = (
     DiTFastAttnCalibration,
     TeaCacheCalibration,
     MagCacheCalibration,
+    EpsilonScalingCalibration,
 )
 
 __all__ = [
     "Calibration",
     "DiTFastAttnCalibration",
     "EBCalibration",
+    "EpsilonScalingCalibration",
     "FEBCalibration",
     "L2CCalibration",
     "MagCacheCalibration",

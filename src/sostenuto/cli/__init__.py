@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | evaluate | inspect | verify | methods | models | studio``."""
+"""The command line: ``sostenuto demo | generate | calibrate | evaluate | analyze | inspect | verify | methods | models | studio``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import traceback
 
 import tyro
 
+from sostenuto.cli.analyze import Analyze
 from sostenuto.cli.calibrate import Calibrate
 from sostenuto.cli.common import ModelChoice
 from sostenuto.cli.demo import Demo
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate": Generate,
     "calibrate": Calibrate,
     "evaluate": Evaluate,
+    "analyze": Analyze,
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,

@@ -35,7 +35,7 @@ class Calibrate:
     eps_scale_grid: tuple[float, ...] | None = None
     """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     data: Path | None = None
-    """l2c: folder with Fashion-MNIST's four IDX files; by default where Debian's package puts them."""
+    """l2c, epsilon-scaling: folder with Fashion-MNIST's four IDX files; by default where Debian's package puts them."""
     penalty: float | None = None
     """l2c: the paper's λ, the price of a computed branch; by default the preset for the number of steps."""
     num_iterations: int | None = None
@@ -102,6 +102,8 @@ class Calibrate:
             from sostenuto.demo.judge import Judge
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+        if self.choice.model == "demo" and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
+            calibration = self._with_real_images(calibration)
         made = sostenuto.calibrate(
             pipe,
             calibration,
@@ -122,6 +124,21 @@ class Calibrate:
             values = made.values
         write_json(self.json, values)
         print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
+
+    def _with_real_images(self, calibration: Any) -> Any:
+        """The calibration on training images, where the set is at hand."""
+        from dataclasses import replace
+
+        from sostenuto.demo import data
+
+        labels = [*self.choice.labels]
+        try:
+            real = data.of_labels("train", labels * -(-self.num_samples // len(labels)), self.data)
+        except FileNotFoundError:
+            if self.data is not None:
+                raise
+            return calibration
+        return replace(calibration, real_latents=real)
 
     def calibration(self) -> Any:
         """The calibration of the method, with the options that were given."""

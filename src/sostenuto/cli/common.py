@@ -60,6 +60,7 @@ class ModelChoice:
 
     def method_object(self) -> Any:
         """The method with its table."""
+        from sostenuto.calibrations import available_calibrations
         from sostenuto.config import load_config
         from sostenuto.errors import InputError, MethodError
         from sostenuto.methods import available_methods, by_name
@@ -71,7 +72,7 @@ class ModelChoice:
         method = by_name(self.method)
         if self.table is None:
             return method
-        if not method.calibrated:
+        if not method.calibrated and self.method not in available_calibrations():
             raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
         make: Any = available_methods()[self.method]
         return make(self.table)  # what was calibrated is the first parameter of all of them

@@ -101,11 +101,13 @@ class _Subject:
     scheduler: Any
 
 
-def _tiny(name: str) -> _Subject:
-    """A tiny network of the zoo."""
-    import difflib
+def tiny_model(name: str) -> Any:
+    """The tiny network of a class in the zoo, not built yet.
 
-    import torch
+    Raises:
+        InputError: there is none.
+    """
+    import difflib
 
     from sostenuto.errors import InputError
     from sostenuto.zoo import TINY_MODELS
@@ -113,7 +115,14 @@ def _tiny(name: str) -> _Subject:
     if name not in TINY_MODELS:
         near = ", ".join(difflib.get_close_matches(name, TINY_MODELS, 3, 0.4) or sorted(TINY_MODELS)[:3])
         raise InputError(f"there is no tiny {name!r}; there are {near}, … (sostenuto models lists all)")
-    tiny = TINY_MODELS[name]
+    return TINY_MODELS[name]
+
+
+def _tiny(name: str) -> _Subject:
+    """A tiny network of the zoo."""
+    import torch
+
+    tiny = tiny_model(name)
     scheduler: Any = SimpleNamespace(timesteps=None)
 
     def sample(network: Any, generator: Any, num_inference_steps: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,13 @@ def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, to
     images = torch.from_numpy(read("images", 3).copy()).unsqueeze(1).float() / 127.5 - 1
     labels = torch.from_numpy(read("labels", 1).astype(np.int64))
     return images, labels
+
+
+def of_labels(split: str, labels: Sequence[int], folder: str | Path | None = None) -> torch.Tensor:
+    """One image of each of these labels ``[n, 1, 28, 28]``, none twice, in the order of the set."""
+    images, known = load(split, folder)
+    of_class = {label: iter((known == label).nonzero()[:, 0].tolist()) for label in set(labels)}
+    return images[torch.tensor([next(of_class[label]) for label in labels])]
 
 
 def batches(

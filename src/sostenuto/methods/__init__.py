@@ -11,7 +11,7 @@ from sostenuto.methods.delta_dit import DeltaDiT
 from sostenuto.methods.ditfastattn import DiTFastAttn
 from sostenuto.methods.duca import DuCa
 from sostenuto.methods.eb import EBCache
-from sostenuto.methods.epsilon_scaling import EpsilonScaling
+from sostenuto.methods.epsilon_scaling import EpsilonScaling, NoiseScales
 from sostenuto.methods.feb import FEBCache
 from sostenuto.methods.fora import FORA
 from sostenuto.methods.forecast import Forecast
@@ -67,6 +67,7 @@ __all__ = [
     "MagCacheRatios",
     "Method",
     "NoCache",
+    "NoiseScales",
     "SmoothCache",
     "TaylorSeer",
     "TeaCache",

@@ -11,7 +11,7 @@ from torch import nn
 
 from sostenuto.anatomy import SiteKind
 from sostenuto.block_tap import BlocksTap
-from sostenuto.correct import TimeShifter
+from sostenuto.correct import NoiseScale, TimeShifter
 from sostenuto.errors import MethodError
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site, inspect
@@ -130,8 +130,8 @@ class Method:
         """What changes the timestep that the denoiser is given, or ``None``."""
         return None
 
-    def noise_scale(self, facts: Facts) -> Sequence[float] | None:
-        """One factor per step for the predicted noise, or ``None`` for no scaling."""
+    def noise_scale(self, facts: Facts) -> Sequence[float] | NoiseScale | None:
+        """One factor per step for the predicted noise, or two (computed and reused), or ``None`` for no scaling."""
         return None
 
     def __or__(self, other: Method) -> Combination:
@@ -218,7 +218,7 @@ class Combination(Method):
     def time_shifter(self, facts: Facts) -> TimeShifter | None:  # noqa: D102
         return next((m.time_shifter(facts) for m in self.methods if m.shifts_time), None)
 
-    def noise_scale(self, facts: Facts) -> Sequence[float] | None:  # noqa: D102
+    def noise_scale(self, facts: Facts) -> Sequence[float] | NoiseScale | None:  # noqa: D102
         return next((m.noise_scale(facts) for m in self.methods if m.scales_noise), None)
 
 

@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
 
 from sostenuto.clock import normalized_times
-from sostenuto.correct import check_noise_scale
-from sostenuto.errors import MethodError
+from sostenuto.correct import NoiseScale, check_noise_scale
+from sostenuto.errors import MethodError, TableError
+from sostenuto.measured import Measured, check_numbers, check_timesteps
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_choice, is_whole
 
 if TYPE_CHECKING:
     from sostenuto.analysis import NormCurves
+
+
+@dataclass(frozen=True)
+class NoiseScales(Measured):
+    """Calibrated factors b by which the predicted noise is multiplied, per step in sampling order, for two kinds of calls.
+
+    Attributes:
+        computed: b where a call runs every site in full; above 0.
+        reused: b where a call fills anything in; as many.
+    """
+
+    computed: tuple[float, ...]
+    reused: tuple[float, ...]
+
+    format: ClassVar[str] = "sostenuto-noise-scales"
+    what: ClassVar[str] = "noise scale"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("computed", "reused"):
+            object.__setattr__(self, name, check_numbers(name, getattr(self, name)))
+            if min(getattr(self, name)) <= 0:
+                raise TableError(f"{name} must be numbers above 0, not {min(getattr(self, name))}; 1 means no scaling")
+        if len(self.computed) != len(self.reused):
+            raise TableError(
+                f"computed has {len(self.computed)} entries and reused {len(self.reused)}: give one per step"
+            )
+
+    def check_steps(self, timesteps: Sequence[float]) -> None:
+        """Refuse a generation of another length or with other timesteps.
+
+        Raises:
+            TableError: with both numbers and the remedy.
+        """
+        check_timesteps(self.what, self.scheduler.get("timesteps", [*timesteps][: len(self.computed)]), timesteps)
 
 
 @dataclass(frozen=True)
@@ -26,10 +65,11 @@ class EpsilonScaling(Method):
 
     Attributes:
         scale: λ, one number or one per step in sampling order; above 1 takes noise away less strongly. EB-Cache's b is 1/λ.
+            Or calibrated :class:`NoiseScales` (or their file), whose factors b differ where a call was computed or reused.
         end: λ at the last step, towards which ``scale`` then goes linearly from the first; ``None``: λ as given.
     """
 
-    scale: float | tuple[float, ...] = 1.005
+    scale: float | tuple[float, ...] | NoiseScales | str | Path = 1.005
     end: float | None = None
 
     name: ClassVar[str] = "epsilon-scaling"
@@ -38,7 +78,13 @@ class EpsilonScaling(Method):
     denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
-        check_noise_scale(self.scale)
+        if isinstance(self.scale, (NoiseScales, Path)) or (
+            isinstance(self.scale, str) and self.scale.endswith(".json")
+        ):
+            if self.end is not None:
+                raise MethodError("EpsilonScaling's calibrated scales say b of every step: leave out end")
+            return
+        check_noise_scale(self.scale)  # type: ignore[arg-type]
         if self.end is not None:
             check_noise_scale((self.end,))
             if not isinstance(self.scale, (int, float)):
@@ -46,8 +92,20 @@ class EpsilonScaling(Method):
                     "EpsilonScaling goes from one number to end: give one scale, or one per step and no end"
                 )
 
-    def noise_scale(self, facts: Facts) -> Sequence[float]:
-        """1/λ for every step."""
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> EpsilonScaling:
+        """Load calibrated scales and refuse those that were measured on something else."""
+        if isinstance(self.scale, (str, Path)):
+            return replace(self, scale=NoiseScales.load(self.scale)).prepare(denoiser, scheduler)
+        if isinstance(self.scale, NoiseScales):
+            self.scale.check(denoiser, scheduler)
+        return self
+
+    def noise_scale(self, facts: Facts) -> Sequence[float] | NoiseScale:
+        """1/λ for every step, or the calibrated b."""
+        assert not isinstance(self.scale, (str, Path))
+        if isinstance(self.scale, NoiseScales):
+            self.scale.check_steps(facts.timesteps)
+            return NoiseScale(self.scale.computed, self.scale.reused)
         if self.end is None:
             return [1 / scale for scale in check_noise_scale(self.scale, facts.num_steps)]
         assert isinstance(self.scale, (int, float))
@@ -94,7 +152,7 @@ class EpsilonScaling(Method):
                 raise MethodError(
                     f"the ratio of the norms is {ratio} at step {step}: measure on a model whose noise is finite"
                 )
-        ratios = _smoothed([math.log(ratio) for ratio in curves.ratios], window // 2)
+        ratios = smoothed([math.log(ratio) for ratio in curves.ratios], window // 2)
         if kind == "per_step":
             ratios = [ratio - before for ratio, before in zip(ratios, [0.0, *ratios], strict=False)]
         return cls(tuple(math.exp(ratio) for ratio in ratios))
@@ -142,7 +200,8 @@ class EpsilonScaling(Method):
         return cls(1.0048)
 
 
-def _smoothed(values: Sequence[float], reach: int) -> list[float]:
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """The running mean of values, in a window that is symmetric and therefore shrinks at the ends."""
     last = len(values) - 1
     windows = [min(reach, p, last - p) for p in range(len(values))]
     return [sum(values[p - w : p + w + 1]) / (2 * w + 1) for p, w in enumerate(windows)]

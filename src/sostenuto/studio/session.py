@@ -341,9 +341,13 @@ def _filling(handle: Any) -> dict[str, Any]:
     """How the gaps of the last generation were filled and its noise scaled, as a table says it."""
     plan, scale = getattr(handle, "plan", None), getattr(handle, "noise_scale", None)
     forecasts = plan is not None and any(Action.FORECAST in row for row in plan.actions)
+    factors = 1.0
+    if plan is not None and scale is not None:
+        reused = [any(action is not Action.COMPUTE for action in row) for row in plan.actions]
+        factors = [scale.at(step, skips) for step, skips in enumerate(reused)]
     return {
         "forecast_order": plan.forecast_order if plan is not None and forecasts else 0,
-        "eps_scale": 1.0 if scale is None else list(scale),
+        "eps_scale": factors,
     }
 
 

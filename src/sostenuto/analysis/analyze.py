@@ -1,0 +1,277 @@
+"""Run the instruments on a model, and write what they found: data, figures and one page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sostenuto import compat
+from sostenuto.analysis.bias_curves import EXPOSURE_BIAS
+from sostenuto.analysis.components import COMPONENTS
+from sostenuto.analysis.consecutive import CONSECUTIVE
+from sostenuto.analysis.error_images import ERROR_IMAGES
+from sostenuto.analysis.feature_error import FEATURE_ERROR
+from sostenuto.analysis.frequency import FREQUENCY
+from sostenuto.analysis.instrument import Data, Instrument
+from sostenuto.analysis.similarity import SIMILARITY
+from sostenuto.analysis.snr import SNR
+from sostenuto.analysis.subject import Subject
+from sostenuto.analysis.token_importance import TOKENS
+from sostenuto.errors import AlreadyEnabledError, InputError, SostenutoError
+from sostenuto.progress import progress
+from sostenuto.table import CacheTable
+
+INSTRUMENTS: dict[str, Instrument] = {
+    instrument.name: instrument
+    for instrument in (
+        SNR,
+        EXPOSURE_BIAS,
+        FREQUENCY,
+        SIMILARITY,
+        FEATURE_ERROR,
+        ERROR_IMAGES,
+        CONSECUTIVE,
+        TOKENS,
+        COMPONENTS,
+    )
+}
+"""All instruments by name, in the order of the page."""
+
+FORMATS = ("svg", "pdf", "png")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one instrument found on a model.
+
+    Attributes:
+        instrument: which.
+        data: the numbers, plain data; empty where it couldn't measure.
+        finding: what this model shows, in words made from the numbers.
+        error: why it couldn't measure, or empty.
+        seconds: how long it took.
+    """
+
+    instrument: Instrument
+    data: Data
+    finding: str
+    error: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        known = self.instrument
+        return {
+            "name": known.name,
+            "title": known.title,
+            "source": known.source,
+            "paper_claims": known.claim,
+            "method": known.method,
+            "this_model_shows": self.finding,
+            "error": self.error,
+            "seconds": self.seconds,
+            "data": self.data,
+        }
+
+    def figure(self, formats: Sequence[str] = FORMATS) -> dict[str, bytes]:
+        """The figure in these formats; drawing needs matplotlib."""
+        from sostenuto.analysis.style import styled
+
+        files: dict[str, bytes] = {}
+        with styled():
+            drawn = self.instrument.draw(self.data)
+            for kind in formats:
+                buffer = io.BytesIO()
+                stamp = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+                drawn.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=stamp)
+                files[kind] = buffer.getvalue()
+        return files
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What all instruments found on a model.
+
+    Attributes:
+        model: what was analysed: the class, the scheduler, steps, samples and seed.
+        observations: by the instrument's name.
+    """
+
+    model: dict[str, Any]
+    observations: dict[str, Observation]
+
+    def __getitem__(self, name: str) -> Data:
+        """The numbers of one instrument."""
+        return self.observations[name].data
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "model": self.model,
+            "instruments": {name: observation.as_dict() for name, observation in self.observations.items()},
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``NAME.json`` and ``NAME.svg``, ``.pdf`` and ``.png`` of every instrument, and ``index.html`` with all.
+
+        Returns:
+            The page, which needs no file beside it and no network.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures: dict[str, str] = {}
+        for name, observation in self.observations.items():  # the numbers first: they took the time
+            _write_json(folder / f"{name}.json", observation.as_dict())
+        for name, observation in self.observations.items():
+            if observation.error:
+                continue
+            files = observation.figure()
+            for kind, content in files.items():
+                (folder / f"{name}.{kind}").write_bytes(content)
+            pictures[name] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
+        page = folder / "index.html"
+        page.write_text(self._page(pictures), encoding="utf-8")
+        return page
+
+    def _page(self, pictures: dict[str, str]) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("sostenuto.analysis", "."),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template("page.html.jinja").render(
+            model=self.model,
+            observations=[observation.as_dict() for observation in self.observations.values()],
+            pictures=pictures,
+            data=json.dumps(self.as_dict(), allow_nan=False).replace("<", "\\u003c"),
+        )
+
+
+def analyze(
+    target: Any,
+    sample: Callable[..., Any],
+    *,
+    only: Sequence[str] = (),
+    num_inference_steps: int = 50,
+    num_samples: int = 16,
+    seed: int = 0,
+    scheduler: Any = None,
+    real_latents: torch.Tensor | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    table: CacheTable | str | Path | None = None,
+    show_progress: bool = False,
+) -> Analysis:
+    """Look inside a model with the instruments behind the papers' figures.
+
+    An instrument that the model is not made for (pictures of latents that lie on no grid, a branch that it lacks) says why
+    and leaves the others alone.
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…)``; best without
+            guidance, since every row of a guided call counts by itself.
+        only: names of :data:`INSTRUMENTS`; all by default.
+        num_inference_steps: steps of the sampler, 4 or more.
+        num_samples: rows of the denoiser's batch that every instrument looks at; ``sample`` is called until there are so many.
+        seed: of every generation.
+        scheduler: for a bare denoiser.
+        real_latents: real data ``[rows, …]`` as the denoiser takes it, row i of the label or prompt of sample i, for exposure
+            bias; by default what the uncached sampler makes.
+        decode: turns latents into images ``[rows, channels, height, width]`` about ``[−1, 1]``; by default the latents are
+            looked at themselves.
+        table: EB-Cache's cache table, or its file; by default one that ships, or is calibrated now.
+        show_progress: show a progress bar.
+
+    Raises:
+        InputError: a name is unknown, or a number makes no sense.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    unknown = [name for name in only if name not in INSTRUMENTS]
+    if unknown:
+        raise InputError(f"there is no instrument {unknown[0]!r}; there are {', '.join(INSTRUMENTS)}")
+    chosen = [instrument for name, instrument in INSTRUMENTS.items() if not only or name in only]
+    if isinstance(table, (str, Path)):
+        table = CacheTable.load(table)
+    subject = Subject(target, sample, scheduler, num_inference_steps, num_samples, seed, real_latents, decode, table)
+    denoiser = subject.denoiser
+    observations: dict[str, Observation] = {}
+    with progress(len(chosen), "analyze", show_progress) as bar:
+        for instrument in chosen:
+            subject.tell = _teller(bar, instrument.name)
+            observations[instrument.name] = _observe(instrument, subject)
+            bar.update()
+    sampler = scheduler or target.scheduler
+    model = {
+        "class": type(denoiser).__name__,
+        "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "scheduler": type(sampler).__name__,
+        "num_inference_steps": num_inference_steps,
+        "num_samples": num_samples,
+        "seed": seed,
+        "torch": torch.__version__,
+        "seconds": sum(observation.seconds for observation in observations.values()),
+    }
+    return Analysis(model, observations)
+
+
+def _observe(instrument: Instrument, subject: Subject) -> Observation:
+    began = time.perf_counter()
+    try:
+        data = dict(_finite(instrument.measure(subject)))
+        return Observation(instrument, data, instrument.finding(data), "", time.perf_counter() - began)
+    except AlreadyEnabledError:
+        raise
+    except SostenutoError as error:
+        return Observation(instrument, {}, "", str(error), time.perf_counter() - began)
+
+
+def _teller(bar: Any, name: str) -> Callable[[str], Any]:
+    def tell(what: str) -> None:
+        if hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str(f"{name}: {what}")
+
+    return tell
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with ``None`` where a number is not finite, as JSON knows none such."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def image_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What turns a pipeline's latents ``[rows, channels, height, width]`` into images by its VAE; ``None`` without one."""
+    vae = getattr(pipe, "vae", None)
+    factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
+    if vae is None or factor is None:
+        return None
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if latents.ndim != 4:
+            raise InputError(f"the VAE decodes latents [rows, channels, height, width], not {list(latents.shape)}")
+        parameter = next(vae.parameters())
+        rows: Iterator[torch.Tensor] = iter(latents.to(parameter.device, parameter.dtype).split(1))
+        return torch.cat([compat.first_tensor(vae.decode(row / factor + shift, return_dict=False)) for row in rows])
+
+    return decode

@@ -1,0 +1,112 @@
+"""``sostenuto analyze``: look inside a model with the instruments behind the papers' figures."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sostenuto.cli.common import ModelChoice, write_json
+
+_TINY = "tiny:"
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Look inside a model: what caching does there, as data, figures and a page beside what the papers claim."""
+
+    model: str = "demo"
+    """A diffusers folder, a hub id, "demo", or a tiny one with random weights such as "tiny:FluxTransformer2DModel"."""
+    only: list[str] = field(default_factory=list)
+    """Only these instruments: snr, exposure-bias, frequency, similarity, feature-error, error-images, consecutive-outputs,
+    tokens, components."""
+    output: Path = Path("analysis")
+    """Folder for index.html and, of every instrument, data (JSON) and figure (SVG, PDF, PNG)."""
+    num_samples: int = 16
+    """Samples that every instrument looks at."""
+    num_inference_steps: int | None = None
+    """Steps of the sampler; by default 50, and 20 for a tiny network."""
+    scheduler: str | None = None
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own."""
+    table: Path | None = None
+    """EB-Cache's table, as "sostenuto calibrate" makes it; by default one that ships, or is calibrated now."""
+    data: Path | None = None
+    """The demo model: folder with Fashion-MNIST's four IDX files, for exposure bias; by default where Debian's package puts
+    them, and without them the model's own samples."""
+    prompt: str = "a photo of a piano"
+    """What is generated where the pipeline takes a prompt."""
+    labels: tuple[int, ...] | None = None
+    """Class labels of a generation; by default 0 … 9 over and over."""
+    decode: bool = True
+    """Look at images, where the pipeline has a VAE, and not at latents."""
+    seed: int = 0
+    json: Path | None = None
+    """Also write all numbers to this file."""
+
+    def run(self) -> None:
+        """Measure, save, print what was found."""
+        import sostenuto
+
+        target, sample, options = self._tiny() if self.model.startswith(_TINY) else self._loaded()
+        steps = self.num_inference_steps or (20 if self.model.startswith(_TINY) else 50)
+        analysis = sostenuto.analyze(
+            target,
+            sample,
+            only=self.only,
+            num_inference_steps=steps,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            table=self.table,
+            show_progress=True,
+            **options,
+        )
+        page = analysis.save(self.output)
+        write_json(self.json, analysis.as_dict())
+        for observation in analysis.observations.values():
+            found = observation.finding or f"not measured: {observation.error}"
+            print(f"{observation.instrument.title}: {found}\n")
+        print(f"page: {page}")
+
+    def _tiny(self) -> tuple[Any, Any, dict[str, Any]]:
+        from sostenuto.cli.examine import tiny_model
+        from sostenuto.zoo.sampling import flow_sampler
+
+        network, sample, scheduler = flow_sampler(tiny_model(self.model.removeprefix(_TINY)))
+        return network, sample, {"scheduler": scheduler}
+
+    def _loaded(self) -> tuple[Any, Any, dict[str, Any]]:
+        from sostenuto.analysis.analyze import image_decoder
+
+        pipe = ModelChoice(self.model, "none", scheduler=self.scheduler).pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        taken = inspect.signature(type(pipe).__call__).parameters
+        labels = list(self.labels or (index % 10 for index in range(min(self.num_samples, 20))))
+
+        def sample(pipe: Any, generator: Any, num_inference_steps: int) -> Any:
+            offered = {
+                "class_labels": labels,
+                "prompt": self.prompt,
+                "guidance_scale": 1.0,
+                "num_inference_steps": num_inference_steps,
+                "generator": generator,
+                "output_type": "latent" if "prompt" in taken else "pt",
+            }
+            return pipe(**{name: value for name, value in offered.items() if name in taken})
+
+        options: dict[str, Any] = {"decode": image_decoder(pipe) if self.decode else None}
+        if self.model == "demo":
+            options["real_latents"] = self._real(labels)
+        return pipe, sample, options
+
+    def _real(self, labels: list[int]) -> Any:
+        """Test images of the labels that are generated, where the set is at hand."""
+        from sostenuto.demo import data
+
+        generations = -(-self.num_samples // len(labels))
+        try:
+            return data.of_labels("test", labels * generations, self.data)
+        except FileNotFoundError:
+            if self.data is not None:
+                raise
+            return None

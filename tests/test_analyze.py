@@ -1,0 +1,372 @@
+"""The instruments of ``sostenuto analyze``, each against a computation of its own."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import sostenuto
+from conftest import sample, sample_loop
+from sostenuto import FORA, EBCache, EpsilonScaling, InputError, NoCache
+from sostenuto.analysis import record
+from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
+from sostenuto.analysis.components import measure as components
+from sostenuto.analysis.consecutive import changes, finding, residuals
+from sostenuto.analysis.feature_error import features, relative_error
+from sostenuto.analysis.feature_error import measure as feature_error
+from sostenuto.analysis.frequency import low_and_high
+from sostenuto.analysis.similarity import cosine
+from sostenuto.analysis.similarity import measure as similarity
+from sostenuto.analysis.snr import signal_to_noise
+from sostenuto.analysis.subject import Subject
+from sostenuto.analysis.token_importance import path_errors
+from sostenuto.plan import Action
+from sostenuto.table import CacheTable, StepState
+
+STEPS = 6
+
+
+@pytest.fixture
+def subject(model):
+    return Subject(model, sample, model.scheduler_for_test, num_inference_steps=STEPS, num_samples=4)
+
+
+# --- the path ----------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_what_the_network_was_given_and_said_and_ends_where_the_sampler_ends(model):
+    scheduler = model.scheduler_for_test
+    scheduler.register_to_config(clip_sample=False)
+    method = FORA(2) | EpsilonScaling(1.25)
+    ends = []
+
+    def kept(model, generator, num_inference_steps):
+        ends.append(sample_loop(model, scheduler, num_inference_steps, seed=7))
+
+    path = record(model, kept, method, num_inference_steps=STEPS, num_samples=3, scheduler=scheduler, count=True)
+    final, outputs = ends[0]
+    assert path.rows == (2, 2)
+    assert path.latents.shape == (STEPS, 4, 2, 8, 8)
+    torch.testing.assert_close(path.clean[:2], final)
+    for step, output in enumerate(outputs):
+        torch.testing.assert_close(path.noise[step][:2], output)
+        torch.testing.assert_close(path.predictions[step][:2], 1.25 * output)
+    assert path.reused == (False, False, True, False, True, False)
+    share = scheduler.alphas_cumprod[int(path.timesteps[2])]
+    estimate = (path.latents[2] - (1 - share).sqrt() * path.noise[2]) / share.sqrt()
+    torch.testing.assert_close(path.clean_estimates(2), estimate)
+    with sostenuto.enable(model, FORA(2), scheduler=scheduler) as handle:
+        sample_loop(model, scheduler, STEPS)
+        assert path.macs_uncached / path.macs == pytest.approx(handle.stats.ideal_speedup)
+
+
+def test_a_generation_cut_short_is_refused_and_leaves_nothing_behind(model):
+    with pytest.raises(InputError, match="3 of 6 steps"):
+        record(
+            model,
+            lambda *a, **k: _cut_short(model),
+            num_inference_steps=STEPS,
+            scheduler=model.scheduler_for_test,
+        )
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+def _cut_short(model):
+    with pytest.raises(KeyboardInterrupt):
+        sample_loop(model, model.scheduler_for_test, STEPS, stop_at=3)
+
+
+# --- signal to noise ---------------------------------------------------------------------------------------------
+
+
+def test_signal_to_noise_of_exactly_noised_samples_is_that_of_the_forward_process(subject):
+    path = subject.uncached
+    clean = torch.randn(path.clean.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(path.clean.shape, generator=torch.Generator().manual_seed(2))
+    latents = torch.stack([alpha * clean + sigma * noise for alpha, sigma in path.levels])
+    ratios, intensities = signal_to_noise(type(path)(**{**vars(path), "latents": latents, "clean": clean}))
+    for (alpha, sigma), ratio, intensity in zip(path.levels, ratios, intensities, strict=True):
+        power = (clean**2).mean() / (noise**2).mean()
+        assert ratio == pytest.approx(10 * math.log10(alpha**2 / sigma**2 * power), abs=1e-3)
+        assert intensity == pytest.approx(noise.square().mean().sqrt().item(), rel=1e-4)
+
+
+# --- frequencies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.25, 0.6])
+def test_the_split_of_frequencies_is_that_of_a_transform_by_hand(cut):
+    images = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+    low, high = low_and_high(images, cut)
+    height, width = 6, 5
+    expected = np.zeros((2, 2))
+    for u in range(height):
+        for v in range(width):
+            wave = np.exp(-2j * np.pi * (u * np.arange(height)[:, None] / height + v * np.arange(width)[None] / width))
+            power = np.abs((images.double().numpy() * wave).sum((-2, -1)) / math.sqrt(height * width)) ** 2
+            down, across = min(u, height - u) / height, min(v, width - v) / width
+            expected[0 if 2 * math.hypot(down, across) <= cut else 1] += power.sum(1)
+    np.testing.assert_allclose(low.numpy() ** 2, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(high.numpy() ** 2, expected[1], rtol=1e-6)
+    torch.testing.assert_close(low**2 + high**2, images.double().square().sum((1, 2, 3)))
+
+
+def test_a_constant_picture_is_low_and_a_chequered_one_high():
+    constant = torch.ones(1, 1, 8, 8)
+    chequered = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(4, 4)[None, None]
+    assert [value.item() for value in low_and_high(constant, 0.25)] == pytest.approx([8.0, 0.0], abs=1e-6)
+    assert [value.item() for value in low_and_high(chequered, 0.25)] == pytest.approx([0.0, 8.0], abs=1e-6)
+
+
+# --- similarity --------------------------------------------------------------------------------------------------
+
+
+def test_the_cosine_is_that_of_whole_rows_over_all_streams():
+    one = (torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]]), torch.tensor([[2.0], [0.0]]))
+    other = (torch.tensor([[[0.0, 1.0]], [[1.0, 1.0]]]), torch.tensor([[2.0], [0.0]]))
+    assert cosine(one, other).tolist() == pytest.approx([4 / 5, 1.0])
+
+
+def test_identical_steps_have_a_map_of_ones_and_shares_are_counted(model):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    def still(model, generator, num_inference_steps):  # the same input whatever the step
+        scheduler.set_timesteps(num_inference_steps)
+        for t in scheduler.timesteps:
+            model(torch.ones(2, 2, 8, 8), t.expand(2), torch.tensor([1, 2]))
+
+    for parameter in model.transformer_blocks[0].norm1.emb.parameters():
+        parameter.zero_()  # the time has no effect on the first block, and a little on the others
+    data = similarity(Subject(model, still, scheduler, num_inference_steps=4, num_samples=2))
+    assert [len(entry["sites"]) for entry in data["maps"].values()] == [3, 3]
+    first = data["maps"]["attention"]["cosine"][0]
+    assert first == pytest.approx([1.0] * 3, abs=1e-5)
+    rows = data["maps"]["MLP"]["cosine"]
+    for column, share in enumerate(data["maps"]["MLP"]["share_above"]):
+        assert share == sum(row[column] > 0.8 for row in rows) / 3
+
+
+def test_the_map_of_a_path_is_the_cosine_of_the_modules_own_outputs(model, subject):
+    outputs = []
+    hook = model.transformer_blocks[1].ff.register_forward_hook(lambda *a: outputs.append(a[-1].flatten(1)))
+    subject.num_samples = 2
+    data = similarity(subject)
+    hook.remove()
+    expected = [
+        torch.nn.functional.cosine_similarity(a, b).mean().item()
+        for a, b in zip(outputs[1:STEPS], outputs, strict=False)
+    ]
+    assert data["maps"]["MLP"]["cosine"][1] == pytest.approx(expected, abs=1e-5)
+
+
+# --- features ----------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_none_where_nothing_was_reused_yet_and_of_reused_features_those_by_hand(model, subject):
+    fresh, cached = features(subject, NoCache()), features(subject, FORA(3))
+    errors = relative_error(fresh, cached)
+    assert errors[0, 0] == 0
+    assert errors[0, 1] > 0  # reused from step 0, where it was the same
+    assert set(errors) == {(site, step) for site in range(6) for step in range(STEPS)}
+    by_hand = [(fresh[0, 0, g] - fresh[0, 1, g]).abs().sum() for g in (0, 1)]
+    size = [fresh[0, 1, g].abs().sum() for g in (0, 1)]
+    assert errors[0, 1] == pytest.approx((sum(by_hand) / sum(size)).item(), rel=1e-5)
+    with sostenuto.enable(model, "none", scheduler=model.scheduler_for_test):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_table_that_keeps_the_stack_is_looked_at_branch_by_branch(subject):
+    both, compute = StepState.REUSE_BOTH, StepState.COMPUTE
+    subject.table = CacheTable(
+        (compute, both, compute, both, compute, compute), fill="stack", eps_scale=(0.99,) * STEPS
+    )
+    data = feature_error(subject)
+    assert set(data["errors"]) == {"every 3", "EB-Cache"}
+    rows = data["errors"]["EB-Cache"]["MLP"]
+    assert all(value is not None for row in rows for value in row)
+    assert isinstance(subject.eb(), EBCache)
+    assert subject.noise_scale == pytest.approx(0.99)
+
+
+# --- consecutive outputs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_the_residual_of_a_polynomial_of_lower_degree_is_nothing(order):
+    generator = torch.Generator().manual_seed(order)
+    powers = torch.arange(9, dtype=torch.float64)[:, None] ** torch.arange(order)
+    outputs = torch.einsum("sd,drc->src", powers, 5 + torch.rand(order, 2, 7, generator=generator, dtype=torch.float64))
+    found = residuals(outputs, order)
+    assert found[:order] == [None] * order
+    assert max(found[order:]) < 1e-9
+    if order > 1:
+        assert min(residuals(outputs, order - 1)[order:]) > 1e-9
+
+
+def test_changes_are_relative_l1_distances_and_cosines():
+    outputs = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]], [[6.0, -8.0]]])
+    distance, cosines = changes(outputs)
+    assert distance == pytest.approx([8 / 7, 1.0])
+    assert cosines == pytest.approx([-7 / 25, 1.0])
+
+
+def test_the_words_tell_a_u_from_none():
+    u = {"relative_l1": [None, 3.0, 2.0, 1.0, 2.0, 3.0], "residual": {}}
+    falling = {"relative_l1": [None, 3.0, 2.5, 2.0, 1.5, 1.0], "residual": {}}
+    u["residual"] = falling["residual"] = {"1": [None] + [1.0] * 5}
+    assert "the U of the paper" in finding(u)
+    assert "no U" in finding(falling)
+
+
+# --- tokens and components ---------------------------------------------------------------------------------------
+
+
+def test_errors_of_samples_are_relative_norms():
+    reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert path_errors(torch.tensor([[3.0, 3.0], [0.0, 2.0]]), reference) == pytest.approx([1 / 5, 0.0])
+
+
+def test_shares_of_the_work_are_those_of_the_modules(model, subject):
+    data = components(subject)
+    assert sum(data["share_of_macs"].values()) == pytest.approx(1)
+    tokens, width, rows = 16, 32, 2
+    attention = rows * tokens * (4 * width**2 + 2 * tokens * width) * 3  # by hand: projections and two products of maps
+    assert data["macs"] * data["share_of_macs"]["attention"] == pytest.approx(attention)
+    assert data["macs"] * data["share_of_macs"]["MLP"] == pytest.approx(rows * tokens * 8 * width**2 * 3)
+    assert data["share_of_time"]["other"] >= 0
+    assert data["repeats"] == 7
+
+
+# --- all together ------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_saved_as_data_as_figures_and_on_one_page(model, tmp_path):
+    chosen = ("consecutive-outputs", "similarity")
+    analysis = sostenuto.analyze(
+        model, sample, only=chosen, num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
+    )
+    page = analysis.save(tmp_path / "out").read_text()
+    for name in chosen:
+        saved = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert saved["data"] == json.loads(json.dumps(analysis[name]))
+        assert saved["this_model_shows"]
+        assert saved["paper_claims"] == INSTRUMENTS[name].claim
+        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
+        assert (tmp_path / "out" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert saved["title"] in page
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert 'src="http' not in page
+    assert 'href="http' not in page
+    again = sostenuto.analyze(
+        model, sample, only=chosen[:1], num_inference_steps=STEPS, num_samples=2, scheduler=model.scheduler_for_test
+    )
+    assert again[chosen[0]] == analysis[chosen[0]]
+
+
+def test_without_a_table_one_is_calibrated_and_told_of(model, subject):
+    told = []
+    subject.tell = told.append
+    assert subject.eb_table.num_inference_steps == STEPS
+    assert "calibrate EB-Cache" in told
+    assert subject.noise_scale == pytest.approx(0.98)
+    with sostenuto.enable(model, subject.eb(), scheduler=model.scheduler_for_test):
+        sample_loop(model, model.scheduler_for_test, STEPS)
+
+
+def test_what_a_model_is_not_made_for_is_said_and_the_rest_goes_on(model):
+    def tokens_on_no_grid(latents):
+        return latents.flatten(2)
+
+    analysis = sostenuto.analyze(
+        model,
+        sample,
+        only=("frequency", "error-images", "consecutive-outputs"),
+        num_inference_steps=STEPS,
+        num_samples=2,
+        scheduler=model.scheduler_for_test,
+        decode=tokens_on_no_grid,
+    )
+    assert "lie on no grid" in analysis.observations["frequency"].error
+    assert "lie on no grid" in analysis.observations["error-images"].error
+    assert analysis.observations["consecutive-outputs"].error == ""
+
+
+def test_every_instrument_measures_and_is_drawn(model):
+    scheduler, both, compute = model.scheduler_for_test, StepState.REUSE_BOTH, StepState.COMPUTE
+    table = CacheTable((compute, both, compute, both, compute, compute))
+    analysis = sostenuto.analyze(
+        model, sample, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler, table=table
+    )
+    assert {name: observation.error for name, observation in analysis.observations.items()} == dict.fromkeys(
+        INSTRUMENTS, ""
+    )
+    json.dumps(analysis.as_dict(), allow_nan=False)
+    for observation in analysis.observations.values():
+        assert observation.finding.endswith(".")
+        assert observation.figure(("png",))["png"].startswith(b"\x89PNG")
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"only": ("snr", "sound")},
+        {"num_inference_steps": 3},
+        {"num_samples": 0},
+        {"real_latents": torch.zeros(1, 2, 8, 8)},
+    ],
+)
+def test_a_wrong_choice_is_refused_or_said(model, options):
+    arguments = {"only": ("exposure-bias",), "num_inference_steps": STEPS, "num_samples": 2, **options}
+    if "real_latents" in options:
+        analysis = sostenuto.analyze(model, sample, scheduler=model.scheduler_for_test, **arguments)
+        assert "has 1 rows, the samples have 2" in analysis.observations["exposure-bias"].error
+        return
+    with pytest.raises(InputError):
+        sostenuto.analyze(model, sample, scheduler=model.scheduler_for_test, **arguments)
+
+
+def test_a_pipelines_vae_decodes_unscaled_latents_for_the_pictures():
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=2, sample_size=8, scaling_factor=0.5
+    )
+    decode = image_decoder(SimpleNamespace(vae=vae.eval()))
+    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = vae.decode(latents / 0.5).sample
+    torch.testing.assert_close(decode(latents), expected, atol=1e-5, rtol=1e-4)
+    assert image_decoder(SimpleNamespace(vae=None)) is None
+    with pytest.raises(InputError, match="decodes latents"):
+        decode(latents.flatten(2))
+
+
+def test_caching_one_kind_reuses_that_kind_alone(model, subject):
+    with sostenuto.enable(
+        model, subject.kinds_cached(StepState.REUSE_MLP), scheduler=model.scheduler_for_test
+    ) as handle:
+        sample_loop(model, model.scheduler_for_test, STEPS)
+        plan, kinds = handle.stats.plan, handle.stats.site_kinds
+    for step, row in enumerate(plan):
+        for action, kind in zip(row, kinds, strict=True):
+            assert (action == Action.REUSE.value) == (kind == "mlp" and step % 3 != 0)
+
+
+def test_the_command_runs_on_a_tiny_network(tmp_path, capsys):
+    from sostenuto.cli import main
+
+    target = tmp_path / "numbers.json"
+    words = ["--model", "tiny:FluxTransformer2DModel", "--only", "similarity", "components", "frequency"]
+    words += ["--num-samples", "2", "--num-inference-steps", "4", "--output", str(tmp_path / "page")]
+    assert main(["analyze", *words, "--json", str(target)]) == 0
+    found = json.loads(target.read_text())["instruments"]
+    assert found["similarity"]["data"]["maps"]["attention"]["sites"]
+    assert "grid" in found["frequency"]["error"]  # packed tokens
+    assert "page:" in capsys.readouterr().out
