@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | evaluate | analyze | inspect | verify | methods | models | studio``."""
+"""The command line: one file for each command, all of them in :data:`COMMANDS`."""
 
 from __future__ import annotations
 
