@@ -79,7 +79,6 @@ def _measured(case: Case, settings: Settings, row: Row, folder: Path | None, pro
         side = side_of(case.method, subject, case.num_inference_steps)
         row = replace(
             row,
-            method=side.name if case.method.startswith(PEER) else case.method,
             parameters=side.parameters,
             peer=side.peer,
             scheduler=type(subject.owner.scheduler).__name__,
@@ -125,6 +124,7 @@ def _run(
         generate = stack.enter_context(_compiled(subject, side, pairs, settings))
     for repeat in range(-settings.warmup, settings.repeats):
         seed = settings.seed + max(0, repeat)
+        timed_other = None
         if not case.is_reference:
             with plain.scheduled(case.baseline_scheduler or case.scheduler):
                 timed_other = generate_other(seed, case.baseline_steps or case.num_inference_steps, repeat < 0)
@@ -132,7 +132,7 @@ def _run(
             timed_own = generate(seed, case.num_inference_steps, repeat < 0)
         if repeat >= 0:
             pairs.own.append(timed_own)
-            pairs.other.append(timed_own if case.is_reference else timed_other)
+            pairs.other.append(timed_other or timed_own)
         progress()
     return pairs
 
@@ -281,7 +281,7 @@ def step_figures(
         values = [of(a.step_s[step], b.step_s[step]) for a, b in zip(own, other, strict=True) for step in steps]
         return median(values) if values else None
 
-    missing = dict.fromkeys(names[:2], "no step computes all") if not computed else {}
+    missing: dict[str, str] = dict.fromkeys(names[:2], "no step computes all") if not computed else {}
     missing |= {names[2]: "no step is skipped"} if not skipped else {}
     return StepFigures(
         over_pairs(computed, lambda a, b: a / b - 1),

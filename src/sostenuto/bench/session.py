@@ -83,10 +83,8 @@ def run(
         for case in cases:
             known = file.rows.get(key_of(case, settings))
             if known is None or (retry and known.error):
-                if isolate:
-                    row = measure_isolated(case, settings, folder, time_limit)
-                else:
-                    row = measure(case, settings, folder)
+                alone = isolate and case.kind == "measure"
+                row = measure_isolated(case, settings, folder, time_limit) if alone else measure(case, settings, folder)
                 unwritten = file.append(row)
             bar.update()
     rows = [file.rows[key_of(case, settings)] for case in cases]

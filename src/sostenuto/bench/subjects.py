@@ -110,7 +110,7 @@ def _demo(batch_size: int, device: str, dtype: torch.dtype) -> Subject:
     from sostenuto.demo.compare import labels_of
     from sostenuto.demo.pipeline import load_demo_pipeline
 
-    pipe = load_demo_pipeline().to(device)
+    pipe: Any = load_demo_pipeline().to(device)
     pipe = pipe if dtype is torch.float32 else pipe.to(dtype)
     labels = labels_of(batch_size)
 

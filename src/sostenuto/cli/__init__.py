@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models``."""
+"""The command line: ``sostenuto demo | generate | calibrate | bench | inspect | verify | methods | models``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import traceback
 
 import tyro
 
+from sostenuto.cli.bench import Bench
 from sostenuto.cli.calibrate import Calibrate
 from sostenuto.cli.common import ModelChoice
 from sostenuto.cli.demo import Demo
@@ -21,6 +22,7 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "calibrate": Calibrate,
+    "bench": Bench,
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,
