@@ -22,6 +22,7 @@ from sostenuto.methods.base import Facts
 from sostenuto.plan import Op, lower, peak_bytes
 
 _REASON = "counted without weights, nothing ran"
+_WITHOUT_SCORES = "without what the scores cost by which tokens are chosen"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Dry:
 
     step_macs: list[int]
     cache_bytes_peak: int
+    lacks_scores: bool = False
+    """Whether tokens are chosen by scores of features, whose cost isn't in ``step_macs``."""
 
 
 def planned(
@@ -63,7 +66,8 @@ def planned(
             dry_run.macs(carried(ops, plan.ratios[step] if plan.ratios else (), cost.site_outputs))
             for step, ops in enumerate(program.ops)
         ]
-        return Dry(steps, peak_bytes(program, plan.num_slots, cost.output_bytes, cost.residual_bytes))
+        peak = peak_bytes(program, plan.num_slots, cost.output_bytes, cost.residual_bytes)
+        return Dry(steps, peak, bool(handle.method.observed(denoiser)))
 
 
 def carried(ops: Sequence[Op], ratios: Sequence[float], outputs: Sequence[Any]) -> Carried:
@@ -113,7 +117,7 @@ def count(case: Case, row: Row) -> Row:
         step_macs=own.step_macs,
         baseline_step_macs=other.step_macs,
         cache_bytes_peak=own.cache_bytes_peak,
-        missing=dict.fromkeys(unmeasured, _REASON),
+        missing=dict.fromkeys(unmeasured, _REASON) | ({"macs": _WITHOUT_SCORES} if own.lacks_scores else {}),
     )
 
 

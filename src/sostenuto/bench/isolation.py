@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,8 +72,16 @@ def _reason(status: int, said: str) -> str:
     return f"its process crashed ({how}){': ' + last[:300] if last else ''}"
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, whatever hangs here."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def work(job: str) -> None:
     """Measure the row of a job, and write it where the job says."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     content = json.loads(job)
     folder = content["folder"]
     row = measure(Case(**content["case"]), Settings(**content["settings"]), folder and Path(folder))

@@ -48,7 +48,7 @@ class Row:
         printed: what a paper prints for this row.
         samples: file with the first images, beside the results.
         error: why there is no measurement.
-        missing: for each column without a value the reason.
+        missing: for each column without a value the reason; for ``macs`` also what they are without.
     """
 
     key: str

@@ -9,10 +9,10 @@ from typing import Any
 
 import sostenuto
 from sostenuto.bench.cases import PEER, UNCACHED
-from sostenuto.bench.peers import available_peers
-from sostenuto.bench.specs import method_of, nearest
+from sostenuto.bench.peers import peer
+from sostenuto.bench.specs import method_of
 from sostenuto.bench.subjects import Subject
-from sostenuto.errors import InputError, MethodError
+from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 from sostenuto.table import CacheTable
 
@@ -55,17 +55,14 @@ def side_of(text: str, subject: Subject, num_inference_steps: int) -> Side:
 
 
 def _theirs(name: str, subject: Subject, num_inference_steps: int) -> Side:
-    peers = available_peers()
-    if name not in peers:
-        raise InputError(f"there is no peer {name!r}; {nearest(name, peers)}")
-    peer = peers[name]
-    problem = peer.problem(subject.target)
+    found = peer(name)
+    problem = found.problem(subject.target)
     if problem is not None:
         raise MethodError(f"{name} can't run here: {problem}")
     return Side(
-        lambda subject: peer.attached(subject.target, num_inference_steps),
-        {name: _plain(value) for name, value in peer.settings.items()},
-        f"{peer.library} {peer.version()}",
+        lambda subject: found.attached(subject.target, num_inference_steps),
+        {name: _plain(value) for name, value in found.settings.items()},
+        f"{found.library} {found.version()}",
         compile_first=False,
     )
 

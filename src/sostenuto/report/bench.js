@@ -28,10 +28,10 @@ function short(value) {
   const size = Math.abs(value);
   if (size >= 1e5) {
     for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-      if (size >= unit) return (value / unit).toPrecision(4) + " " + letter;
+      if (size >= unit) return parseFloat((value / unit).toPrecision(4)) + " " + letter;
   }
   if (Number.isInteger(value)) return String(value);
-  return size < 1e-3 ? value.toExponential(2) : value.toPrecision(4);
+  return size < 1e-3 ? value.toExponential(2) : String(parseFloat(value.toPrecision(4)));
 }
 
 // --- what hovers ------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ function axes(picture, x, y, box, titles) {
 
 // --- quality against time -----------------------------------------------------------------------------------------------
 const select = Object.fromEntries(["model", "x", "y"].map((id) => [id, document.getElementById(id)]));
-const plotted = (row) => choices.times.some((n) => has(row, n)) && choices.qualities.some((n) => has(row, n));
+const plotted = (row) => !row.axis && choices.times.some((n) => has(row, n)) && choices.qualities.some((n) => has(row, n));
 for (const model of new Set(rows.filter(plotted).map((row) => row.model))) html("option", select.model, model).value = model;
 
 function offer(element, names) {
@@ -110,8 +110,8 @@ function color(row) {
 function drawPareto() {
   const place = document.getElementById("pareto"), nx = select.x.value, ny = select.y.value;
   place.replaceChildren();
-  const own = rows.filter((row) => row.model === select.model.value && has(row, nx) && has(row, ny));
-  if (!own.length) { html("p", place, "No row has both a time and a quality.", "note"); return; }
+  const own = rows.filter((row) => row.model === select.model.value && plotted(row) && has(row, nx) && has(row, ny));
+  if (!own.length) return;
   const picture = svg("svg", { viewBox: "0 0 1100 440", role: "img" }, place);
   const box = { left: 70, right: 1080, top: 24, bottom: 395 };
   const x = scale(own.map((row) => row[nx]), box.left, box.right);
@@ -130,11 +130,11 @@ function drawPareto() {
     hover(point, `${row.name}\n${choices.titles[nx]}: ${short(row[nx])}\n${choices.titles[ny]}: ${short(row[ny])}`
       + (has(row, "efficiency") ? `\nefficiency: ${short(row.efficiency)}` : ""));
     point.addEventListener("click", () => choose(row.key));
-    const wide = row.name.length * 6, left = px + 9 + wide > box.right ? px - 9 - wide : px + 9;
+    const wide = row.name.length * 6, beyond = px + 9 + wide > box.right, left = beyond ? px - 9 - wide : px + 9;
     let at = py + 4;
     while (taken.some((t) => Math.abs(t.at - at) < 12 && left < t.left + t.wide && t.left < left + wide)) at += 12;
     taken.push({ at, left, wide });
-    svg("text", { x: left, y: at }, picture, row.name);
+    svg("text", { x: beyond ? px - 9 : px + 9, y: at, "text-anchor": beyond ? "end" : "start", class: "label" }, picture, row.name);
   }
 }
 
@@ -146,7 +146,7 @@ function cell(row, name, line) {
   const td = html("td", line, short(row[name]));
   td.dataset.column = name;
   if (has(row, name + "_min")) html("small", td, ` (${short(row[name + "_min"])} … ${short(row[name + "_max"])})`);
-  const note = !has(row, name) && row.missing[name];
+  const note = row.missing[name];
   if (note) hover(td, note);
   if (name === "macs" && row.printed.macs)
     html("small", td, ` · of one row of the batch ${short(row.macs / row.batch_size)}, printed ${short(row.printed.macs)}`);
@@ -159,7 +159,7 @@ function drawTable() {
   head.replaceChildren(); body.replaceChildren();
   const line = html("tr", head);
   for (const name of ["name", ...shown]) {
-    const th = html("th", line, name === "name" ? "row" : choices.titles[name]);
+    const th = html("th", line, name === "name" ? "row" : choices.titles[name].replace(/ \(.*/, ""));
     th.addEventListener("click", () => { sorted = { name, down: sorted.name === name && !sorted.down }; drawTable(); });
   }
   const order = [...rows];
@@ -182,8 +182,9 @@ function drawTable() {
 
 // --- steps --------------------------------------------------------------------------------------------------------------
 function drawStrips() {
-  const place = document.getElementById("strips");
-  for (const row of rows.filter((r) => r.step_s.length)) {
+  const place = document.getElementById("strips"), stepped = rows.filter((row) => row.step_s.length);
+  if (!stepped.length) { document.getElementById("strips-section").remove(); return; }
+  for (const row of stepped) {
     const name = html("div", place, row.name, "name");
     name.dataset.key = row.key;
     const n = row.step_s.length;
@@ -236,8 +237,7 @@ function drawGrowth() {
 select.model.addEventListener("change", () => { offerAxes(); drawPareto(); });
 select.x.addEventListener("change", drawPareto);
 select.y.addEventListener("change", drawPareto);
-offerAxes();
-drawPareto();
+if (select.model.options.length) { offerAxes(); drawPareto(); } else document.getElementById("pareto-section").remove();
 drawTable();
 drawStrips();
 drawGrowth();
