@@ -9,6 +9,7 @@ from sostenuto.bench.cases import Case, Settings
 from sostenuto.bench.dry import planned
 from sostenuto.bench.generation import Timed, counted
 from sostenuto.bench.networks import network_of
+from sostenuto.bench.published import DIT_XL, LARGE
 from sostenuto.bench.runner import measure, step_figures
 from sostenuto.bench.session import RESULTS, run
 from sostenuto.bench.specs import method_of
@@ -109,7 +110,7 @@ def test_schedulers_are_choosable_and_given_back():
 
 def test_a_compiled_row_counts_graphs_and_recompiles():
     row = measure(
-        Case("c", "fora:interval=2", "dit:layers=1,width=64,tokens=16", 4, mode="compiled"),
+        Case("c", "fora:interval=2", "dit:layers=1,width=64,tokens=16", 4, "DDPMScheduler", "compiled"),
         Settings(repeats=1, compiler="aot_eager"),
     )
     assert row.error is None
@@ -166,6 +167,17 @@ def test_flux_1_dev_costs_what_the_papers_print():
     assert 2 * flux.macs == pytest.approx(3719.5e12, rel=0.02)  # as TaylorSeer's, ToCa's and DuCa's papers print it
     assert flux.wall_s is None
     assert flux.missing["wall_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("printed", [*DIT_XL, *LARGE], ids=lambda printed: printed.name)
+def test_every_printed_row_can_be_counted(printed):
+    case = Case(
+        printed.name, printed.method, printed.model, printed.num_inference_steps, printed.scheduler, kind="count"
+    )
+    row = measure(case, QUICK)
+    assert row.error is None
+    assert 0 < row.macs <= row.baseline_macs
 
 
 def test_what_decides_while_it_runs_is_not_counted_without_running():

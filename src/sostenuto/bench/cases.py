@@ -28,7 +28,7 @@ class Case:
         scheduler: class of the diffusers scheduler; ``None`` for the model's own.
         mode: whether both sides run ``eager`` or ``compiled``.
         kind: ``measure`` runs both sides; ``count`` only counts multiply-accumulates, without weights and without time.
-        batch_size: rows of a call; ``None`` takes the run's, 0 that of the network.
+        batch_size: rows of a call; ``None`` takes a benchmark network's own, and the run's for the demo.
         baseline: the other side of every pair, as ``method``.
         baseline_steps, baseline_scheduler: of the other side, where they differ.
         axis, value: which size of a growth curve is varied, and its value.
@@ -87,7 +87,6 @@ class Settings:
         attention: the backend of ``scaled_dot_product_attention``; ``auto`` leaves the choice to torch.
         malloc: ``retain`` keeps freed memory in the process (glibc), ``default`` leaves the allocator as it is.
         compiler: backend of ``torch.compile``.
-        quality: whether to judge and compare what was generated.
     """
 
     repeats: int = 5
@@ -100,7 +99,6 @@ class Settings:
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
     malloc: Literal["retain", "default"] = "retain"
     compiler: str = "inductor"
-    quality: bool = True
 
     def __post_init__(self) -> None:
         least = {"repeats": 1, "warmup": 0, "batch_size": 1, "threads": 0}

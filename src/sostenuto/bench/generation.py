@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -151,8 +152,6 @@ class _DeviceClock(_Clock):
 
 def medians(runs: Sequence[Sequence[float]]) -> list[float]:
     """The median over runs of each step; empty where they differ in length."""
-    from statistics import median
-
     if len({len(run) for run in runs}) != 1:
         return []
     return [median(step) for step in zip(*runs, strict=True)]

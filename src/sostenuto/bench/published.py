@@ -81,6 +81,9 @@ DIT_XL = (
 _SIGMA, _DPM = "pixart-sigma-1024", "DPMSolverMultistepScheduler"
 _FLUX, _FLOW = "flux-1-dev", "FlowMatchEulerDiscreteScheduler"
 _VIDEO = "cogvideox-2b"
+_TOCA_FLUX = (  # its preset with another interval
+    "toca:interval=6,fresh_ratio=0.1,ratio_schedule=flux,anchor='last-full',first_full_steps=3,selection=random"
+)
 
 LARGE = (
     Printed(_SIGMA, "PixArt-Σ 1024, 20 steps", "uncached", 20, 173.08, 1.39, 1.0, scheduler=_DPM),
@@ -99,7 +102,7 @@ LARGE = (
     Printed(_FLUX, "FLUX.1-dev, 50 steps", "uncached", 50, 3719.5 / 2, None, 1.0, scheduler=_FLOW),
     Printed(_FLUX, "FLUX.1-dev, FORA N=3", "fora:interval=3", 50, 1320.07 / 2, None, 2.82, scheduler=_FLOW),
     Printed(_FLUX, "FLUX.1-dev, FORA N=6", "fora:interval=6", 50, None, None, 4.99, scheduler=_FLOW),
-    Printed(_FLUX, "FLUX.1-dev, ToCa N=6", "toca:interval=6", 50, 924.3 / 2, None, 4.0, scheduler=_FLOW),
+    Printed(_FLUX, "FLUX.1-dev, ToCa N=6", _TOCA_FLUX, 50, 924.3 / 2, None, 4.0, scheduler=_FLOW),
     Printed(_FLUX, "FLUX.1-dev, DuCa N=5", "duca:interval=5", 50, 978.76 / 2, None, 3.80, scheduler=_FLOW),
     Printed(
         _FLUX, "FLUX.1-dev, TaylorSeer N=3 O=2", "taylorseer:interval=3,order=2", 50, None, None, 2.82, scheduler=_FLOW

@@ -1,44 +1,39 @@
-"""Measures one row: pairs of generations in turn (A B A B …), so that drift of the machine cancels."""
+"""Measures one row, and makes sense of it: times, counts, quality, and for what is missing the reason."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sostenuto import compat
 from sostenuto.bench import dry, quality
 from sostenuto.bench.cases import PEER, UNCACHED, Case, Settings, key_of
-from sostenuto.bench.generation import Counted, Timed, counted, few_collections, medians, timed
-from sostenuto.bench.machine import attention_backend, prepare
+from sostenuto.bench.generation import Counted, Timed, medians
+from sostenuto.bench.machine import prepare
+from sostenuto.bench.pairs import Pairs, halves_of, run_pairs
 from sostenuto.bench.rows import Row
-from sostenuto.bench.sides import Side, side_of
 from sostenuto.bench.specs import method_of
 from sostenuto.bench.subjects import Subject, build_subject
 from sostenuto.errors import InputError
 
-Progress = Callable[[], object]
 
-
-def measure(case: Case, settings: Settings, folder: Path | None = None, progress: Progress = lambda: None) -> Row:
+def measure(case: Case, settings: Settings, folder: Path | None = None) -> Row:
     """The row of a case; one with its error where it can't be measured.
 
     Args:
         case: what is measured.
         settings: of the run.
         folder: where the first images are saved; ``None`` saves none.
-        progress: called after every pair.
     """
     prepare(settings)
     row = begun(case, settings)
     try:
         if case.kind == "count":
             return dry.count(case, row)
-        return _measured(case, settings, row, folder, progress)
+        return _measured(case, settings, row, folder)
     except Exception as error:  # whatever another library raises becomes its row
         return replace(row, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
 
@@ -62,129 +57,31 @@ def begun(case: Case, settings: Settings) -> Row:
     )
 
 
-@dataclass
-class _Pairs:
-    """What was measured of both sides, pair by pair."""
-
-    own: list[Timed] = field(default_factory=list)
-    other: list[Timed] = field(default_factory=list)
-    graphs: int = 0
-    graph_breaks: int = 0
-    recompiles: int = 0
-
-
-def _measured(case: Case, settings: Settings, row: Row, folder: Path | None, progress: Progress) -> Row:
+def _measured(case: Case, settings: Settings, row: Row, folder: Path | None) -> Row:
     subject = build_subject(case.model, case.batch_size or 0, settings)
+    own, other = halves_of(case, subject)
     with subject.scheduled(case.scheduler):
-        side = side_of(case.method, subject, case.num_inference_steps)
-        row = replace(
-            row,
-            parameters=side.parameters,
-            peer=side.peer,
-            scheduler=type(subject.owner.scheduler).__name__,
-            batch_size=subject.batch_size,
-        )
-        own_count, cache_bytes = _counted(subject, side, case.num_inference_steps, settings)
-    other_steps, other_scheduler = (
-        case.baseline_steps or case.num_inference_steps,
-        case.baseline_scheduler or case.scheduler,
+        scheduler = type(subject.owner.scheduler).__name__
+    own_count, cache_bytes = own.count(subject, settings.seed)
+    other_count = own_count if case.is_reference else other.count(subject, settings.seed)[0]
+    row = replace(
+        row,
+        parameters=own.side.parameters,
+        peer=own.side.peer,
+        scheduler=scheduler,
+        batch_size=subject.batch_size,
+        cache_bytes_peak=cache_bytes,
     )
-    with subject.scheduled(other_scheduler):
-        other = side_of(case.baseline, subject, other_steps)
-        other_count = own_count if case.is_reference else _counted(subject, other, other_steps, settings)[0]
-    with ExitStack() as stack:
-        stack.enter_context(attention_backend(settings.attention))
-        stack.enter_context(few_collections())
-        pairs = _run(stack, case, settings, (subject, side), other, progress)
-    row = replace(row, cache_bytes_peak=cache_bytes)
-    return _filled(case, row, subject, pairs, (own_count, other_count), folder, settings)
-
-
-def _counted(subject: Subject, side: Side, num_inference_steps: int, settings: Settings) -> tuple[Counted, int | None]:
-    """What one generation executes, and the most bytes of features that ours keep."""
-    with side.attached(subject) as handle:
-        count = counted(subject, settings.seed, num_inference_steps)
-        return count, None if handle is None else handle.stats.cache_bytes_peak
-
-
-def _run(
-    stack: ExitStack, case: Case, settings: Settings, own: tuple[Subject, Side], other: Side, progress: Progress
-) -> _Pairs:
-    """The pairs: first the baseline, then the row's own side, from the same seed, and so on in turn."""
-    subject, side = own
-    pairs = _Pairs()
-    plain = subject
-    generate, generate_other = _eager(subject, side), _eager(subject, other)
-    if case.mode == "compiled":
-        compat.reset_compiler()
-        plain = subject if case.is_reference else build_subject(case.model, case.batch_size or 0, settings)
-        if plain is not subject:
-            _share_weights(plain, subject)
-            generate_other = stack.enter_context(_compiled(plain, other, _Pairs(), settings))
-        generate = stack.enter_context(_compiled(subject, side, pairs, settings))
-    for repeat in range(-settings.warmup, settings.repeats):
-        seed = settings.seed + max(0, repeat)
-        timed_other = None
-        if not case.is_reference:
-            with plain.scheduled(case.baseline_scheduler or case.scheduler):
-                timed_other = generate_other(seed, case.baseline_steps or case.num_inference_steps, repeat < 0)
-        with subject.scheduled(case.scheduler):
-            timed_own = generate(seed, case.num_inference_steps, repeat < 0)
-        if repeat >= 0:
-            pairs.own.append(timed_own)
-            pairs.other.append(timed_other or timed_own)
-        progress()
-    return pairs
-
-
-Generate = Callable[[int, int, bool], Timed]
-
-
-def _eager(subject: Subject, side: Side) -> Generate:
-    """Enable, generate, disable: some peers reach beyond the pipeline that they are enabled on."""
-
-    def generate(seed: int, steps: int, warming: bool) -> Timed:
-        with side.attached(subject):
-            return timed(subject, seed, steps)
-
-    return generate
-
-
-@contextmanager
-def _compiled(subject: Subject, side: Side, pairs: _Pairs, settings: Settings) -> Iterator[Generate]:
-    """Enabled and compiled throughout: graphs are kept from one generation to the next."""
-    if side.compile_first:
-        subject.denoiser.compile(backend=settings.compiler)
-    with side.attached(subject):
-        if not side.compile_first:
-            subject.denoiser.compile(backend=settings.compiler)
-
-        def generate(seed: int, steps: int, warming: bool) -> Timed:
-            before = compat.compiler_counts()
-            result = timed(subject, seed, steps)
-            after = compat.compiler_counts()
-            pairs.graphs += after.graphs - before.graphs
-            pairs.graph_breaks += after.graph_breaks - before.graph_breaks
-            pairs.recompiles += 0 if warming else after.graphs - before.graphs
-            return result
-
-        yield generate
-
-
-def _share_weights(one: Subject, other: Subject) -> None:
-    """Let two copies of a network lie in the same memory, as one model's would."""
-    for own, theirs in zip(one.denoiser.parameters(), other.denoiser.parameters(), strict=True):
-        own.data = theirs.data
+    return _filled(case, row, subject, run_pairs(case, settings, subject, own, other), (own_count, other_count), folder)
 
 
 def _filled(
     case: Case,
     row: Row,
     subject: Subject,
-    pairs: _Pairs,
+    pairs: Pairs,
     counts: tuple[Counted, Counted],
     folder: Path | None,
-    settings: Settings,
 ) -> Row:
     own, other = counts
     missing: dict[str, str] = {}
@@ -202,17 +99,16 @@ def _filled(
     missing |= {name: reason for name, reason in steps.missing.items() if name not in missing}
     walls = [run.wall_s for run in pairs.own]
     values: dict[str, Any] = {}
-    if settings.quality:
-        outputs, reference = [run.output for run in pairs.own], [run.output for run in pairs.other]
-        for found, reasons in (
-            quality.judged(subject, outputs),
-            ({}, dict.fromkeys((*quality.PAIRED, "relative_error"), "it is the baseline itself"))
-            if case.is_reference
-            else quality.compared(subject, outputs, reference, case.same_noise),
-        ):
-            values |= found
-            missing |= reasons
-        values["n"] = sum(len(output) for output in outputs) if subject.makes_images else None
+    outputs, reference = [run.output for run in pairs.own], [run.output for run in pairs.other]
+    for found, reasons in (
+        quality.judged(subject, outputs),
+        ({}, dict.fromkeys((*quality.PAIRED, "relative_error"), "it is the baseline itself"))
+        if case.is_reference
+        else quality.compared(subject, outputs, reference, case.same_noise),
+    ):
+        values |= found
+        missing |= reasons
+    values["n"] = sum(len(output) for output in outputs) if subject.makes_images else None
     if folder is not None and subject.makes_images:
         name = f"samples/{row.key}.png"
         failed = quality.save_samples(folder / name, pairs.own[0].output)

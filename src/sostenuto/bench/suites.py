@@ -113,7 +113,7 @@ def _demo_quality(device: str) -> Iterator[Case]:
         ("DuCa N=3", "duca:interval=3"),
         ("Δ-DiT N=2", "delta-dit:interval=2"),
         ("PAB", "pab:spatial_range=2"),
-        ("DBCache", "dbcache:front_blocks=1,back_blocks=0,threshold=0.1"),
+        ("DBCache", "dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold=0.1"),
     ):
         yield Case(name, method)
     solver = "DPMSolverMultistepScheduler"
@@ -133,7 +133,7 @@ def _flux_like(device: str) -> Iterator[Case]:
     for name, method in (
         ("FORA N=3", "fora:interval=3,anchor=start"),
         ("TaylorSeer N=3 O=2", "taylorseer:interval=3,order=2"),
-        ("DBCache", "dbcache:front_blocks=1,back_blocks=0,threshold=0.1"),
+        ("DBCache", "dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold=0.1"),
         ("ToCa N=4", "toca:interval=4"),
         ("stack N=3", "reuse-stack:interval=3"),
     ):
@@ -161,7 +161,7 @@ def _peers(device: str) -> Iterator[Case]:
         ("EB-Cache, stack N=2", "reuse-stack:interval=2"),
         ("FORA N=2", "fora:interval=2,anchor=start"),
         ("TaylorSeer N=2 O=1", "taylorseer:interval=2,order=1"),
-        ("FirstBlockCache of ours", "dbcache:front_blocks=1,back_blocks=0,threshold=0.1"),
+        ("FirstBlockCache of ours", "dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold=0.1"),
     )
     for model in ("dit", "flux", "demo"):
         yield Case(f"{model}: uncached", UNCACHED, model)
