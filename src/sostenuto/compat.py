@@ -57,6 +57,26 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@dataclasses.dataclass(frozen=True)
+class CompilerCounts:
+    """What ``torch.compile`` has done so far in this process: graphs compiled, and places where it broke one."""
+
+    graphs: int
+    graph_breaks: int
+
+
+def compiler_counts() -> CompilerCounts:
+    """Graphs and graph breaks of ``torch.compile`` so far."""
+    from torch._dynamo.utils import counters
+
+    return CompilerCounts(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+
+def reset_compiler() -> None:
+    """Forget what was compiled: a function keeps few graphs, and each method has its own."""
+    torch._dynamo.reset()
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module itself, without what ``torch.compile`` put around it."""
     return getattr(module, "_orig_mod", module)

@@ -8,6 +8,7 @@ import traceback
 import tyro
 
 from sostenuto.cli.analyze import Analyze
+from sostenuto.cli.bench import Bench
 from sostenuto.cli.calibrate import Calibrate
 from sostenuto.cli.common import ModelChoice
 from sostenuto.cli.demo import Demo
@@ -27,6 +28,7 @@ COMMANDS = {
     "calibrate": Calibrate,
     "evaluate": Evaluate,
     "analyze": Analyze,
+    "bench": Bench,
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,

@@ -1,0 +1,91 @@
+"""A whole run: case after case, each row on the disk as soon as it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sostenuto.bench.cases import Case, Settings, key_of
+from sostenuto.bench.isolation import measure_isolated
+from sostenuto.bench.machine import prepare
+from sostenuto.bench.rows import ResultsFile, Row
+from sostenuto.bench.runner import check, measure
+from sostenuto.errors import InputError
+from sostenuto.progress import progress
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has to show.
+
+    Attributes:
+        rows: of the cases that were asked for, in their order.
+        machine: what they were measured on.
+        settings: how the run was set.
+        unwritten: why rows are missing in the results file, where some are.
+    """
+
+    rows: list[Row]
+    machine: dict[str, Any]
+    settings: Settings
+    unwritten: str | None = None
+
+    def content(self) -> dict[str, Any]:
+        """What ``--json`` writes."""
+        sampled = [row.n for row in self.rows if row.n]
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "n": max(sampled, default=0),
+            "seed": self.settings.seed,
+            "machine": self.machine,
+        }
+
+
+def run(
+    cases: Sequence[Case],
+    settings: Settings,
+    folder: Path,
+    *,
+    isolate: bool = True,
+    time_limit: float = 1800.0,
+    retry: bool = False,
+    show: bool = True,
+) -> Outcome:
+    """Measure what is missing of the cases in ``folder/results.jsonl``.
+
+    Args:
+        cases: what to measure.
+        settings: of the run.
+        folder: where the results and the first images lie; made if need be.
+        isolate: whether each row has a process of its own, with ``time_limit`` seconds to its end; else all run in this
+            one, without a limit.
+        time_limit: seconds for a row.
+        retry: whether to measure again what ended in an error.
+        show: a progress bar.
+
+    Raises:
+        InputError: a case is misspelt, or the folder holds results of another version or machine.
+    """
+    if not cases:
+        raise InputError("there is nothing to measure: name a --suite or --methods, and check --only")
+    if time_limit <= 0:
+        raise InputError(f"--time-limit must be above 0 seconds, not {time_limit:g}")
+    for case in cases:
+        check(case)
+    machine = prepare(settings)
+    file = ResultsFile(folder / RESULTS, machine)
+    unwritten = None
+    with progress(total=len(cases), desc="bench", show=show) as bar:
+        for case in cases:
+            known = file.rows.get(key_of(case, settings))
+            if known is None or (retry and known.error):
+                alone = isolate and case.kind == "measure"
+                row = measure_isolated(case, settings, folder, time_limit) if alone else measure(case, settings, folder)
+                unwritten = file.append(row)
+            bar.update()
+    rows = [file.rows[key_of(case, settings)] for case in cases]
+    return Outcome(rows, machine, settings, unwritten)
