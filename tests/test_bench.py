@@ -170,6 +170,7 @@ def test_flux_1_dev_costs_what_the_papers_print():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ToCa runs other numbers of tokens at each of 250 steps
 @pytest.mark.parametrize("printed", [*DIT_XL, *LARGE], ids=lambda printed: printed.name)
 def test_every_printed_row_can_be_counted(printed):
     case = Case(
