@@ -55,6 +55,7 @@ from sostenuto.router import Router
 from sostenuto.signals import sharded_over
 from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning import Advice, Tuned, TuneOptions, advise, tune
 from sostenuto.verify import verify
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ __all__ = [
     "PAB",
     "ABCache",
     "Action",
+    "Advice",
     "AlreadyEnabledError",
     "Anatomy",
     "AnatomyError",
@@ -110,7 +112,10 @@ __all__ = [
     "TeaCacheFit",
     "TimeShift",
     "ToCa",
+    "TuneOptions",
+    "Tuned",
     "VerificationError",
+    "advise",
     "available_methods",
     "calibrate",
     "disable",
@@ -118,5 +123,6 @@ __all__ = [
     "inspect",
     "register_anatomy",
     "sharded_over",
+    "tune",
     "verify",
 ]

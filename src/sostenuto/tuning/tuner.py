@@ -1,0 +1,338 @@
+"""``sostenuto.tune``: the best plan for a model, its sampler and a budget, with the frontier around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sostenuto import compat
+from sostenuto.calibrations.base import Sample, Score, Settings
+from sostenuto.errors import InputError
+from sostenuto.measured import fingerprint
+from sostenuto.progress import progress
+from sostenuto.sites import has_stack
+from sostenuto.table import CacheTable
+from sostenuto.tuning.advice import notes_on
+from sostenuto.tuning.lab import Lab, Trial
+from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.options import TuneOptions, check_speedup
+from sostenuto.tuning.result import Point, Tuned, pareto
+from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, neighbours, table_of
+from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
+
+_TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
+_INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
+
+
+def tune(
+    target: Any,
+    sample: Sample,
+    *,
+    num_inference_steps: int = 50,
+    speedup: float = 2.0,
+    num_samples: int = 16,
+    generator: torch.Generator | None = None,
+    score: Score | None = None,
+    score_sample: Sample | None = None,
+    folder: str | Path | None = None,
+    scheduler: Any = None,
+    show_progress: bool = False,
+    options: TuneOptions | None = None,
+) -> Tuned:
+    """Find the plan, the forecasts and the noise scale that give the best quality within a cost, and those for other costs.
+
+    From one instrumented uncached run come, for every step, kind of reuse, lag and forecast, the error in the network's output;
+    from a few disturbed ones, how much of it is left at the end. Dynamic programming finds the plans with the least error for
+    every cost; real generations choose among them, move single reuses and decide the noise scale.
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…)``.
+        num_inference_steps: steps of the sampler.
+        speedup: the speed-up that is wanted, above 1.
+        num_samples: rows of the denoiser's batch in the instrumented run.
+        generator: source of the noise; its seed decides everything.
+        score: judges what ``score_sample`` returned, lower is better (such as a Fréchet distance).
+        score_sample: as ``sample``, for scoring; by default ``sample``.
+        folder: where what was found is kept: the same call goes on where an interrupted one stopped, and tables and
+            ``frontier.json`` are written there.
+        scheduler: for a bare denoiser.
+        show_progress: tell the cost at the start and show a progress bar.
+        options: what else can be chosen.
+
+    Returns:
+        The method for the speed-up and the frontier. Where the speed-up is out of reach, the fastest there is, with a warning.
+
+    Raises:
+        InputError: a speed-up is not above 1, or the folder holds another tuning.
+        MethodError: the sample doesn't run the steps asked for.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    check_speedup(speedup)
+    options = options or TuneOptions()
+    settings = Settings(
+        target, sample, num_inference_steps, num_samples, generator, score, score_sample, scheduler, show_progress
+    )
+    if num_samples < _TOO_FEW:
+        warnings.warn(
+            f"{num_samples} samples are few: the error of a single step is then mostly chance; give {_TOO_FEW} or more",
+            stacklevel=2,
+        )
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        _claim(folder, settings, options)
+    with progress(round(options.max_work), "tune (uncached generations, at most)", show_progress) as bar:
+        done = [0.0]
+
+        def spent(work: float) -> None:
+            done[0] += work
+            bar.update(int(done[0]) - int(done[0] - work))
+
+        found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup)).run()
+    if folder is not None:
+        found.save(folder)
+    return found
+
+
+class _Tuner:
+    """One tuning, stage by stage."""
+
+    def __init__(self, lab: Lab, options: TuneOptions, speedup: float) -> None:
+        self.lab, self.options, self.speedup = lab, options, speedup
+        self.scored = lab.settings.score is not None
+        self.by_score = self.scored and options.prefer == "score"
+        self.notes: list[str] = []
+        self._frontiers: dict[tuple[Kind, float], tuple[ErrorModel, Frontier]] = {}
+
+    def run(self) -> Tuned:
+        """Measure, search, try, and put together."""
+        kinds = _kinds(self.lab.settings.target, self.options)
+        self._tell(kinds, self.lab.trial(None))
+        self.measured = self.lab.measure(kinds)
+        self.notes += notes_on(self.measured)
+        self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
+        self.weights = probe(self.lab, self.measured)
+        targets = self._targets()
+        pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
+        tilt = self._choose_tilt(pivot)
+        plans = {target: self._refined(self._planned(target, tilt), tilt) for target in targets}
+        scale = self._choose_scale(plans[pivot])
+        order = sorted(targets, key=lambda target: abs(target - pivot))  # what matters most before the budget runs out
+        points = [self._point(target, plans[target], scale) for target in order]
+        frontier = pareto(points)
+        reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
+        return Tuned(
+            point=(reached or [frontier[-1]])[0],
+            frontier=frontier,
+            uncached_score=self.lab.scored(None).score if self.scored else None,
+            limit=self.limit,
+            notes=tuple(self.notes),
+            work=self.lab.work,
+        )
+
+    # --- what is possible ----------------------------------------------------------------------------------------
+
+    def _targets(self) -> list[float]:
+        """The speed-ups within reach, slow to fast."""
+        self.limit = 1 / min(self._frontier(kind, 0.0)[1].least_cost for kind in self._wholes)
+        wanted = sorted({*map(float, self.options.speedups), self.speedup})
+        if self.speedup <= self.limit:
+            return [target for target in wanted if target <= self.limit]
+        self._warn(
+            f"a speed-up of {self.speedup:g} is out of reach: in {self.measured.num_steps} steps this model can be made "
+            f"{self.limit:.2f} times as fast by {self.options.budget} at most; the fastest point of the frontier is returned"
+        )
+        return [target for target in wanted if target <= self.limit] + [self.limit]
+
+    @property
+    def _wholes(self) -> list[Kind]:
+        return [kind for kind in (Kind.STACK, Kind.BRANCHES) if kind in self.measured.runs]
+
+    def _frontier(self, whole: Kind, tilt: float) -> tuple[ErrorModel, Frontier]:
+        """The plans that reuse a whole step in one of its two ways."""
+        if (whole, tilt) not in self._frontiers:
+            kinds = [kind for kind in self.measured.runs if kind is whole or kind not in self._wholes]
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), kinds)
+            self._frontiers[whole, tilt] = model, Frontier(model, self.costs)
+        return self._frontiers[whole, tilt]
+
+    # --- choosing by result --------------------------------------------------------------------------------------
+
+    def _planned(self, target: float, tilt: float) -> Schedule:
+        """The better of the plans that keep the stack and those that keep branches."""
+        found = [self._frontier(whole, tilt)[1].schedule(1 / target) for whole in self._wholes]
+        plans = [plan for plan in found if plan is not None]
+        if len(plans) == 1:
+            return plans[0]
+        return min(plans, key=lambda plan: self.lab.trial(self._table(plan)).error)
+
+    def _choose_tilt(self, pivot: float) -> float:
+        tilts = self.options.tilts
+        if len(tilts) == 1 or (self.by_score and not self._can_spend(self._scoring_cost(len(tilts) / pivot + 1))):
+            return tilts[0]
+        plans = {tilt: self._planned(pivot, tilt) for tilt in tilts}
+        if self.by_score:
+            return min(tilts, key=lambda tilt: self.lab.scored(self._table(plans[tilt])).score or 0.0)
+        return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
+
+    def _refined(self, plan: Schedule, tilt: float) -> Schedule:
+        """The plan after local changes, each tried for real, those first that the model likes best."""
+        whole = Kind.BRANCHES if any(s.length and s.kind is Kind.BRANCHES for s in plan) else self._wholes[0]
+        model, _ = self._frontier(whole, tilt)
+        best, tried, left = self.lab.trial(self._table(plan)).error, {plan}, self.options.refinements
+        while left:
+            fresh = [other for other in neighbours(plan) if other not in tried]
+            nearest = sorted(fresh, key=model.total)
+            step = next(islice((other for other in nearest if model.total(other) < float("inf")), 1), None)
+            if step is None or not self._can_spend(self.options.trial_samples * cost_of(step, self.measured.macs)):
+                break
+            tried.add(step)
+            left -= 1
+            error = self.lab.trial(self._table(step)).error
+            if error < best:
+                plan, best = step, error
+        return plan
+
+    def _choose_scale(self, plan: Schedule) -> float | None:
+        """b; ``None`` restores the norm of the uncached sampler's noise at every step."""
+        table = self._table(plan)
+        if not self.lab.trial(table).norms:
+            return 1.0
+        if not self.by_score:
+            kept, matched = self.lab.trial(table).error, self.lab.trial(self._matched(table)).error
+            return 1.0 if kept <= matched else None
+        scores: dict[float | None, float] = {}
+        grid = sorted({*self.options.eps_scale_grid, 1.0})
+        waiting: list[float | None] = [1.0, None]
+        while waiting and self._can_spend(self._scoring_cost(cost_of(plan, self.measured.macs))):
+            scale = waiting.pop(0)
+            scores[scale] = self.lab.scored(self._scaled(table, scale)).score or 0.0
+            known = {b: value for b, value in scores.items() if b is not None}
+            best = grid.index(min(known, key=known.__getitem__))
+            nearby = [grid[place] for place in (best - 1, best + 1) if 0 <= place < len(grid)]
+            waiting += [b for b in nearby if b not in scores and b not in waiting]
+        return min(scores, key=scores.__getitem__, default=1.0)
+
+    # --- tables --------------------------------------------------------------------------------------------------
+
+    def _table(self, plan: Schedule) -> CacheTable:
+        return replace(table_of(plan), **self.measured.made_for, macs_fraction=cost_of(plan, self.measured.macs))
+
+    def _scaled(self, table: CacheTable, scale: float | None) -> CacheTable:
+        if scale is None:
+            return self._matched(table)
+        return replace(table, eps_scale=(scale,) * table.num_inference_steps)
+
+    def _matched(self, table: CacheTable) -> CacheTable:
+        """The table with the factor at every step, computed or reused, that restores the norm of the uncached sampler's noise."""
+        wanted, norms = self.lab.trial(None).norms, self.lab.trial(table).norms
+        return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
+
+    def _point(self, target: float, plan: Schedule, scale: float | None) -> Point:
+        table = self._scaled(self._table(plan), scale)
+        scoring = self._scoring_cost(cost_of(plan, self.measured.macs))
+        trial = self.lab.scored(table) if self.scored and self._can_spend(scoring) else self.lab.trial(table)
+        how = {
+            "num_samples": self.measured.num_samples,
+            "seed": self.lab.settings.seed,
+            "budget": self.options.budget,
+            "target": target,
+            "noise_scale": "matched" if scale is None else scale,
+            "error": trial.error,
+            "score": trial.score,
+        }
+        return Point(
+            target=target,
+            speedup=1 / cost_of(plan, self.costs),
+            ideal_speedup=1 / cost_of(plan, self.measured.macs),
+            time_speedup=1 / cost_of(plan, self.measured.times),
+            error=trial.error,
+            score=trial.score,
+            table=replace(table, calibration=how),
+        )
+
+    # --- what it costs -------------------------------------------------------------------------------------------
+
+    def _scoring_cost(self, share: float) -> float:
+        """Cost of scoring a plan that costs this share of an uncached generation."""
+        return self.lab.scored(None).work * share
+
+    def _can_spend(self, work: float) -> bool:
+        """Whether so much more may be done; says so once where it may not."""
+        if self.lab.work + work <= self.options.max_work:
+            return True
+        words = (
+            f"the work of {self.options.max_work:.0f} uncached generations was used up: fewer changes and scores were tried "
+            "than asked for; give fewer speedups, a smaller score_sample, or a larger max_work"
+        )
+        if words not in self.notes:
+            self.notes.append(words)
+        return False
+
+    def _warn(self, words: str) -> None:
+        self.notes.append(words)
+        warnings.warn(words, stacklevel=5)
+
+    def _tell(self, kinds: tuple[Kind, ...], uncached: Trial) -> None:
+        """Say what is to come, where progress is shown."""
+        settings, options = self.lab.settings, self.options
+        if not settings.show_progress:
+            return
+        shares = [1 / target for target in {*options.speedups, self.speedup}]
+        probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
+        work = settings.num_samples * (_INSTRUMENTED + probes / 4)
+        work += options.trial_samples * (1 + sum(shares) * (2 + options.refinements + 1))
+        if self.scored:
+            rows = self.lab.scored(None).work
+            work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
+        work = min(work, options.max_work)
+        print(
+            f"tune: about {work:.0f} uncached generations of one row, {work * uncached.seconds / 60:.0f} minutes on this machine",
+            file=sys.stderr,
+        )
+
+
+def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
+    able = [kind for kind in Kind if kind is not Kind.STACK or has_stack(compat.find_denoiser(target))]
+    if options.kinds is None:
+        return tuple(able)
+    kinds = tuple(kind for kind in able if kind.value in options.kinds)
+    if not {Kind.STACK, Kind.BRANCHES} & set(kinds):
+        raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
+    return kinds
+
+
+def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
+    """Make the folder this tuning's, or refuse one that holds what was found for something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
+    sampler = settings.scheduler if settings.scheduler is not None else settings.target.scheduler
+    weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
+    config = json.dumps(dict(getattr(sampler, "config", {})), sort_keys=True, default=str)
+    made_with = {
+        "model": fingerprint(denoiser),
+        "weights": f"{weights:.8e}",
+        "scheduler": f"{type(sampler).__name__} {hashlib.sha256(config.encode()).hexdigest()[:12]}",
+        "num_inference_steps": settings.num_inference_steps,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        "trial_samples": options.trial_samples,
+        "kinds": None if options.kinds is None else sorted(options.kinds),
+    }
+    path = folder / "run.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        odd = next((key for key in made_with if known.get(key) != made_with[key]), None)
+        if odd is not None:
+            raise InputError(
+                f"{folder} holds a tuning with another {odd} ({known.get(odd)}, now {made_with[odd]}): use another folder"
+            )
+    path.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
