@@ -1,4 +1,4 @@
-"""The command line: ``sostenuto demo | generate | calibrate | inspect | verify | methods | models``."""
+"""The command line: ``sostenuto demo | generate | calibrate | tune | advise | inspect | verify | methods | models``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sostenuto.cli.examine import Inspect, Verify
 from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
 from sostenuto.cli.models import Models
+from sostenuto.cli.tune import Advise, Tune
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
 
@@ -21,6 +22,8 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "calibrate": Calibrate,
+    "tune": Tune,
+    "advise": Advise,
     "inspect": Inspect,
     "verify": Verify,
     "methods": Methods,

@@ -18,6 +18,7 @@ from sostenuto.methods import DeepCache, EBCache
 from sostenuto.methods.base import Method
 from sostenuto.probe import Prober
 from sostenuto.sites import has_stack
+from sostenuto.table import CacheTable
 from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import Instrument
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
@@ -58,6 +59,15 @@ class Advice:
     forecast_gain: float | None
     noise_share: float | None
     notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The advice as plain data, the method by its name and its plan."""
+        table = self.method.table if isinstance(self.method, EBCache) else None
+        content = dict(vars(self)) | {
+            "notes": list(self.notes),
+            "method": None if self.method is None else self.method.name,
+        }
+        return content | {"plan": table.strip() if isinstance(table, CacheTable) else None}
 
     def __str__(self) -> str:
         if self.method is None or not self.worth:

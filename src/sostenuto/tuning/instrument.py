@@ -146,6 +146,12 @@ class Instrument:
             self._macs[kind.value] = self._handle.count(prober.call.signature, ops) / cost.macs
             self._bytes[kind.value] = sum(size for size, op in zip(cost.output_bytes, ops, strict=True) if op.is_filled)
 
+    @property
+    def share(self) -> float:
+        """Multiply-accumulates of what was run, of the uncached generations in it."""
+        counted = sum(len(times) * self._macs[name] for name, times in self._seconds.items())
+        return counted / len(self._seconds["compute"])
+
     def result(self, num_samples: int, pause: float) -> Measurement:
         """What was measured.
 

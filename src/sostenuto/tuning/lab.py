@@ -90,14 +90,18 @@ class Lab:
             self._final[bench] = latents
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
-        trial = Trial(self._error(bench, latents), score, norms, run.work, run.seconds / run.rows)
+        work = run.rows * (1.0 if table is None or table.macs_fraction is None else table.macs_fraction)
+        self._count(work)
+        trial = Trial(self._error(bench, latents), score, norms, work, run.seconds / run.rows)
         self._trials[key] = trial
         self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
         return trial
 
     def _error(self, bench: str, latents: torch.Tensor) -> float:
         if bench not in self._final:  # an earlier run of this folder noted what it found, not the latents
-            self._final[bench] = torch.cat(self._run(bench, NoCache()).latents)
+            again = self._run(bench, NoCache())
+            self._count(again.rows)
+            self._final[bench] = torch.cat(again.latents)
         final = self._final[bench]
         return float((latents - final).square().mean() / final.var().clamp_min(1e-30))
 
@@ -105,8 +109,8 @@ class Lab:
         settings = self.settings
         if bench == "scored":
             sample = settings.score_sample or settings.sample
-            return self._generate(replace(settings, sample=sample, num_samples=1), 2, method)
-        return self._generate(replace(settings, num_samples=self._trial_samples), 1, method)
+            return generate(replace(settings, sample=sample, num_samples=1), 2, method)
+        return generate(replace(settings, num_samples=self._trial_samples), 1, method)
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
@@ -143,9 +147,11 @@ class Lab:
                 identity.update(made_for(handle))
             return instruments[0](tick, prober)
 
-        run = self._generate(self.settings, 0, _tapped(kinds), drive)
+        run = generate(self.settings, 0, _tapped(kinds), drive)
+        work = run.rows * instruments[0].share
+        self._count(work)
         pause = float(np.median(run.pauses))
-        measured = replace(instruments[0].result(run.rows, pause), made_for=identity, work=run.work)
+        measured = replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
         if path is not None:
             measured.save(path)
         return measured
@@ -162,22 +168,20 @@ class Lab:
             return self._responses[name]["left"]
         probing = replace(self.settings, num_samples=max(1, self.settings.num_samples // 4))
         if self._probed is None:
-            self._probed = torch.cat(self._generate(probing, 0, NoCache()).latents)
+            run = generate(probing, 0, NoCache())
+            self._count(run.rows)
+            self._probed = torch.cat(run.latents)
         caused: list[tuple[float, int]] = []
         drive = _perturb_at(step, kind, order, caused)
-        run = self._generate(probing, 0, _tapped((kind,)), drive, order + 1)
+        run = generate(probing, 0, _tapped((kind,)), drive, order + 1)
         left = float((torch.cat(run.latents) - self._probed).square().mean())
         error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
-        self._responses[name] = {"left": left / max(error, 1e-30), "work": run.work}
+        self._responses[name] = {"left": left / max(error, 1e-30), "work": float(run.rows)}
+        self._count(run.rows)
         self._save("response.json", self._responses)
         return self._responses[name]["left"]
 
     # --- generations ---------------------------------------------------------------------------------------------
-
-    def _generate(self, settings: Settings, stream: int, method: Method, *drive: Any) -> Generated:
-        run = generate(settings, stream, method, *drive)
-        self._count(run.work)
-        return run
 
     def _count(self, work: float) -> None:
         self.work += work

@@ -74,8 +74,8 @@ class Measurement:
 
     Attributes:
         reach: what was measured of each kind.
-        runs: of each kind ``[order, gap, computed step, i, j]``: the mean product of the output's errors at the i-th and the j-th
-            step after the computed one whose output is reused, counted from 0; not a number where it was not measured.
+        runs: of each kind ``[order, gap, computed step, i, j]``: the mean product of the output's errors at the i-th and
+            the j-th step after the computed one that they reuse, from 0; not a number where it was not measured.
         power: mean square of the output at every step.
         macs: of a step of each kind, ``"compute"`` being 1.
         seconds: time of a denoiser call, the same way; ``"pause"`` is the time between one and the next.
@@ -122,8 +122,8 @@ class Measurement:
     def forecast_gain(self) -> float:
         """Error of a linear forecast one step ahead over that of the last value, geometric mean over the steps.
 
-        Where features move smoothly it is well below 1. Noise that is independent from step to step alone makes it √3: a forecast
-        with weights 2 and −1 is off by √(2² + 1² + 1) times the noise, the last value by √2.
+        Where features move smoothly it is well below 1. Noise alone, independent from step to step, makes it √3: a
+        forecast with weights 2 and −1 is off by √(2² + 1² + 1) times the noise, the last value by √2.
         """
         return _mean_ratio(self.relative(self.whole, 1, 1, 1), self.relative(self.whole, 0, 0, 1))
 

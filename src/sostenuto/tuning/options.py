@@ -26,11 +26,12 @@ class TuneOptions:
             images.
         trial_samples: rows of every real generation that plans are compared by.
         refinements: local changes that are tried at every point of the frontier.
-        tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and beyond what was
-            measured: the network smooths over early errors. Each is tried, the preferred one kept.
+        tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and
+            beyond what was measured, since errors add up in more ways than the model knows. Each is tried, the
+            preferred one kept.
         eps_scale_grid: the values of b that are tried where a score decides.
-        kinds: what may be reused, by their names in :class:`~sostenuto.tuning.measurement.Kind`; by default all that the network
-            can. Without ``"branches"``, ``"attention"`` and ``"mlp"`` an instrumented run keeps one tensor for a step.
+        kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``; by default all that the network
+            can. With ``"stack"`` alone the instrumented run keeps one tensor for a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.
     """
 
@@ -39,7 +40,7 @@ class TuneOptions:
     prefer: Literal["score", "nearness"] = "score"
     trial_samples: int = 16
     refinements: int = 4
-    tilts: tuple[float, ...] = (0.0, 2.0, 4.0)
+    tilts: tuple[float, ...] = (-3.0, 0.0, 3.0)
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
     kinds: tuple[str, ...] | None = None
     max_work: float = MAX_WORK

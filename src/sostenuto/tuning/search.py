@@ -122,9 +122,9 @@ def next_gap(kind: Kind, length: int) -> int:
 class Frontier:
     """The least error for every cost.
 
-    The state of the dynamic program is a computed step and its distance from the one before; a transition is the run of reuses
-    that follows and the next computed step. For every state and cost, counted in ticks, the least error is kept, so that one pass
-    gives the best schedule for every budget. The last step is always computed.
+    The state of the dynamic program is a computed step and its distance from the one before; a transition is the run of
+    reuses that follows and the next computed step. For every state and cost, counted in ticks, the least error is kept, so
+    that one pass gives the best schedule for every budget. The last step is always computed.
 
     Args:
         model: the errors.
@@ -214,7 +214,8 @@ def neighbours(schedule: Schedule) -> Iterator[Schedule]:
     """Schedules of the same cost: a reuse moved from one run to another, or a run filled by a forecast of another order."""
     for one, other in itertools.permutations(range(len(schedule)), 2):
         giving, taking = schedule[one], schedule[other]
-        if giving.length and (giving.kind is taking.kind or not taking.length) and abs(one - other) <= 4:
+        ends = other == len(schedule) - 1  # the last step stays computed
+        if giving.length and (giving.kind is taking.kind or not taking.length) and abs(one - other) <= 4 and not ends:
             changed = list(schedule)
             changed[one] = Segment(giving.length - 1, giving.kind, giving.order if giving.length > 1 else 0)
             changed[other] = Segment(taking.length + 1, giving.kind, taking.order if taking.length else giving.order)

@@ -7,9 +7,9 @@ import json
 import sys
 import warnings
 from dataclasses import replace
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,7 @@ from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, nei
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
+_WHOLES = (Kind.STACK, Kind.BRANCHES)
 _INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
 
 
@@ -102,6 +103,13 @@ def tune(
     return found
 
 
+class Planned(NamedTuple):
+    """A plan, with what says how much error its changes would make."""
+
+    plan: Schedule
+    model: ErrorModel
+
+
 class _Tuner:
     """One tuning, stage by stage."""
 
@@ -110,7 +118,7 @@ class _Tuner:
         self.scored = lab.settings.score is not None
         self.by_score = self.scored and options.prefer == "score"
         self.notes: list[str] = []
-        self._frontiers: dict[tuple[Kind, float], tuple[ErrorModel, Frontier]] = {}
+        self._frontiers: dict[tuple[tuple[Kind, ...], float], tuple[ErrorModel, Frontier]] = {}
 
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
@@ -123,7 +131,7 @@ class _Tuner:
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         tilt = self._choose_tilt(pivot)
-        plans = {target: self._refined(self._planned(target, tilt), tilt) for target in targets}
+        plans = {target: self._refined(self._planned(target, tilt)) for target in targets}
         scale = self._choose_scale(plans[pivot])
         order = sorted(targets, key=lambda target: abs(target - pivot))  # what matters most before the budget runs out
         points = [self._point(target, plans[target], scale) for target in order]
@@ -142,7 +150,7 @@ class _Tuner:
 
     def _targets(self) -> list[float]:
         """The speed-ups within reach, slow to fast."""
-        self.limit = 1 / min(self._frontier(kind, 0.0)[1].least_cost for kind in self._wholes)
+        self.limit = 1 / min(self._frontier(family, self.options.tilts[0])[1].least_cost for family in self._families)
         wanted = sorted({*map(float, self.options.speedups), self.speedup})
         if self.speedup <= self.limit:
             return [target for target in wanted if target <= self.limit]
@@ -152,50 +160,51 @@ class _Tuner:
         )
         return [target for target in wanted if target <= self.limit] + [self.limit]
 
-    @property
-    def _wholes(self) -> list[Kind]:
-        return [kind for kind in (Kind.STACK, Kind.BRANCHES) if kind in self.measured.runs]
+    @cached_property
+    def _families(self) -> list[tuple[Kind, ...]]:
+        """The kinds of reuse that a plan may be made of; the first of each family reuses all of a step."""
+        partial = tuple(kind for kind in self.measured.runs if kind not in _WHOLES)
+        wholes = [kind for kind in _WHOLES if kind in self.measured.runs]
+        return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
 
-    def _frontier(self, whole: Kind, tilt: float) -> tuple[ErrorModel, Frontier]:
-        """The plans that reuse a whole step in one of its two ways."""
-        if (whole, tilt) not in self._frontiers:
-            kinds = [kind for kind in self.measured.runs if kind is whole or kind not in self._wholes]
-            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), kinds)
-            self._frontiers[whole, tilt] = model, Frontier(model, self.costs)
-        return self._frontiers[whole, tilt]
+    def _frontier(self, family: tuple[Kind, ...], tilt: float) -> tuple[ErrorModel, Frontier]:
+        if (family, tilt) not in self._frontiers:
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family)
+            self._frontiers[family, tilt] = model, Frontier(model, self.costs)
+        return self._frontiers[family, tilt]
 
     # --- choosing by result --------------------------------------------------------------------------------------
 
-    def _planned(self, target: float, tilt: float) -> Schedule:
-        """The better of the plans that keep the stack and those that keep branches."""
-        found = [self._frontier(whole, tilt)[1].schedule(1 / target) for whole in self._wholes]
-        plans = [plan for plan in found if plan is not None]
-        if len(plans) == 1:
-            return plans[0]
-        return min(plans, key=lambda plan: self.lab.trial(self._table(plan)).error)
+    def _planned(self, target: float, tilt: float) -> Planned:
+        """The best of the families' plans for a target."""
+        found: dict[Schedule, Planned] = {}
+        for family in self._families:
+            model, frontier = self._frontier(family, tilt)
+            plan = frontier.schedule(1 / target)
+            if plan is not None:
+                found.setdefault(plan, Planned(plan, model))
+        return min(found.values(), key=lambda planned: self.lab.trial(self._table(planned.plan)).error)
 
     def _choose_tilt(self, pivot: float) -> float:
         tilts = self.options.tilts
-        if len(tilts) == 1 or (self.by_score and not self._can_spend(self._scoring_cost(len(tilts) / pivot + 1))):
+        plans = {tilt: self._planned(pivot, tilt).plan for tilt in tilts}
+        if not self.by_score or len(set(plans.values())) == 1:
+            return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
+        if not self._can_spend(self._scoring_cost(len(tilts) / pivot)):
             return tilts[0]
-        plans = {tilt: self._planned(pivot, tilt) for tilt in tilts}
-        if self.by_score:
-            return min(tilts, key=lambda tilt: self.lab.scored(self._table(plans[tilt])).score or 0.0)
-        return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
+        return min(tilts, key=lambda tilt: self.lab.scored(self._table(plans[tilt])).score or 0.0)
 
-    def _refined(self, plan: Schedule, tilt: float) -> Schedule:
+    def _refined(self, planned: Planned) -> Schedule:
         """The plan after local changes, each tried for real, those first that the model likes best."""
-        whole = Kind.BRANCHES if any(s.length and s.kind is Kind.BRANCHES for s in plan) else self._wholes[0]
-        model, _ = self._frontier(whole, tilt)
-        best, tried, left = self.lab.trial(self._table(plan)).error, {plan}, self.options.refinements
-        while left:
-            fresh = [other for other in neighbours(plan) if other not in tried]
-            nearest = sorted(fresh, key=model.total)
-            step = next(islice((other for other in nearest if model.total(other) < float("inf")), 1), None)
-            if step is None or not self._can_spend(self.options.trial_samples * cost_of(step, self.measured.macs)):
+        plan, model = planned
+        best, tried = self.lab.trial(self._table(plan)).error, {plan}
+        for _ in range(self.options.refinements):
+            fresh = {other: model.total(other) for other in neighbours(plan) if other not in tried}
+            step = min(fresh, key=fresh.__getitem__, default=None)
+            work = self.options.trial_samples * cost_of(plan, self.measured.macs)
+            if step is None or fresh[step] == float("inf") or not self._can_spend(work):
                 break
             tried.add(step)
-            left -= 1
             error = self.lab.trial(self._table(step)).error
             if error < best:
                 plan, best = step, error
@@ -232,7 +241,7 @@ class _Tuner:
         return replace(table, eps_scale=(scale,) * table.num_inference_steps)
 
     def _matched(self, table: CacheTable) -> CacheTable:
-        """The table with the factor at every step, computed or reused, that restores the norm of the uncached sampler's noise."""
+        """The table with the factor at every step, computed or reused, that restores the norm of the uncached noise."""
         wanted, norms = self.lab.trial(None).norms, self.lab.trial(table).norms
         return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
 
@@ -289,13 +298,15 @@ class _Tuner:
         shares = [1 / target for target in {*options.speedups, self.speedup}]
         probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
         work = settings.num_samples * (_INSTRUMENTED + probes / 4)
-        work += options.trial_samples * (1 + sum(shares) * (2 + options.refinements + 1))
+        tried = 4 + options.refinements
+        work += options.trial_samples * (1 + sum(shares) * tried + 4 * len(options.tilts) / self.speedup)
         if self.scored:
             rows = self.lab.scored(None).work
             work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
         work = min(work, options.max_work)
+        minutes = work * uncached.seconds / 60
         print(
-            f"tune: about {work:.0f} uncached generations of one row, {work * uncached.seconds / 60:.0f} minutes on this machine",
+            f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
             file=sys.stderr,
         )
 
@@ -305,7 +316,7 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
     if options.kinds is None:
         return tuple(able)
     kinds = tuple(kind for kind in able if kind.value in options.kinds)
-    if not {Kind.STACK, Kind.BRANCHES} & set(kinds):
+    if not set(_WHOLES) & set(kinds):
         raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
     return kinds
 

@@ -18,8 +18,8 @@ _NUM_STEPS = 7  # steps that are probed, evenly spread
 class Weights:
     """The weight of a squared error by kind of reuse, degree of forecast and step.
 
-    An error in the direction in which the features drift is not answered by the network as one of noise is, so the weight depends
-    on what made it.
+    The network doesn't answer an error in the direction in which features drift as it does noise, so that the weight depends
+    on what made the error.
 
     Attributes:
         probed: ``{(kind, order): {step: weight}}``.
