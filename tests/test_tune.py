@@ -1,6 +1,5 @@
 import json
 import shutil
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 import sostenuto
-from conftest import build_tiny, sample, sample_loop
+from conftest import build_tiny, calm, sample, sample_loop
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
 from sostenuto.table import StepState
 from sostenuto.tuning.lab import Lab
@@ -92,12 +91,11 @@ def test_the_plan_is_nearer_to_the_uncached_images_than_a_uniform_one_of_its_cos
     assert sum(error_of(model, point.table, s) for s in (7, 8)) < sum(error_of(model, uniform, s) for s in (7, 8))
 
 
-def test_the_work_is_bounded_and_what_it_left_out_is_said(model):
-    found = tuned(
-        model,
-        TuneOptions(speedups=(1.3,), trial_samples=4, refinements=50, tilts=(0.0,), kinds=("stack",), max_work=100.0),
-    )
-    assert found.work < 104  # one trial more at most
+def test_the_work_is_bounded_and_what_it_left_out_is_said(model, begun):
+    options = replace(QUICK, refinements=0)
+    least = tuned(model, options, folder=begun).work
+    found = tuned(model, replace(options, refinements=50, max_work=least + 5), folder=begun)
+    assert least < found.work <= least + 5 + 2 * 2  # two trials of two rows, at most, finish what was begun
     assert any("used up" in note for note in found.notes)
 
 
@@ -242,20 +240,21 @@ def test_without_a_score_the_norm_of_the_noise_is_matched_only_where_that_is_nea
     assert (made - wanted).square().mean().item() <= plain * 1.05
 
 
-def test_noisy_features_are_filled_with_their_last_value(model):
-    """As quantised activations are: what a block adds has noise that a forecast doubles."""
-    noise = torch.Generator().manual_seed(3)
-
-    def blur(_module, _inputs, output):
-        return output + 20.0 * torch.randn(output.shape, generator=noise)
-
+def test_where_features_are_noisy_they_are_filled_with_their_last_value(model):
+    """As quantised activations are: a forecast doubles what is random in them."""
+    calm(model)
     for block in model.transformer_blocks:
-        block.attn1.to_out[0].register_forward_hook(blur)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = tuned(model, replace(QUICK, refinements=0))
+        block.attn1.to_out[0].register_forward_hook(lambda _m, _i, output: output + 0.3 * torch.sin(1e5 * output))
+    found = tuned(model, replace(QUICK, refinements=0))
     assert any("forecasts hurt" in note for note in found.notes)
-    assert {order for point in found.frontier for order in point.table.forecast_orders} == {0}
+    assert any("noise floor" in note for note in found.notes)
+    orders = [
+        order
+        for point in found.frontier
+        for state, order in zip(point.table.actions, point.table.forecast_orders, strict=True)
+        if state is not StepState.COMPUTE
+    ]
+    assert orders.count(0) >= 0.75 * len(orders)  # the samples are few: chance may choose one
 
 
 def test_separate_passes_are_measured_and_cached_too(model):
