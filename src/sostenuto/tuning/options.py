@@ -22,8 +22,8 @@ class TuneOptions:
         speedups: the targets of the frontier, each above 1.
         budget: what speed is counted in: ``"macs"``, multiply-accumulates, or ``"time"``, what each kind of step took in the
             instrumented run, with what the sampler does between the denoiser's calls.
-        prefer: what decides where quality has two sides: the ``"score"``, where one is given, or ``"nearness"`` to the uncached
-            images.
+        prefer: what decides where quality has two sides: the ``"score"``, where one is given (ten times the error must buy a
+            score better by a fifth), or ``"nearness"`` to the uncached images alone.
         trial_samples: rows of every real generation that plans are compared by.
         refinements: local changes that are tried at every point of the frontier.
         tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and

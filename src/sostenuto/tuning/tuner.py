@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -29,6 +30,7 @@ from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, nei
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
+_NEARNESS = 0.1  # what nearness counts beside the score, in logarithms
 _WHOLES = (Kind.STACK, Kind.BRANCHES)
 _INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
 
@@ -193,7 +195,7 @@ class _Tuner:
             return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
         if not self._can_spend(self._scoring_cost(len(tilts) / pivot)):
             return tilts[0]
-        return min(tilts, key=lambda tilt: self.lab.scored(self._table(plans[tilt])).score or 0.0)
+        return min(tilts, key=lambda tilt: _merit(self.lab.scored(self._table(plans[tilt]))))
 
     def _refined(self, planned: Planned) -> Schedule:
         """The plan after local changes, each tried for real, those first that the model likes best."""
@@ -224,7 +226,7 @@ class _Tuner:
         waiting: list[float | None] = [1.0, None]
         while waiting and self._can_spend(self._scoring_cost(cost_of(plan, self.measured.macs))):
             scale = waiting.pop(0)
-            scores[scale] = self.lab.scored(self._scaled(table, scale)).score or 0.0
+            scores[scale] = _merit(self.lab.scored(self._scaled(table, scale)))
             known = {b: value for b, value in scores.items() if b is not None}
             best = grid.index(min(known, key=known.__getitem__))
             nearby = [grid[place] for place in (best - 1, best + 1) if 0 <= place < len(grid)]
@@ -326,6 +328,16 @@ class _Tuner:
             f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
             file=sys.stderr,
         )
+
+
+def _merit(trial: Trial) -> float:
+    """What a score decides by, lower is better: ``log score + log(error) / 10``.
+
+    A score of few images is partly chance, and two plans of like scores may be worlds apart in nearness: ten times the
+    error must buy a score that is better by a fifth. A score that is not above 0 has no logarithm and counts by itself.
+    """
+    score = 0.0 if trial.score is None else trial.score
+    return score if score <= 0 else math.log(score) + _NEARNESS * math.log(max(trial.error, 1e-9))
 
 
 def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
