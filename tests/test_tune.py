@@ -159,6 +159,14 @@ def test_a_folder_of_another_tuning_is_refused(model, begun):
         tuned(model, folder=begun)
 
 
+def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):
+    """diffusers notes which values are defaults, in an order that is another in every process."""
+    config = dict(model.scheduler_for_test.config)
+    model.scheduler_for_test = DDPMScheduler.from_config(config)
+    model.scheduler_for_test.register_to_config(_use_default_values=["trained_betas"])
+    assert tuned(model, folder=begun).frontier
+
+
 def test_out_of_reach_the_limit_is_said_and_the_frontier_returned(model, begun):
     with pytest.warns(UserWarning, match="a speed-up of 50 is out of reach.*at most") as caught:
         found = tuned(model, speedup=50, folder=begun)

@@ -32,6 +32,8 @@ class Tune:
     """Rows of each real generation that plans are compared by."""
     refinements: int = 4
     """Local changes that are tried at each point."""
+    kinds: tuple[str, ...] | None = None
+    """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
     score_images: int = 128
     """On the demo's images: how many a distance is taken of; 0 goes by nearness alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -61,6 +63,7 @@ class Tune:
             prefer=self.prefer,
             trial_samples=self.trial_samples,
             refinements=self.refinements,
+            kinds=self.kinds,
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"):

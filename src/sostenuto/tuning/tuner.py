@@ -356,7 +356,9 @@ def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
     denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
     sampler = settings.scheduler if settings.scheduler is not None else settings.target.scheduler
     weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
-    config = json.dumps(dict(getattr(sampler, "config", {})), sort_keys=True, default=str)
+    # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
+    chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
+    config = json.dumps(chosen, sort_keys=True, default=str)
     made_with = {
         "model": fingerprint(denoiser),
         "weights": f"{weights:.8e}",
