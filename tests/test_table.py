@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import sostenuto
 from conftest import build_tiny, sample_loop
 from sostenuto import CacheTable, EBCache, StepState, TableError, inspect
-from sostenuto.plan import Action, Op
+from sostenuto.plan import Action, Op, lower
 
 C, A, M, B = StepState
 GOOD = CacheTable(
@@ -47,6 +47,24 @@ def test_the_file_has_the_documented_fields(content):
     assert content["actions"] == ["compute", "reuse-both", "reuse-attn", "reuse-mlp", "compute"]
 
 
+def test_every_step_may_have_a_forecast_of_its_own(tmp_path, content):
+    table = CacheTable((C, B, C, A, B), forecast_order=(0, 0, 0, 2, 1))
+    table.save(tmp_path / "orders.json")
+    assert CacheTable.load(tmp_path / "orders.json") == table
+    assert table.forecast_orders == (0, 0, 0, 2, 1)
+    turned = dict(content, order="timestep_index", forecast_order=[1, 2, 0, 0, 0])
+    assert load(tmp_path, turned).forecast_orders == (0, 0, 0, 2, 1)
+    assert table.filled(1).forecast_orders == (1,) * 5
+    assert table.resample(10).forecast_orders == (0, 0, 0, 0, 0, 0, 2, 2, 1, 1)
+
+
+def test_the_plan_follows_the_forecast_of_every_step(tiny):
+    table = CacheTable((C, C, C, B, B, C, B), forecast_order=(0, 0, 0, 2, 0, 0, 1))
+    program = lower(table.plan(inspect(tiny)))
+    assert [row[0] for row in program.history] == [(), (), (), (2, 1, 0), (2,), (), (5, 2)]
+    assert table.plan(inspect(tiny)).num_slots == 3
+
+
 def test_a_table_in_timestep_order_is_turned_around_with_all_it_holds(tmp_path, content):
     turned = dict(
         content, order="timestep_index", actions=content["actions"][::-1], eps_scale=content["eps_scale"][::-1]
@@ -73,6 +91,8 @@ def test_a_table_in_timestep_order_is_turned_around_with_all_it_holds(tmp_path, 
         ({"order": "backwards"}, "backwards"),
         ({"forecast_order": 1.5}, "forecast_order"),
         ({"forecast_order": 9}, "forecast_order"),
+        ({"forecast_order": [1, 0]}, "2 entries for 5"),
+        ({"forecast_order": [1, 0, 0, 0.5, 0]}, "forecast_order"),
         ({"macs_fraction": 2}, "macs_fraction"),
         ({"method": 3}, "method"),
         ({"model": []}, "model"),

@@ -62,6 +62,7 @@ from sostenuto.router import Router
 from sostenuto.sites import Site, inspect, register_anatomy
 from sostenuto.switch import DisabledHandle
 from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning import Advice, Tuned, TuneOptions, advise, tune
 from sostenuto.verify import verify
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "PAB",
     "ABCache",
     "Action",
+    "Advice",
     "AlreadyEnabledError",
     "Analysis",
     "Anatomy",
@@ -124,7 +126,10 @@ __all__ = [
     "TeaCacheFit",
     "TimeShift",
     "ToCa",
+    "TuneOptions",
+    "Tuned",
     "VerificationError",
+    "advise",
     "analyze",
     "available_methods",
     "calibrate",
@@ -134,5 +139,6 @@ __all__ = [
     "load_config",
     "register_anatomy",
     "sharded_over",
+    "tune",
     "verify",
 ]

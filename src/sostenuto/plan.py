@@ -85,14 +85,14 @@ class Plan:
     Attributes:
         actions: one tuple per step, in it one :class:`Action` per site.
         forecast_order: degree of the polynomial through the last computed outputs that a ``FORECAST`` follows
-            (1: linear extrapolation from two); the engine falls back to what history there is.
+            (1: linear extrapolation from two), one number or one per step; the engine falls back to what history there is.
         weights: how a forecast combines the kept outputs; by default the polynomial through them.
         keep_forecasts: whether a forecast counts as a computed output for the forecasts after it.
         ratios: ``[step][site]``, the share of tokens that a ``PARTIAL`` runs, above 0 and below 1.
     """
 
     actions: tuple[tuple[Action, ...], ...]
-    forecast_order: int = 1
+    forecast_order: int | tuple[int, ...] = 1
     weights: Weights = lagrange_weights
     keep_forecasts: bool = False
     ratios: tuple[tuple[float, ...], ...] = ()
@@ -100,6 +100,8 @@ class Plan:
     def __post_init__(self) -> None:
         if len({len(step) for step in self.actions}) > 1:
             raise ValueError("every step of a plan must name the same sites")
+        if isinstance(self.forecast_order, tuple) and len(self.forecast_order) != len(self.actions):
+            raise ValueError(f"{len(self.forecast_order)} forecast orders for {len(self.actions)} steps")
 
     @property
     def num_steps(self) -> int:
@@ -110,7 +112,11 @@ class Plan:
     def num_slots(self) -> int:
         """Outputs that a site keeps at most."""
         forecasts = any(action is Action.FORECAST for step in self.actions for action in step)
-        return self.forecast_order + 1 + self.keep_forecasts if forecasts else 1
+        return max(map(self.order_at, range(self.num_steps))) + 1 + self.keep_forecasts if forecasts else 1
+
+    def order_at(self, step: int) -> int:
+        """Degree of the forecasts of a step."""
+        return self.forecast_order[step] if isinstance(self.forecast_order, tuple) else self.forecast_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +224,7 @@ def lower(plan: Plan, start: int = 0) -> Program:
                 else:
                     full = step
                 continue
-            depth = plan.forecast_order + 1 if action is Action.FORECAST else 1
+            depth = plan.order_at(step) + 1 if action is Action.FORECAST else 1
             read = tuple(computed[:depth])
             if action is Action.PARTIAL:
                 ops[step][site] = Op.PARTIAL

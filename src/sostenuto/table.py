@@ -65,7 +65,7 @@ class CacheTable:
         actions: for each step a :class:`StepState`, or a map from site id to :class:`~sostenuto.plan.Action`.
         method: name of the method that made it.
         eps_scale: factor of the predicted noise, one per step.
-        forecast_order: how reused branches are filled: 0 last value, 1 linear extrapolation, …
+        forecast_order: how reused branches are filled: 0 last value, 1 linear extrapolation, …; one number or one per step.
         fill: what is kept for a step that reuses everything: the outputs of its ``"branches"``, as in the papers, or one
             tensor, what the whole ``"stack"`` of blocks adds to its input: the step then costs next to nothing.
         model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was made for; empty: any.
@@ -77,7 +77,7 @@ class CacheTable:
     actions: tuple[StepActions, ...]
     method: str = "eb"
     eps_scale: tuple[float, ...] = ()
-    forecast_order: int = 0
+    forecast_order: int | tuple[int, ...] = 0
     fill: Literal["branches", "stack"] = "branches"
     model: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +103,12 @@ class CacheTable:
         if self.fill not in ("branches", "stack"):
             raise TableError(f"fill must be 'branches' or 'stack', not {self.fill!r}")
         try:
-            check_forecast_order(self.forecast_order)
+            for order in self.forecast_orders:
+                check_forecast_order(order)
+            if len(self.forecast_orders) != self.num_inference_steps:
+                raise MethodError(
+                    f"forecast_order has {len(self.forecast_orders)} entries for {len(self.actions)} steps"
+                )
             scale = check_noise_scale(1.0 if self.eps_scale == () else self.eps_scale, self.num_inference_steps)
         except MethodError as error:
             raise TableError(f"cache table: {error}") from None
@@ -113,6 +118,12 @@ class CacheTable:
     def num_inference_steps(self) -> int:
         """Number of steps."""
         return len(self.actions)
+
+    @property
+    def forecast_orders(self) -> tuple[int, ...]:
+        """How reused branches are filled at every step."""
+        order = self.forecast_order
+        return order if isinstance(order, tuple) else (order,) * self.num_inference_steps
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The sites that the table is about: all branches, and after them the whole stack where it is kept as one."""
@@ -127,11 +138,11 @@ class CacheTable:
         Raises:
             TableError: a step names a site that the network lacks, or leaves one out.
         """
-        gap = Action.FORECAST if self.forecast_order else Action.REUSE
         whole = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
         ids = {site.id for site in sites if site is not whole}
         rows = []
-        for step, state in enumerate(self.actions):
+        for step, (state, order) in enumerate(zip(self.actions, self.forecast_orders, strict=True)):
+            gap = Action.FORECAST if order else Action.REUSE
             if state is StepState.REUSE_BOTH and whole is not None:
                 rows.append(tuple(Action.SKIP if whole.covers(site) else gap for site in sites))
                 continue
@@ -143,7 +154,9 @@ class CacheTable:
                 odd = sorted(set(state) ^ ids)[0]
                 raise TableError(f"step {step} of the cache table and the network disagree about site {odd!r}")
             rows.append(tuple(Action.COMPUTE if site is whole else state[site.id] for site in sites))
-        return Plan(tuple(rows), forecast_order=max(1, self.forecast_order))
+        order = self.forecast_order
+        lowest = tuple(max(1, o) for o in order) if isinstance(order, tuple) else max(1, order)
+        return Plan(tuple(rows), forecast_order=lowest)
 
     def check(self, denoiser: nn.Module, scheduler: Any) -> None:
         """Refuse a network or scheduler that the table was not made for.
@@ -182,6 +195,7 @@ class CacheTable:
             self,
             actions=tuple(self.actions[p] for p in source),
             eps_scale=tuple(self.eps_scale[p] for p in source),
+            forecast_order=_one_or_all(tuple(self.forecast_orders[p] for p in source)),
             scheduler=scheduler,
             macs_fraction=None,
         )
@@ -215,7 +229,7 @@ class CacheTable:
             "method": self.method,
             "order": "sampling",
             "num_inference_steps": self.num_inference_steps,
-            "eps_scale": self.eps_scale[0] if len(set(self.eps_scale)) == 1 else list(self.eps_scale),
+            "eps_scale": _one_or_all(self.eps_scale),
             "forecast_order": self.forecast_order,
             "fill": self.fill,
             "actions": actions,
@@ -280,6 +294,11 @@ def _from_npy(path: Path, order: str) -> CacheTable:
     return CacheTable(tuple(_NPY_STATES[value] for value in in_sampling_order(values, order)))
 
 
+def _one_or_all(values: tuple[Any, ...]) -> Any:
+    """One value where all are the same."""
+    return values[0] if len(set(values)) == 1 else values
+
+
 def in_sampling_order(values: list[Any], order: Any) -> list[Any]:
     """Values of every step of a file with this ``order``, noisiest step first.
 
@@ -311,13 +330,10 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         raise TableError(f"eps_scale has {len(scale)} entries for {len(states)} steps")
     scales = scale if isinstance(scale, list) else [scale] * len(states)
     order = order or content.get("order")
-    forecast_order, method, fraction = (
-        content.get("forecast_order", 0),
-        content.get("method", "eb"),
-        content.get("macs_fraction"),
-    )
-    if not isinstance(forecast_order, int) or isinstance(forecast_order, bool):
-        raise TableError(f"forecast_order must be a whole number, not {forecast_order!r}")
+    method, fraction = content.get("method", "eb"), content.get("macs_fraction")
+    forecast_order = content.get("forecast_order", 0)
+    if isinstance(forecast_order, list):
+        forecast_order = tuple(in_sampling_order(forecast_order, order))
     if not isinstance(method, str):
         raise TableError(f"method must be a name, not {method!r}")
     if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):

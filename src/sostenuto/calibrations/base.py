@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+from torch import nn
 
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
@@ -15,11 +16,12 @@ from sostenuto.engine import Handle, Prober, attach
 from sostenuto.errors import MethodError
 from sostenuto.measured import identity
 from sostenuto.methods.base import Method
+from sostenuto.methods.none import NoCache
 from sostenuto.plan import Action
 from sostenuto.progress import progress
 from sostenuto.seeds import noise_seed
 from sostenuto.sites import Site
-from sostenuto.table import CacheTable
+from sostenuto.table import CacheTable, StepState
 
 Sample = Callable[..., Any]
 Score = Callable[[Any], float]
@@ -106,6 +108,17 @@ class Calibration:
     def run(self, settings: Settings) -> Any:
         """Measure and return what the method needs, such as a :class:`~sostenuto.table.CacheTable`."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Tapped(NoCache):
+    """Computes everything, with the sites of a table that is filled like this."""
+
+    fill: Literal["branches", "stack"]
+
+    def sites(self, denoiser: nn.Module) -> list[Site]:
+        """All branches, and after them the whole stack where it is kept as one."""
+        return CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH), fill=self.fill).sites(denoiser)
 
 
 def made_for(handle: Handle) -> dict[str, dict[str, Any]]:

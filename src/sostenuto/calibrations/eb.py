@@ -7,17 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar, Literal
-
-from torch import nn
+from typing import Any, ClassVar
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
-from sostenuto.calibrations.base import Calibration, Settings, macs_fraction, made_for
+from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for
 from sostenuto.distributed.world import spread, until
 from sostenuto.engine import attach
-from sostenuto.methods import EBCache, NoCache
+from sostenuto.methods import EBCache
 from sostenuto.progress import progress
-from sostenuto.sites import Site
 from sostenuto.table import CacheTable, StepActions, StepState
 
 
@@ -32,23 +29,13 @@ class EBCalibration(Algorithm1Options, Calibration):
         return _calibrate(self, settings)
 
 
-@dataclass(frozen=True)
-class _Tapped(NoCache):
-    """Computes everything, with the sites of a table that is filled like this."""
-
-    fill: Literal["branches", "stack"]
-
-    def sites(self, denoiser: nn.Module) -> list[Site]:
-        return CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH), fill=self.fill).sites(denoiser)
-
-
 def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     target, scheduler = settings.target, settings.scheduler
     num_inference_steps, score, score_sample = settings.num_inference_steps, settings.score, settings.score_sample
     facts: dict[str, Any] = {}
 
     def run(kappa: float) -> CacheTable:
-        with attach(target, _Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, Tapped(options.fill), scheduler=scheduler) as handle:
 
             def generation(call: int) -> Trace:
                 algorithm = Algorithm1(handle, options, kappa)
@@ -83,7 +70,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         return replace(table, macs_fraction=macs_fraction(table, facts["sites"], facts["cost"]))
 
     def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> NormMatch:
-        with attach(target, _Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, Tapped(options.fill), scheduler=scheduler) as handle:
             matching = NormMatch(handle, options, states, wanted)
             handle.driver, handle.driver_slots = matching, options.forecast_order + 1
             settings.generate(settings.fresh_generator())

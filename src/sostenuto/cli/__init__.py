@@ -18,6 +18,7 @@ from sostenuto.cli.generate import Generate
 from sostenuto.cli.methods import Methods
 from sostenuto.cli.models import Models
 from sostenuto.cli.studio import Studio
+from sostenuto.cli.tune import Advise, Tune
 from sostenuto.distributed.world import apart, joined
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
@@ -26,6 +27,8 @@ COMMANDS = {
     "demo": Demo,
     "generate": Generate,
     "calibrate": Calibrate,
+    "tune": Tune,
+    "advise": Advise,
     "evaluate": Evaluate,
     "analyze": Analyze,
     "bench": Bench,

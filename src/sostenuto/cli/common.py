@@ -13,7 +13,7 @@ class ModelChoice:
     """Which model, sampler and method."""
 
     model: str = "demo"
-    """A diffusers folder, a hub id, or "demo"."""
+    """A diffusers folder, a hub id, "demo", or a folder that sostenuto.demo.train wrote."""
     method: str = "eb"
     """A name from "sostenuto methods", or "none"."""
     table: Path | None = None
@@ -49,6 +49,10 @@ class ModelChoice:
             from sostenuto.demo.pipeline import load_demo_pipeline
 
             return load_demo_pipeline()
+        if (Path(self.model) / "ema.safetensors").is_file():
+            from sostenuto.demo.pipeline import load_trained_pipeline
+
+            return load_trained_pipeline(self.model)
         from diffusers import DiffusionPipeline
 
         index = Path(self.model) / "model_index.json"

@@ -207,11 +207,21 @@ def compare(folder: Path, settings: Settings, show: bool = True) -> dict[str, An
     return run_entries(folder, entries(*_tables(folder, pipe, judge, settings, show)), settings, show)
 
 
-def run_entries(folder: Path, todo: Sequence[Entry], settings: Settings, show: bool = True) -> dict[str, Any]:
-    """Sample what is missing of the given rows, the first of which is the one that speed is measured against."""
+def run_entries(
+    folder: Path, todo: Sequence[Entry], settings: Settings, show: bool = True, pipe: DemoPipeline | None = None
+) -> dict[str, Any]:
+    """Sample what is missing of the given rows, the first of which is the one that speed is measured against.
+
+    Args:
+        folder: where batches and results lie; made if need be.
+        todo: the rows.
+        settings: sizes and seeds.
+        show: a progress bar.
+        pipe: a pipeline with other weights than the demo's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pipe, judge = load_demo_pipeline(), Judge()
-    _check_folder(folder, settings)
+    _check_folder(folder, settings, pipe)
+    pipe, judge = pipe or load_demo_pipeline(), Judge()
     batches = list(_batches(settings))
     with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
         for number, (seed, start, labels) in enumerate(batches):
@@ -244,10 +254,10 @@ def _tables(
 SHIPPED = Path(sostenuto.__file__).parent / "tables"
 
 
-def _check_folder(folder: Path, settings: Settings) -> None:
+def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = None) -> None:
     """Refuse to go on with batches that other weights, tables or sizes made."""
     made_with = {
-        "denoiser": _digest(asset("denoiser.safetensors")),
+        "denoiser": _digest(asset("denoiser.safetensors")) if pipe is None else _weights_digest(pipe),
         "tables": [_digest(path) for path in sorted(folder.glob("table-*.json"))],
         "num_images": settings.num_images,
         "batch_size": settings.batch_size,
@@ -263,6 +273,13 @@ def _check_folder(folder: Path, settings: Settings) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _weights_digest(pipe: DemoPipeline) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(pipe.transformer.state_dict().items()):
+        digest.update(name.encode() + value.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -283,19 +300,25 @@ def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
 _SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
 
 
-def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: torch.Tensor, path: Path) -> None:
+@contextlib.contextmanager
+def with_solver(pipe: DemoPipeline, solver: str) -> Iterator[None]:
+    """The pipeline with another solver (``"ddpm"``: its own) for a while."""
     base = pipe.scheduler
-    if entry.solver != "ddpm":
-        pipe.scheduler = _SOLVERS[entry.solver].from_config(base.config)
+    if solver != "ddpm":
+        pipe.scheduler = _SOLVERS[solver].from_config(base.config)
     try:
-        with sostenuto.enable(pipe, entry.method) as handle:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            began = time.perf_counter()
-            images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
-            seconds = time.perf_counter() - began
-            stats = handle.stats.as_dict()
+        yield
     finally:
         pipe.scheduler = base
+
+
+def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: torch.Tensor, path: Path) -> None:
+    with with_solver(pipe, entry.solver), sostenuto.enable(pipe, entry.method) as handle:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        began = time.perf_counter()
+        images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
+        seconds = time.perf_counter() - began
+        stats = handle.stats.as_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(

@@ -22,17 +22,24 @@ NULL_CLASS = NUM_CLASSES  # the label that stands for "no label" in classifier-f
 IMAGE_SIZE = 28
 
 
-def build_denoiser() -> DiTTransformer2DModel:
-    """An untrained denoiser: 8 blocks of width 192, 49 tokens, 6.1 M parameters, ε-prediction.
+HEAD_DIM = 48
+
+
+def build_denoiser(num_layers: int = 8, num_heads: int = 4) -> DiTTransformer2DModel:
+    """An untrained denoiser, by default 8 blocks of width 192, 49 tokens, 6.1 M parameters, ε-prediction.
 
     Its input is ``[batch, 1, 28, 28]`` in ``[-1, 1]``, a timestep in ``0 … 999`` and a class label in ``0 … 10`` (10: none).
+
+    Args:
+        num_layers: blocks.
+        num_heads: heads of 48 channels, which make the width.
     """
     denoiser = DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=48,
+        num_attention_heads=num_heads,
+        attention_head_dim=HEAD_DIM,
         in_channels=1,
         out_channels=1,
-        num_layers=8,
+        num_layers=num_layers,
         sample_size=IMAGE_SIZE,
         patch_size=4,
         num_embeds_ada_norm=NUM_CLASSES,

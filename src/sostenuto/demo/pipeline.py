@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sostenuto.demo.assets import asset
-from sostenuto.demo.network import CLASS_NAMES, IMAGE_SIZE, NULL_CLASS, NUM_CLASSES, build_denoiser, build_scheduler
+from sostenuto.demo.network import (
+    CLASS_NAMES,
+    HEAD_DIM,
+    IMAGE_SIZE,
+    NULL_CLASS,
+    NUM_CLASSES,
+    build_denoiser,
+    build_scheduler,
+)
 from sostenuto.errors import InputError
 
 
@@ -148,8 +157,26 @@ def load_demo_pipeline() -> DemoPipeline:
     Raises:
         FileNotFoundError: the weights are missing from the installation.
     """
-    denoiser = build_denoiser()
-    denoiser.load_state_dict({name: value.float() for name, value in load_file(asset("denoiser.safetensors")).items()})
+    return _pipeline(asset("denoiser.safetensors"))
+
+
+def load_trained_pipeline(folder: str | Path) -> DemoPipeline:
+    """The pipeline with the weights that ``sostenuto.demo.train`` left in its ``--output``, of whatever depth and width.
+
+    Raises:
+        InputError: the folder holds no such weights.
+    """
+    path = Path(folder) / "ema.safetensors"
+    if not path.is_file():
+        raise InputError(f"there is no {path}: give the folder that sostenuto.demo.train wrote, or train one")
+    return _pipeline(path)
+
+
+def _pipeline(path: Path) -> DemoPipeline:
+    weights = {name: value.float() for name, value in load_file(path).items()}
+    blocks = {name.split(".")[1] for name in weights if name.startswith("transformer_blocks.")}
+    denoiser = build_denoiser(len(blocks), weights["pos_embed.proj.weight"].shape[0] // HEAD_DIM)
+    denoiser.load_state_dict(weights)
     pipeline = DemoPipeline(denoiser.eval().requires_grad_(False), build_scheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -44,6 +44,10 @@ class TrainConfig:
     """Share of labels replaced by the null class, so that classifier-free guidance works."""
     init: Path | None = None
     """Start from these safetensors weights rather than from scratch."""
+    num_layers: int = 8
+    """Blocks of the denoiser."""
+    num_heads: int = 4
+    """Heads of 48 channels, which make its width."""
     seed: int = 0
     checkpoint_every: int = 250
     """Steps between checkpoints."""
@@ -99,7 +103,7 @@ def train(config: TrainConfig) -> Path:
 
     images, labels = load("train", config.data)
     images, labels = images.to(device), labels.to(device)
-    denoiser = build_denoiser().to(device)
+    denoiser = build_denoiser(config.num_layers, config.num_heads).to(device)
     if config.init:
         denoiser.load_state_dict({k: v.float() for k, v in load_file(config.init).items()}, strict=True)
     ema = {name: p.detach().clone() for name, p in denoiser.state_dict().items()}

@@ -1,0 +1,110 @@
+"""``sostenuto tune`` and ``sostenuto advise``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sostenuto.cli.common import ModelChoice, write_json
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Find the best plan for a speed-up, and the frontier around it; "generate --table" takes what it saves."""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
+    speedup: float = 2.0
+    """How much faster it should be, above 1."""
+    speedups: tuple[float, ...] = (1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+    """The targets of the frontier."""
+    budget: Literal["macs", "time"] = "macs"
+    """What speed is counted in: multiply-accumulates, or measured time."""
+    prefer: Literal["score", "nearness"] = "score"
+    """On the demo's images: what decides, their Fréchet distance or how near they are to the uncached ones."""
+    output: Path = Path("runs/tune")
+    """Folder of tables, figures and of what was measured; the same command goes on where it was stopped."""
+    num_samples: int = 16
+    """Rows of the instrumented run."""
+    trial_samples: int = 16
+    """Rows of each real generation that plans are compared by."""
+    refinements: int = 4
+    """Local changes that are tried at each point."""
+    kinds: tuple[str, ...] | None = None
+    """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
+    score_images: int = 128
+    """On the demo's images: how many a distance is taken of; 0 goes by nearness alone."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's matrix products."""
+    json: Path | None = None
+    """Also write the frontier to this file."""
+
+    def run(self) -> None:
+        """Tune, save tables and figures, print the frontier."""
+        import torch
+
+        import sostenuto
+        from sostenuto.errors import InputError
+        from sostenuto.report.frontier import save_figures
+
+        if self.score_images and self.score_images < 4:
+            raise InputError(f"a distance needs 4 images at least, not {self.score_images}; 0 takes none")
+        pipe, extra = self.choice.pipeline(), {}
+        if self.score_images and type(pipe).__name__ == "DemoPipeline":
+            from sostenuto.demo.compare import demo_sample
+            from sostenuto.demo.judge import Judge
+
+            extra = {"score": Judge().distance, "score_sample": demo_sample(self.score_images)}
+        options = sostenuto.TuneOptions(
+            speedups=self.speedups,
+            budget=self.budget,
+            prefer=self.prefer,
+            trial_samples=self.trial_samples,
+            refinements=self.refinements,
+            kinds=self.kinds,
+        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            tuned = sostenuto.tune(
+                pipe,
+                self.choice.sample(),
+                num_inference_steps=self.choice.num_inference_steps,
+                speedup=self.speedup,
+                num_samples=self.num_samples,
+                generator=torch.Generator().manual_seed(self.choice.seed),
+                folder=self.output,
+                show_progress=True,
+                options=options,
+                **extra,
+            )
+        print(tuned)
+        for path in save_figures(self.output, tuned):
+            print(path)
+        write_json(self.json, tuned.as_dict())
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Say whether caching pays for a model and sampler, with which method, at what gain and memory."""
+
+    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
+    json: Path | None = None
+    """Also write the advice to this file."""
+
+    def run(self) -> None:
+        """Measure and print."""
+        import torch
+
+        import sostenuto
+
+        pipe = self.choice.pipeline()
+        advice = sostenuto.advise(
+            pipe,
+            self.choice.sample() if type(pipe).__name__ == "DemoPipeline" else None,
+            num_inference_steps=self.choice.num_inference_steps,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+        )
+        print(advice)
+        write_json(self.json, advice.as_dict())

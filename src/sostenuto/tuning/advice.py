@@ -1,0 +1,249 @@
+"""``sostenuto.advise``: is caching worth it for this model and sampler, with which method, at what gain and memory?"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from sostenuto import compat
+from sostenuto.calibrations.base import Sample, Settings, Tapped, made_for
+from sostenuto.clock import Tick
+from sostenuto.engine import Handle
+from sostenuto.errors import InputError
+from sostenuto.methods import DeepCache, EBCache
+from sostenuto.methods.base import Method
+from sostenuto.probe import Prober
+from sostenuto.sites import has_stack
+from sostenuto.table import CacheTable
+from sostenuto.tuning.generate import generate
+from sostenuto.tuning.instrument import Instrument
+from sostenuto.tuning.measurement import Kind, Measurement, Reach
+from sostenuto.tuning.search import Schedule, Segment, table_of
+from sostenuto.unet import is_unet
+
+_TOLERANCE = 0.1  # relative error of the network's output that a step of reuse may make
+_FEW_STEPS = 8
+_NOISY = 0.5  # share of the error of reuse one step later that doesn't come from drift
+_WORTH = 1.15  # speed-up by multiply-accumulates
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What caching can do for a model with its sampler; ``print`` it.
+
+    Attributes:
+        worth: whether caching pays.
+        method: what to begin with; ``None`` where nothing is worth it.
+        forecasts: whether forecasts beat the last value.
+        expected_speedup: of that method, by multiply-accumulates that its plan spares.
+        cache_bytes: most bytes of features that it keeps, for the rows of the sample.
+        num_inference_steps: steps of the sampler.
+        reuse_error: error of the network's output when one step reuses all of the one before, relative, median over the steps;
+            ``None`` for a U-Net, whose deep part is not measured.
+        forecast_gain: error of a linear forecast over that of the last value; above 1 forecasts hurt.
+        noise_share: share of the squared error of reuse that is the noise floor of the features, 0 to 1.
+        notes: the reasons.
+    """
+
+    worth: bool
+    method: Method | None
+    forecasts: bool
+    expected_speedup: float
+    cache_bytes: int
+    num_inference_steps: int
+    reuse_error: float | None
+    forecast_gain: float | None
+    noise_share: float | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The advice as plain data, the method by its name and its plan."""
+        table = self.method.table if isinstance(self.method, EBCache) else None
+        content = dict(vars(self)) | {
+            "notes": list(self.notes),
+            "method": None if self.method is None else self.method.name,
+        }
+        return content | {"plan": table.strip() if isinstance(table, CacheTable) else None}
+
+    def __str__(self) -> str:
+        if self.method is None or not self.worth:
+            first = f"caching is not worth it with {self.num_inference_steps} steps of this sampler"
+        else:
+            first = (
+                f"worth it: {type(self.method).__name__}, about {self.expected_speedup:.2f}× by multiply-accumulates with "
+                f"{self.num_inference_steps} steps, {self.cache_bytes / 2**20:.1f} MiB of features for this sample"
+            )
+        return "\n".join([first, *(f"- {note}" for note in self.notes)])
+
+
+def advise(
+    target: Any,
+    sample: Sample | None = None,
+    *,
+    num_inference_steps: int = 50,
+    num_samples: int = 2,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+) -> Advice:
+    """Say whether caching pays, from one uncached generation with measurements and one with the method that is advised.
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``sample`` and ``scheduler``). Nothing may be enabled on it.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…)``; by default the
+            pipeline is called with a class label or a short prompt, as it takes them.
+        num_inference_steps: steps of the sampler, 2 or more.
+        num_samples: rows of the denoiser's batch to measure on.
+        generator: source of the noise.
+        scheduler: for a bare denoiser.
+
+    Raises:
+        InputError: no ``sample`` is given and the pipeline takes neither labels nor a prompt.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    sample = sample or default_sample(target)
+    settings = Settings(target, sample, num_inference_steps, num_samples, generator, scheduler=scheduler)
+    denoiser = compat.find_denoiser(target)
+    if is_unet(compat.unwrapped(denoiser)):
+        return _advise_unet(settings)
+    measured = _measure(settings, Kind.STACK if has_stack(denoiser) else Kind.BRANCHES)
+    schedule = _tolerable(measured)
+    order = max((segment.order for segment in schedule), default=0)
+    table = replace(table_of(schedule), **measured.made_for)
+    speedup, cache_bytes = _tried(settings, EBCache(table))
+    errors = measured.relative(measured.whole, 0, 0, 1)
+    few = num_inference_steps <= _FEW_STEPS
+    worth = speedup >= _WORTH and not few
+    notes = [f"reusing the whole step before changes the output by {np.nanmedian(errors):.1%} (median over the steps)"]
+    notes += notes_on(measured)
+    if few:
+        notes.append(
+            f"with {num_inference_steps} steps, as of a few-step distilled model, neighbouring steps have little in common: "
+            "use fewer steps instead of a cache"
+        )
+    elif not worth:
+        notes.append(f"too few steps change the output by less than {_TOLERANCE:.0%} when they are reused")
+    else:
+        notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search")
+    return Advice(
+        worth=worth,
+        method=EBCache(table) if worth else None,
+        forecasts=order > 0,
+        expected_speedup=speedup if worth else 1.0,
+        cache_bytes=cache_bytes if worth else 0,
+        num_inference_steps=num_inference_steps,
+        reuse_error=float(np.nanmedian(errors)),
+        forecast_gain=measured.forecast_gain,
+        noise_share=measured.noise_share,
+        notes=tuple(notes),
+    )
+
+
+def notes_on(measured: Measurement) -> list[str]:
+    """What the features say of forecasts."""
+    gain, noise = measured.forecast_gain, measured.noise_share
+    notes = []
+    if gain > 1:
+        notes.append(
+            f"forecasts hurt one step ahead: a linear one is off {gain:.2f} times as far as the last value, because features "
+            "change at random from step to step (an ancestral sampler, few-step distillation, quantised activations)"
+        )
+    else:
+        notes.append(f"forecasts help: a linear one is off {gain:.2f} times as far as the last value")
+    if noise > _NOISY:
+        notes.append(f"noise floor of the features: {noise:.0%} of the squared error of reuse is there at any distance")
+    return notes
+
+
+def default_sample(target: Any) -> Sample:
+    """A ``sample`` that calls a pipeline with what it takes of a class label and a short prompt.
+
+    Raises:
+        InputError: it takes neither.
+    """
+    taken = inspect.signature(type(target).__call__).parameters
+    offered = {"class_labels": [0, 1], "prompt": "a photo of a piano", "output_type": "latent"}
+    given = {name: value for name, value in offered.items() if name in taken}
+    if isinstance(target, torch.nn.Module) or not {"class_labels", "prompt"} & set(given):
+        raise InputError(
+            f"how to generate with a {type(target).__name__} is not known: pass sample(pipe, generator, num_inference_steps=…)"
+        )
+
+    def sample(pipe: Any, generator: torch.Generator, num_inference_steps: int) -> Any:
+        return pipe(**given, num_inference_steps=num_inference_steps, generator=generator)
+
+    return sample
+
+
+def _measure(settings: Settings, kind: Kind) -> Measurement:
+    reach = {kind: Reach(2, ((0,), (1,)))}
+    instruments: list[Instrument] = []
+    identity: dict[str, Any] = {}
+
+    def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        if not instruments:
+            instruments.append(Instrument(handle, reach, tick.num_steps))
+            identity.update(made_for(handle))
+        return instruments[0](tick, prober)
+
+    run = generate(settings, 0, Tapped("stack" if kind is Kind.STACK else "branches"), drive)
+    return replace(instruments[0].result(run.rows, 0.0), made_for=identity)
+
+
+def _tolerable(measured: Measurement) -> Schedule:
+    """From the first step on the longest runs, of up to two steps, whose errors are tolerable."""
+    kind, steps = measured.whole, measured.num_steps
+    segments: list[Segment] = []
+    step = gap = 0
+    while step < steps:
+        chosen = Segment(0, kind, 0)
+        for length in (2, 1):
+            if step + length >= steps - 1 or length > measured.reach[kind].max_run:
+                continue
+            errors = {
+                order: max(measured.relative(kind, order, max(gap, 1), lag)[step + lag] for lag in range(1, length + 1))
+                for order in ((0, 1) if gap else (0,))
+            }
+            order = min(errors, key=lambda order: (np.nan_to_num(errors[order], nan=np.inf), order))
+            if errors[order] <= _TOLERANCE:
+                chosen = Segment(length, kind, order)
+                break
+        segments.append(chosen)
+        gap, step = chosen.length + 1, step + chosen.length + 1
+    return tuple(segments)
+
+
+def _tried(settings: Settings, method: Method) -> tuple[float, int]:
+    """Speed-up by multiply-accumulates and bytes of a method, as one generation has them."""
+    found: list[tuple[float, int]] = []
+
+    def look(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        output = prober.follow()
+        if tick.step == tick.num_steps - 1:
+            found.append((handle.stats.ideal_speedup, handle.predicted_cache_bytes or 0))
+        return output
+
+    generate(replace(settings, num_samples=1), 0, method, look)
+    return found[-1]
+
+
+def _advise_unet(settings: Settings) -> Advice:
+    method = DeepCache()
+    speedup, cache_bytes = _tried(settings, method)
+    worth = settings.num_inference_steps > _FEW_STEPS
+    note = "a U-Net: the deep part is kept between steps; sostenuto.tune is for transformers"
+    return Advice(
+        worth,
+        method if worth else None,
+        False,
+        speedup if worth else 1.0,
+        cache_bytes if worth else 0,
+        settings.num_inference_steps,
+        None,
+        None,
+        None,
+        (note,),
+    )

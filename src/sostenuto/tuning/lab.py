@@ -1,0 +1,220 @@
+"""Measurements and trials for the tuner: what they cost is counted, and nothing is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sostenuto.calibrations.base import Settings, Tapped, made_for
+from sostenuto.clock import Tick
+from sostenuto.engine import Handle
+from sostenuto.errors import InputError
+from sostenuto.methods import EBCache, NoCache
+from sostenuto.methods.base import Method
+from sostenuto.plan import Op
+from sostenuto.probe import Prober
+from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning.generate import Generated, generate
+from sostenuto.tuning.instrument import Instrument, filled_call
+from sostenuto.tuning.measurement import Kind, Measurement, reaches
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some generations with a table were like, against uncached ones with the same noise.
+
+    Attributes:
+        error: mean square difference of the latents that the last step is given, over the variance of the uncached ones.
+        score: what ``score`` says of the results, lower is better; ``None`` where it was not asked.
+        norms: mean over samples of the root mean square of the predicted noise at every step, before it is scaled; empty where
+            what the network predicts has no known noise.
+        work: multiply-accumulates, in uncached generations of one row.
+        seconds: wall time for each row.
+    """
+
+    error: float
+    score: float | None
+    norms: tuple[float, ...]
+    work: float
+    seconds: float
+
+
+class Lab:
+    """Runs what the tuner wants to know, keeps it in a folder, and counts what it cost.
+
+    Instrumented runs, trials and scored trials have noise of their own each.
+
+    Args:
+        settings: target, sampler and samples, as for a calibration.
+        folder: where results are kept; ``None``: nowhere.
+        trial_samples: rows of a trial that is not scored.
+        spent: is told how much was done, in uncached generations of one row.
+    """
+
+    def __init__(
+        self, settings: Settings, folder: Path | None, trial_samples: int, spent: Callable[[float], object]
+    ) -> None:
+        self.settings, self._folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
+        self.work = 0.0
+        """What was done so far, in uncached generations of one row; what was found in the folder counts too."""
+        self._final: dict[str, torch.Tensor] = {}  # latents of the uncached trials
+        self._probed: torch.Tensor | None = None
+        self._trials = {key: Trial(**{**t, "norms": tuple(t["norms"])}) for key, t in self._load("trials.json").items()}
+        self._responses: dict[str, dict[str, float]] = self._load("response.json")
+
+    # --- trials --------------------------------------------------------------------------------------------------
+
+    def trial(self, table: CacheTable | None) -> Trial:
+        """What generations with a table are like; ``None``: uncached ones."""
+        return self._try("paired", table)
+
+    def scored(self, table: CacheTable | None) -> Trial:
+        """The same with the score of what ``score_sample`` makes."""
+        return self._try("scored", table)
+
+    def _try(self, bench: str, table: CacheTable | None) -> Trial:
+        key = f"{bench} {'uncached' if table is None else _key(table)}"
+        if key in self._trials:
+            self._count(self._trials[key].work)
+            return self._trials[key]
+        run = self._run(bench, NoCache() if table is None else EBCache(table))
+        latents, settings = torch.cat(run.latents), self.settings
+        if table is None:
+            self._final[bench] = latents
+        score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
+        norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
+        work = run.rows * (1.0 if table is None or table.macs_fraction is None else table.macs_fraction)
+        self._count(work)
+        trial = Trial(self._error(bench, latents), score, norms, work, run.seconds / run.rows)
+        self._trials[key] = trial
+        self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
+        return trial
+
+    def _error(self, bench: str, latents: torch.Tensor) -> float:
+        if bench not in self._final:  # an earlier run of this folder noted what it found, not the latents
+            again = self._run(bench, NoCache())
+            self._count(again.rows)
+            self._final[bench] = torch.cat(again.latents)
+        final = self._final[bench]
+        return float((latents - final).square().mean() / final.var().clamp_min(1e-30))
+
+    def _run(self, bench: str, method: Method) -> Generated:
+        settings = self.settings
+        if bench == "scored":
+            sample = settings.score_sample or settings.sample
+            return generate(replace(settings, sample=sample, num_samples=1), 2, method)
+        return generate(replace(settings, num_samples=self._trial_samples), 1, method)
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def _load(self, name: str) -> dict[str, Any]:
+        path = None if self._folder is None else self._folder / name
+        if path is None or not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
+
+    def _save(self, name: str, content: dict[str, Any]) -> None:
+        if self._folder is not None:
+            partial = self._folder / f"{name}.partial"  # an interrupted write must not cost what was there
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._folder / name)
+
+    # --- measurements --------------------------------------------------------------------------------------------
+
+    def measure(self, kinds: tuple[Kind, ...]) -> Measurement:
+        """The instrumented run."""
+        path = None if self._folder is None else self._folder / "measurement.npz"
+        if path is not None and path.exists():
+            measured = Measurement.load(path)
+            self._count(measured.work)
+            return measured
+        instruments: list[Instrument] = []
+        identity: dict[str, Any] = {}
+
+        def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
+            if not instruments:
+                instruments.append(Instrument(handle, reaches(kinds, tick.num_steps), tick.num_steps))
+                identity.update(made_for(handle))
+            return instruments[0](tick, prober)
+
+        run = generate(self.settings, 0, _tapped(kinds), drive)
+        work = run.rows * instruments[0].share
+        self._count(work)
+        pause = float(np.median(run.pauses))
+        measured = replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
+        if path is not None:
+            measured.save(path)
+        return measured
+
+    def response(self, kind: Kind, order: int, step: int) -> float:
+        """How much of the squared error that one reuse makes in the output is left at the end, after all that follows.
+
+        From a generation that is uncached but for this step, which reuses what the step before kept, or forecasts from as many
+        steps as it needs. Both errors are mean squares.
+        """
+        name = f"{kind.value} {order} {step}"
+        if name in self._responses:
+            self._count(self._responses[name]["work"])
+            return self._responses[name]["left"]
+        probing = replace(self.settings, num_samples=max(1, self.settings.num_samples // 4))
+        if self._probed is None:
+            run = generate(probing, 0, NoCache())
+            self._count(run.rows)
+            self._probed = torch.cat(run.latents)
+        caused: list[tuple[float, int]] = []
+        drive = _perturb_at(step, kind, order, caused)
+        run = generate(probing, 0, _tapped((kind,)), drive, order + 1)
+        left = float((torch.cat(run.latents) - self._probed).square().mean())
+        error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
+        self._responses[name] = {"left": left / max(error, 1e-30), "work": float(run.rows)}
+        self._count(run.rows)
+        self._save("response.json", self._responses)
+        return self._responses[name]["left"]
+
+    # --- generations ---------------------------------------------------------------------------------------------
+
+    def _count(self, work: float) -> None:
+        self.work += work
+        self._spent(work)
+
+
+def _tapped(kinds: tuple[Kind, ...]) -> Tapped:
+    return Tapped("stack" if Kind.STACK in kinds else "branches")
+
+
+def _perturb_at(
+    step: int, kind: Kind, order: int, caused: list[tuple[float, int]]
+) -> Callable[[Handle, Tick, Prober], Any]:
+    """Drives a generation that is uncached but for one step, and takes down that step's squared error with its rows."""
+
+    def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        sites = len(handle.sites)
+        if tick.step != step:
+            return prober.run([Op.STORE if step - order - 1 <= tick.step < step else Op.COMPUTE] * sites)
+        fresh = prober.run([Op.COMPUTE] * sites)
+        reused = filled_call(prober, kind, range(1, order + 2))
+        error = (prober.prediction(reused).float() - prober.prediction(fresh).float()).square().mean()
+        caused.append((float(error), prober.batch_size))
+        return reused
+
+    return drive
+
+
+def _key(table: CacheTable) -> str:
+    """Names what a table does."""
+    does = [
+        state.value if isinstance(state, StepState) else sorted((s, a.value) for s, a in state.items())
+        for state in table.actions
+    ]
+    text = json.dumps([does, table.forecast_orders, [round(b, 9) for b in table.eps_scale], table.fill])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

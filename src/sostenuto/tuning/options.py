@@ -1,0 +1,78 @@
+"""What can be chosen about a tuning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sostenuto.correct import check_noise_scale
+from sostenuto.errors import InputError
+from sostenuto.methods.checks import check_choice, is_number
+from sostenuto.tuning.measurement import Kind
+
+MAX_WORK = 50_000 / 30
+"""What tuning may cost, in uncached generations of one row: a thirtieth of sampling 50 000 images, as EB-Cache's own table."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How a plan is tuned.
+
+    Attributes:
+        speedups: the targets of the frontier, each above 1.
+        budget: what speed is counted in: ``"macs"``, multiply-accumulates, or ``"time"``, what each kind of step took in the
+            instrumented run, with what the sampler does between the denoiser's calls.
+        prefer: what decides where quality has two sides: the ``"score"``, where one is given (ten times the error must buy a
+            score better by a fifth), or ``"nearness"`` to the uncached images alone.
+        trial_samples: rows of every real generation that plans are compared by.
+        refinements: local changes that are tried at every point of the frontier.
+        tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and
+            beyond what was measured, since errors add up in more ways than the model knows. Each is tried, the
+            preferred one kept.
+        eps_scale_grid: the values of b that are tried where a score decides.
+        kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``; by default all that the network
+            can. With ``"stack"`` alone the instrumented run keeps one tensor for a step, else every branch.
+        max_work: the most that tuning may cost, in uncached generations of one row.
+    """
+
+    speedups: tuple[float, ...] = (1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+    budget: Literal["macs", "time"] = "macs"
+    prefer: Literal["score", "nearness"] = "score"
+    trial_samples: int = 16
+    refinements: int = 4
+    tilts: tuple[float, ...] = (-3.0, 0.0, 3.0)
+    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+    kinds: tuple[str, ...] | None = None
+    max_work: float = MAX_WORK
+
+    def __post_init__(self) -> None:
+        for speedup in self.speedups:
+            check_speedup(speedup)
+        check_choice("budget", self.budget, ("macs", "time"))
+        check_choice("prefer", self.prefer, ("score", "nearness"))
+        if self.trial_samples < 1 or self.refinements < 0 or not self.tilts:
+            raise InputError(
+                "tuning needs 1 trial sample, 0 refinements and 1 tilt at least, not "
+                f"{self.trial_samples}, {self.refinements} and {len(self.tilts)}"
+            )
+        for kind in self.kinds or ():
+            check_choice("kinds", kind, tuple(known.value for known in Kind))
+        if self.kinds is not None and not {"stack", "branches"} & set(self.kinds):
+            raise InputError(
+                "kinds must hold 'stack' or 'branches': without a step that reuses everything little is gained"
+            )
+        check_noise_scale(self.eps_scale_grid)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain data."""
+        return asdict(self)
+
+
+def check_speedup(speedup: object) -> None:
+    """Refuse a speed-up that needs no tuning.
+
+    Raises:
+        InputError: it is not a number above 1.
+    """
+    if not is_number(speedup) or not speedup > 1:  # type: ignore[operator]
+        raise InputError(f"a speed-up to tune for must be a number above 1, not {speedup!r}")

@@ -1,0 +1,137 @@
+"""What tuning hands back: the frontier of quality and speed, each point a method that can be saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sostenuto.methods import EBCache
+from sostenuto.table import CacheTable
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan of the frontier, with what real generations showed.
+
+    Attributes:
+        target: the speed-up that was asked for.
+        speedup: the uncached cost over this one's, in the unit of the budget.
+        ideal_speedup: the same by multiply-accumulates.
+        time_speedup: the same by the time that each kind of step took in the instrumented run.
+        error: mean square difference of the final latents to the uncached ones', over their variance.
+        score: what ``score`` says of the images, lower is better; ``None`` where no score was given.
+        table: the plan, the forecasts and the noise scale.
+    """
+
+    target: float
+    speedup: float
+    ideal_speedup: float
+    time_speedup: float
+    error: float
+    score: float | None
+    table: CacheTable
+
+    @property
+    def method(self) -> EBCache:
+        """What is passed to :func:`sostenuto.enable`."""
+        return EBCache(self.table)
+
+    @property
+    def decibels(self) -> float:
+        """Signal over error of the final latents, ``−10 log₁₀ error``: higher is nearer to the uncached images."""
+        return -10 * math.log10(max(self.error, 1e-12))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers and plan as plain data."""
+        scale = self.table.eps_scale
+        return {
+            "target": self.target,
+            "speedup": self.speedup,
+            "ideal_speedup": self.ideal_speedup,
+            "time_speedup": self.time_speedup,
+            "error": self.error,
+            "decibels": self.decibels,
+            "score": self.score,
+            "plan": self.table.strip(),
+            "forecast_order": list(self.table.forecast_orders),
+            "eps_scale": scale[0] if len(set(scale)) == 1 else list(scale),
+        }
+
+
+def pareto(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points that no faster one matches both in nearness and in score, from slow to fast."""
+    ordered = sorted(points, key=lambda point: (point.speedup, -point.error))
+    return tuple(
+        point
+        for place, point in enumerate(ordered)
+        if not any(
+            faster.error <= point.error and (faster.score is None or point.score is None or faster.score <= point.score)
+            for faster in ordered[place + 1 :]
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`sostenuto.tune` found.
+
+    Attributes:
+        point: the point for the speed-up that was asked for; the fastest one where that is out of reach.
+        frontier: from slow to fast the points that no faster one matches in nearness and score.
+        uncached_score: the score of the uncached images, where a score was given.
+        limit: the largest speed-up that a plan of this model can have.
+        notes: what was found on the way that the user should know.
+        work: what it cost, in uncached generations of one row of the denoiser's batch.
+    """
+
+    point: Point
+    frontier: tuple[Point, ...]
+    uncached_score: float | None
+    limit: float
+    notes: tuple[str, ...]
+    work: float
+
+    @property
+    def method(self) -> EBCache:
+        """The method for the speed-up that was asked for."""
+        return self.point.method
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for JSON."""
+        return {
+            "speedup": self.point.speedup,
+            "frontier": [point.as_dict() for point in self.frontier],
+            "uncached_score": self.uncached_score,
+            "limit": self.limit,
+            "notes": list(self.notes),
+            "work": self.work,
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``frontier.json`` and a table for each point, ``tuned-2x.json`` for a target of 2; returns the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "frontier.json"]
+        paths[0].write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        for point in self.frontier:
+            paths.append(folder / f"tuned-{point.target:g}x.json")
+            point.table.save(paths[-1])
+        return paths
+
+    def __str__(self) -> str:
+        scored = self.uncached_score is not None
+        lines = [f"{'target':>7} {'by MACs':>8} {'by time':>8} {'nearness':>9}{'    score' if scored else ''}  plan"]
+        for point in self.frontier:
+            score = f" {point.score:8.3f}" if point.score is not None else ""
+            mark = " ←" if point is self.point else ""
+            lines.append(
+                f"{point.target:6.2f}× {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {point.decibels:6.1f} dB{score}  "
+                f"{point.table.strip()}{mark}"
+            )
+        if scored:
+            lines.append(f"score of the uncached images: {self.uncached_score:.3f}")
+        return "\n".join([*lines, *self.notes])

@@ -1,0 +1,229 @@
+"""The best plan for every budget: dynamic programming over the computed steps, the runs of reuse between them, and the cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning.measurement import Kind, Measurement
+
+_TICKS = 2000  # that the cost of a generation is counted in
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A computed step and the steps after it that reuse what it computed.
+
+    Attributes:
+        length: how many steps reuse it, 0 or more.
+        kind: what they reuse; of no meaning where there are none.
+        order: degree of the forecast that fills them.
+    """
+
+    length: int
+    kind: Kind
+    order: int
+
+
+Schedule = tuple[Segment, ...]
+"""A generation: every segment begins with a computed step."""
+
+
+def cost_of(schedule: Schedule, costs: Mapping[str, float]) -> float:
+    """Mean cost of a step, by the cost of ``"compute"`` and of each kind."""
+    steps = sum(segment.length + 1 for segment in schedule)
+    spent = sum(costs["compute"] + segment.length * costs[segment.kind.value] for segment in schedule)
+    return spent / (steps * costs["compute"])
+
+
+def table_of(schedule: Schedule) -> CacheTable:
+    """The schedule as a cache table."""
+    states: list[StepState] = []
+    orders: list[int] = []
+    for segment in schedule:
+        states += [StepState.COMPUTE, *[segment.kind.state] * segment.length]
+        orders += [0, *[segment.order] * segment.length]
+    stacked = any(segment.length and segment.kind is Kind.STACK for segment in schedule)
+    order = orders[1] if len(set(orders)) == 1 else tuple(orders)
+    return CacheTable(tuple(states), method="tuned", forecast_order=order, fill="stack" if stacked else "branches")
+
+
+Weight = Callable[[Kind, int, int], float]
+"""How much a squared error that a kind of reuse with a forecast of this order makes at a step counts in the end."""
+
+
+class ErrorModel:
+    """How the errors of reuse add up to the error of the final latents, mean square.
+
+    Within a run of reuses the network's errors point in like directions: they are added as vectors, by their measured products,
+    each step's with the square root of its weight. Runs are taken to be independent of one another.
+
+    Args:
+        measured: the instrumented run.
+        weight: what a step's squared error counts.
+        kinds: what may be reused.
+        orders: degrees of the forecasts that may be used.
+    """
+
+    def __init__(
+        self, measured: Measurement, weight: Weight, kinds: Sequence[Kind], orders: Sequence[int] = (0, 1, 2)
+    ) -> None:
+        self.kinds, self.num_steps = tuple(kinds), measured.num_steps
+        self._measured, self._weight, self._orders = measured, weight, tuple(orders)
+        self._best: dict[tuple[int, int, Kind, int], tuple[float, int]] = {}
+
+    def longest(self, kind: Kind) -> int:
+        """Most steps in a row that reuse this kind."""
+        return self._measured.reach[kind].max_run
+
+    def best(self, computed: int, gap: int, kind: Kind, length: int) -> tuple[float, int]:
+        """Least error of a run after a computed step, ``gap`` steps after the one before (0: there is none), and its order."""
+        key = computed, gap, kind, length
+        if key not in self._best:
+            orders = range(len(self._measured.reach[kind].gaps))
+            self._best[key] = min((self.error(*key, order), order) for order in orders if order in self._orders)
+        return self._best[key]
+
+    def error(self, computed: int, gap: int, kind: Kind, length: int, order: int) -> float:
+        """Error of a run of ``length`` steps; infinite where it wasn't measured."""
+        if length == 0:
+            return 0.0
+        if (order and not gap) or length > self.longest(kind) or computed + length >= self.num_steps:
+            return np.inf
+        gaps = self._measured.reach[kind].gaps
+        if order >= len(gaps) or not gaps[order]:
+            return np.inf
+        at = self._measured.reach[kind].gap_index(order, gap)
+        products = self._measured.runs[kind][order, at, computed, :length, :length]
+        steps = range(computed + 1, computed + 1 + length)
+        share = np.sqrt([self._weight(kind, order, step) for step in steps])
+        error = float(share @ products @ share)
+        return np.inf if np.isnan(error) else max(0.0, error)
+
+    def total(self, schedule: Schedule) -> float:
+        """Error of a whole schedule."""
+        total, step, gap = 0.0, 0, 0
+        for segment in schedule:
+            total += self.error(step, gap, segment.kind, segment.length, segment.order)
+            gap = next_gap(segment.kind, segment.length)
+            step += segment.length + 1
+        return total
+
+
+def next_gap(kind: Kind, length: int) -> int:
+    """Distance in steps of a computed step from the one before that left what a forecast needs.
+
+    A step that reuses attention or the MLP alone runs the stack, so that what the stack adds is kept anew there.
+    """
+    return 1 if length and kind in (Kind.ATTENTION, Kind.MLP) else length + 1
+
+
+class Frontier:
+    """The least error for every cost.
+
+    The state of the dynamic program is a computed step and its distance from the one before; a transition is the run of
+    reuses that follows and the next computed step. For every state and cost, counted in ticks, the least error is kept, so
+    that one pass gives the best schedule for every budget. The last step is always computed.
+
+    Args:
+        model: the errors.
+        costs: of a step, ``"compute"`` and each kind.
+    """
+
+    def __init__(self, model: ErrorModel, costs: Mapping[str, float]) -> None:
+        self._model, self._costs = model, costs
+        self._per_step = max(20, _TICKS // model.num_steps)
+        self._ticks = {name: round(cost / costs["compute"] * self._per_step) for name, cost in costs.items()}
+        self._num_ticks = model.num_steps * self._per_step + 1
+        self._runs = [(Kind.STACK, 0)] + [(k, n) for k in model.kinds for n in range(1, model.longest(k) + 1)]
+        self._errors: dict[tuple[int, int], np.ndarray] = {}
+        self._from: dict[tuple[int, int], np.ndarray] = {}  # gap of the state before and run, as one number
+        self._solve()
+
+    def schedule(self, budget: float) -> Schedule | None:
+        """The schedule with the least error whose mean cost of a step is at most ``budget``; ``None`` if there is none."""
+        last = self._model.num_steps - 1
+        top = min(
+            self._num_ticks, round((budget + 0.02) * self._num_ticks)
+        )  # ticks are rounded, the costs below are not
+        ends = [
+            (error, gap, tick)
+            for (step, gap), row in self._errors.items()
+            if step == last
+            for tick, error in enumerate(row[:top].tolist())
+            if error < np.inf
+        ]
+        for _, gap, tick in sorted(ends):
+            found = self._trace(gap, tick)
+            if cost_of(found, self._costs) <= budget + 1e-9:
+                return found
+        return None
+
+    @property
+    def least_cost(self) -> float:
+        """The mean cost of a step of the cheapest schedule."""
+        last = self._model.num_steps - 1
+        ends = [
+            (int(np.flatnonzero(row < np.inf)[0]), gap) for (step, gap), row in self._errors.items() if step == last
+        ]
+        tick, gap = min(ends)
+        return cost_of(self._trace(gap, tick), self._costs)
+
+    def _solve(self) -> None:
+        last, size = self._model.num_steps - 1, self._num_ticks
+        begin = np.full(size, np.inf)
+        begin[self._ticks["compute"]] = 0.0
+        self._errors[0, 0] = begin
+        for step in range(last):
+            for gap in sorted(gap for at, gap in self._errors if at == step):
+                past = self._errors[step, gap] if step == 0 else self._errors.pop((step, gap))
+                for number, (kind, length) in enumerate(self._runs):
+                    if step + length + 1 > last:
+                        continue
+                    error, _ = self._model.best(step, gap, kind, length)
+                    if not np.isfinite(error):
+                        continue
+                    place = step + length + 1, next_gap(kind, length)
+                    if place not in self._errors:
+                        self._errors[place] = np.full(size, np.inf)
+                        self._from[place] = np.full(size, -1, dtype=np.int32)
+                    ticks = (
+                        self._ticks["compute"] + length * self._ticks[kind.value] if length else self._ticks["compute"]
+                    )
+                    moved = past[: size - ticks] + error
+                    better = moved < self._errors[place][ticks:]
+                    self._errors[place][ticks:][better] = moved[better]
+                    self._from[place][ticks:][better] = gap * len(self._runs) + number
+
+    def _trace(self, gap: int, tick: int) -> Schedule:
+        """The schedule that leads to a state of the last step at this cost."""
+        step = self._model.num_steps - 1
+        segments = [Segment(0, Kind.STACK, 0)]
+        while step:
+            before, number = divmod(int(self._from[step, gap][tick]), len(self._runs))
+            kind, length = self._runs[number]
+            step -= length + 1
+            tick -= self._ticks["compute"] + (length * self._ticks[kind.value] if length else 0)
+            gap = before
+            segments.append(Segment(length, kind, self._model.best(step, gap, kind, length)[1] if length else 0))
+        return tuple(segments[::-1])
+
+
+def neighbours(schedule: Schedule) -> Iterator[Schedule]:
+    """Schedules of the same cost: a reuse moved from one run to another, or a run filled by a forecast of another order."""
+    for one, other in itertools.permutations(range(len(schedule)), 2):
+        giving, taking = schedule[one], schedule[other]
+        ends = other == len(schedule) - 1  # the last step stays computed
+        if giving.length and (giving.kind is taking.kind or not taking.length) and abs(one - other) <= 4 and not ends:
+            changed = list(schedule)
+            changed[one] = Segment(giving.length - 1, giving.kind, giving.order if giving.length > 1 else 0)
+            changed[other] = Segment(taking.length + 1, giving.kind, taking.order if taking.length else giving.order)
+            yield tuple(changed)
+    for place, segment in enumerate(schedule):
+        for order in (0, 1, 2):
+            if segment.length and order != segment.order:
+                yield (*schedule[:place], Segment(segment.length, segment.kind, order), *schedule[place + 1 :])

@@ -1,0 +1,380 @@
+"""``sostenuto.tune``: the best plan for a model, its sampler and a budget, with the frontier around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import warnings
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sostenuto import compat
+from sostenuto.calibrations.base import Sample, Score, Settings
+from sostenuto.errors import InputError
+from sostenuto.measured import fingerprint
+from sostenuto.progress import progress
+from sostenuto.sites import has_stack
+from sostenuto.table import CacheTable
+from sostenuto.tuning.advice import notes_on
+from sostenuto.tuning.lab import Lab, Trial
+from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.options import TuneOptions, check_speedup
+from sostenuto.tuning.result import Point, Tuned, pareto
+from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, neighbours, table_of
+from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
+
+_TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
+_NEARNESS = 0.1  # what nearness counts beside the score, in logarithms
+_WHOLES = (Kind.STACK, Kind.BRANCHES)
+_INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
+
+
+def tune(
+    target: Any,
+    sample: Sample,
+    *,
+    num_inference_steps: int = 50,
+    speedup: float = 2.0,
+    num_samples: int = 16,
+    generator: torch.Generator | None = None,
+    score: Score | None = None,
+    score_sample: Sample | None = None,
+    folder: str | Path | None = None,
+    scheduler: Any = None,
+    show_progress: bool = False,
+    options: TuneOptions | None = None,
+) -> Tuned:
+    """Find the plan, the forecasts and the noise scale that give the best quality within a cost, and those for other costs.
+
+    From one instrumented uncached run come, for every step, kind of reuse, lag and forecast, the error in the network's output;
+    from a few disturbed ones, how much of it is left at the end. Dynamic programming finds the plans with the least error for
+    every cost; real generations choose among them, move single reuses and decide the noise scale.
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…)``.
+        num_inference_steps: steps of the sampler.
+        speedup: the speed-up that is wanted, above 1.
+        num_samples: rows of the denoiser's batch in the instrumented run.
+        generator: source of the noise; its seed decides everything.
+        score: judges what ``score_sample`` returned, lower is better (such as a Fréchet distance).
+        score_sample: as ``sample``, for scoring; by default ``sample``.
+        folder: where what was found is kept: the same call goes on where an interrupted one stopped, and tables and
+            ``frontier.json`` are written there.
+        scheduler: for a bare denoiser.
+        show_progress: tell the cost at the start and show a progress bar.
+        options: what else can be chosen.
+
+    Returns:
+        The method for the speed-up and the frontier. Where the speed-up is out of reach, the fastest there is, with a warning.
+
+    Raises:
+        InputError: a speed-up is not above 1, or the folder holds another tuning.
+        MethodError: the sample doesn't run the steps asked for.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    check_speedup(speedup)
+    options = options or TuneOptions()
+    settings = Settings(
+        target, sample, num_inference_steps, num_samples, generator, score, score_sample, scheduler, show_progress
+    )
+    if num_samples < _TOO_FEW:
+        warnings.warn(
+            f"{num_samples} samples are few: the error of a single step is then mostly chance; give {_TOO_FEW} or more",
+            stacklevel=2,
+        )
+    folder = None if folder is None else Path(folder)
+    if folder is not None:
+        _claim(folder, settings, options)
+    with progress(round(options.max_work), "tune (uncached generations, at most)", show_progress) as bar:
+        done = [0.0]
+
+        def spent(work: float) -> None:
+            done[0] += work
+            bar.update(int(done[0]) - int(done[0] - work))
+
+        found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup)).run()
+    if folder is not None:
+        found.save(folder)
+    return found
+
+
+class Planned(NamedTuple):
+    """A plan, with what says how much error its changes would make."""
+
+    plan: Schedule
+    model: ErrorModel
+
+
+class _Tuner:
+    """One tuning, stage by stage."""
+
+    def __init__(self, lab: Lab, options: TuneOptions, speedup: float) -> None:
+        self.lab, self.options, self.speedup = lab, options, speedup
+        self.scored = lab.settings.score is not None
+        self.by_score = self.scored and options.prefer == "score"
+        self.notes: list[str] = []
+        self._frontiers: dict[tuple[tuple[Kind, ...], float], tuple[ErrorModel, Frontier]] = {}
+
+    def run(self) -> Tuned:
+        """Measure, search, try, and put together."""
+        kinds = _kinds(self.lab.settings.target, self.options)
+        self._check_work(kinds)
+        self._tell(kinds, self.lab.trial(None))
+        self.measured = self.lab.measure(kinds)
+        self.notes += notes_on(self.measured)
+        self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
+        self.weights = probe(self.lab, self.measured)
+        targets = self._targets()
+        pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
+        tilt = self._choose_tilt(pivot)
+        plans = {target: self._refined(self._planned(target, tilt)) for target in targets}
+        scale = self._choose_scale(plans[pivot])
+        order = sorted(targets, key=lambda target: abs(target - pivot))  # what matters most before the budget runs out
+        points = [self._point(target, plans[target], scale) for target in order]
+        frontier = pareto(points)
+        reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
+        return Tuned(
+            point=(reached or [frontier[-1]])[0],
+            frontier=frontier,
+            uncached_score=self.lab.scored(None).score if self.scored else None,
+            limit=self.limit,
+            notes=tuple(self.notes),
+            work=self.lab.work,
+        )
+
+    # --- what is possible ----------------------------------------------------------------------------------------
+
+    def _targets(self) -> list[float]:
+        """The speed-ups within reach, slow to fast."""
+        self.limit = 1 / min(self._frontier(family, self.options.tilts[0])[1].least_cost for family in self._families)
+        wanted = sorted({*map(float, self.options.speedups), self.speedup})
+        if self.speedup <= self.limit:
+            return [target for target in wanted if target <= self.limit]
+        self._warn(
+            f"a speed-up of {self.speedup:g} is out of reach: in {self.measured.num_steps} steps this model can be made "
+            f"{self.limit:.2f} times as fast by {self.options.budget} at most; the fastest point of the frontier is returned"
+        )
+        return [target for target in wanted if target <= self.limit] + [self.limit]
+
+    @cached_property
+    def _families(self) -> list[tuple[Kind, ...]]:
+        """The kinds of reuse that a plan may be made of; the first of each family reuses all of a step."""
+        partial = tuple(kind for kind in self.measured.runs if kind not in _WHOLES)
+        wholes = [kind for kind in _WHOLES if kind in self.measured.runs]
+        return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
+
+    def _frontier(self, family: tuple[Kind, ...], tilt: float) -> tuple[ErrorModel, Frontier]:
+        if (family, tilt) not in self._frontiers:
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family)
+            self._frontiers[family, tilt] = model, Frontier(model, self.costs)
+        return self._frontiers[family, tilt]
+
+    # --- choosing by result --------------------------------------------------------------------------------------
+
+    def _planned(self, target: float, tilt: float) -> Planned:
+        """The best of the families' plans for a target."""
+        found: dict[Schedule, Planned] = {}
+        for family in self._families:
+            model, frontier = self._frontier(family, tilt)
+            plan = frontier.schedule(1 / target)
+            if plan is not None:
+                found.setdefault(plan, Planned(plan, model))
+        return min(found.values(), key=lambda planned: self.lab.trial(self._table(planned.plan)).error)
+
+    def _choose_tilt(self, pivot: float) -> float:
+        tilts = self.options.tilts
+        plans = {tilt: self._planned(pivot, tilt).plan for tilt in tilts}
+        if not self.by_score or len(set(plans.values())) == 1:
+            return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
+        if not self._can_spend(self._scoring_cost(len(tilts) / pivot)):
+            return tilts[0]
+        return min(tilts, key=lambda tilt: _merit(self.lab.scored(self._table(plans[tilt]))))
+
+    def _refined(self, planned: Planned) -> Schedule:
+        """The plan after local changes, each tried for real, those first that the model likes best."""
+        plan, model = planned
+        best, tried = self.lab.trial(self._table(plan)).error, {plan}
+        for _ in range(self.options.refinements):
+            fresh = {other: model.total(other) for other in neighbours(plan) if other not in tried}
+            step = min(fresh, key=fresh.__getitem__, default=None)
+            work = self.options.trial_samples * cost_of(plan, self.measured.macs)
+            if step is None or fresh[step] == float("inf") or not self._can_spend(work):
+                break
+            tried.add(step)
+            error = self.lab.trial(self._table(step)).error
+            if error < best:
+                plan, best = step, error
+        return plan
+
+    def _choose_scale(self, plan: Schedule) -> float | None:
+        """b; ``None`` restores the norm of the uncached sampler's noise at every step."""
+        table = self._table(plan)
+        if not self.lab.trial(table).norms:
+            return 1.0
+        if not self.by_score:
+            kept, matched = self.lab.trial(table).error, self.lab.trial(self._matched(table)).error
+            return 1.0 if kept <= matched else None
+        scores: dict[float | None, float] = {}
+        grid = sorted({*self.options.eps_scale_grid, 1.0})
+        waiting: list[float | None] = [1.0, None]
+        while waiting and self._can_spend(self._scoring_cost(cost_of(plan, self.measured.macs))):
+            scale = waiting.pop(0)
+            scores[scale] = _merit(self.lab.scored(self._scaled(table, scale)))
+            known = {b: value for b, value in scores.items() if b is not None}
+            best = grid.index(min(known, key=known.__getitem__))
+            nearby = [grid[place] for place in (best - 1, best + 1) if 0 <= place < len(grid)]
+            waiting += [b for b in nearby if b not in scores and b not in waiting]
+        return min(scores, key=scores.__getitem__, default=1.0)
+
+    # --- tables --------------------------------------------------------------------------------------------------
+
+    def _table(self, plan: Schedule) -> CacheTable:
+        return replace(table_of(plan), **self.measured.made_for, macs_fraction=cost_of(plan, self.measured.macs))
+
+    def _scaled(self, table: CacheTable, scale: float | None) -> CacheTable:
+        if scale is None:
+            return self._matched(table)
+        return replace(table, eps_scale=(scale,) * table.num_inference_steps)
+
+    def _matched(self, table: CacheTable) -> CacheTable:
+        """The table with the factor at every step, computed or reused, that restores the norm of the uncached noise."""
+        wanted, norms = self.lab.trial(None).norms, self.lab.trial(table).norms
+        return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
+
+    def _point(self, target: float, plan: Schedule, scale: float | None) -> Point:
+        table = self._scaled(self._table(plan), scale)
+        share = cost_of(plan, self.measured.macs)
+        scored = self.scored and self._can_spend(self._scoring_cost(share))
+        trial = self.lab.scored(table) if scored else self.lab.trial(table)
+        how = {
+            "num_samples": self.measured.num_samples,
+            "seed": self.lab.settings.seed,
+            "budget": self.options.budget,
+            "target": target,
+            "noise_scale": "matched" if scale is None else scale,
+            "error": trial.error,
+            "score": trial.score,
+        }
+        return Point(
+            target=target,
+            speedup=1 / cost_of(plan, self.costs),
+            ideal_speedup=1 / cost_of(plan, self.measured.macs),
+            time_speedup=1 / cost_of(plan, self.measured.times),
+            error=trial.error,
+            score=trial.score,
+            table=replace(table, calibration=how),
+        )
+
+    # --- what it costs -------------------------------------------------------------------------------------------
+
+    def _scoring_cost(self, share: float) -> float:
+        """Cost of scoring a plan that costs this share of an uncached generation."""
+        return self.lab.scored(None).work * share
+
+    def _can_spend(self, work: float) -> bool:
+        """Whether so much more may be done; says so once where it may not."""
+        if self.lab.work + work <= self.options.max_work:
+            return True
+        words = (
+            f"the work of {self.options.max_work:.0f} uncached generations was used up: fewer changes and scores were tried "
+            "than asked for; give fewer speedups, a smaller score_sample, or a larger max_work"
+        )
+        if words not in self.notes:
+            self.notes.append(words)
+        return False
+
+    def _warn(self, words: str) -> None:
+        self.notes.append(words)
+        warnings.warn(words, stacklevel=5)
+
+    def _least_work(self, kinds: tuple[Kind, ...]) -> float:
+        """About what measuring costs."""
+        settings = self.lab.settings
+        probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
+        return settings.num_samples * (_INSTRUMENTED if len(kinds) > 1 else 1) + probes * max(
+            1, settings.num_samples // 4
+        )
+
+    def _check_work(self, kinds: tuple[Kind, ...]) -> None:
+        least = self._least_work(kinds) + self.options.trial_samples
+        if least > self.options.max_work:
+            raise InputError(
+                f"measuring alone costs about {least:.0f} uncached generations of one row, more than max_work = "
+                f"{self.options.max_work:.0f}: give fewer num_samples or trial_samples, or a larger max_work"
+            )
+
+    def _tell(self, kinds: tuple[Kind, ...], uncached: Trial) -> None:
+        """Say what is to come, where progress is shown."""
+        settings, options = self.lab.settings, self.options
+        if not settings.show_progress:
+            return
+        shares = [1 / target for target in {*options.speedups, self.speedup}]
+        work = self._least_work(kinds)
+        tried = 4 + options.refinements
+        work += options.trial_samples * (1 + sum(shares) * tried + 4 * len(options.tilts) / self.speedup)
+        if self.scored:
+            rows = self.lab.scored(None).work
+            work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
+        work = min(work, options.max_work)
+        minutes = work * uncached.seconds / 60
+        print(
+            f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
+            file=sys.stderr,
+        )
+
+
+def _merit(trial: Trial) -> float:
+    """What a score decides by, lower is better: ``log score + log(error) / 10``.
+
+    A score of few images is partly chance, and two plans of like scores may be worlds apart in nearness: ten times the
+    error must buy a score that is better by a fifth. A score that is not above 0 has no logarithm and counts by itself.
+    """
+    score = 0.0 if trial.score is None else trial.score
+    return score if score <= 0 else math.log(score) + _NEARNESS * math.log(max(trial.error, 1e-9))
+
+
+def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
+    able = [kind for kind in Kind if kind is not Kind.STACK or has_stack(compat.find_denoiser(target))]
+    if options.kinds is None:
+        return tuple(able)
+    kinds = tuple(kind for kind in able if kind.value in options.kinds)
+    if not set(_WHOLES) & set(kinds):
+        raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
+    return kinds
+
+
+def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
+    """Make the folder this tuning's, or refuse one that holds what was found for something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
+    sampler = settings.scheduler if settings.scheduler is not None else settings.target.scheduler
+    weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
+    # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
+    chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
+    config = json.dumps(chosen, sort_keys=True, default=str)
+    made_with = {
+        "model": fingerprint(denoiser),
+        "weights": f"{weights:.8e}",
+        "scheduler": f"{type(sampler).__name__} {hashlib.sha256(config.encode()).hexdigest()[:12]}",
+        "num_inference_steps": settings.num_inference_steps,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed,
+        "trial_samples": options.trial_samples,
+        "kinds": None if options.kinds is None else sorted(options.kinds),
+    }
+    path = folder / "run.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        odd = next((key for key in made_with if known.get(key) != made_with[key]), None)
+        if odd is not None:
+            raise InputError(
+                f"{folder} holds a tuning with another {odd} ({known.get(odd)}, now {made_with[odd]}): use another folder"
+            )
+    path.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,334 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import sostenuto
+from conftest import build_tiny, calm, sample, sample_loop
+from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
+from sostenuto.table import StepState
+from sostenuto.tuning.lab import Lab
+
+STEPS = 10
+QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",))
+
+
+@pytest.fixture(scope="session")
+def measured_before(tmp_path_factory):
+    """The folder of a tuning: what it measured serves the tests that look at what comes after."""
+    folder = tmp_path_factory.mktemp("measured")
+    model = build_tiny()
+    model.scheduler_for_test = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    tuned(model, folder=folder)
+    return folder
+
+
+@pytest.fixture
+def begun(measured_before, tmp_path):
+    """A folder in which the measurements are done."""
+    return shutil.copytree(measured_before, tmp_path / "begun")
+
+
+def tuned(model, options=QUICK, **kwargs):
+    given = dict(num_inference_steps=STEPS, speedup=2.0, num_samples=8, scheduler=model.scheduler_for_test)
+    return tune(model, sample, options=options, **(given | kwargs))
+
+
+def speedup_of(model, method):
+    with sostenuto.enable(model, method, scheduler=model.scheduler_for_test) as handle:
+        sample_loop(model, model.scheduler_for_test, STEPS)
+        return handle.stats.ideal_speedup
+
+
+def error_of(model, table, seed=7):
+    wanted, _ = sample_loop(model, model.scheduler_for_test, STEPS, seed=seed)
+    with sostenuto.enable(model, EBCache(table, eps_scale=1.0), scheduler=model.scheduler_for_test):
+        made, _ = sample_loop(model, model.scheduler_for_test, STEPS, seed=seed)
+    return (made - wanted).square().mean().item()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One tuning with every kind of reuse."""
+    torch.set_num_threads(1)
+    model = build_tiny()
+    model.scheduler_for_test = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    options = TuneOptions(speedups=(1.3, 1.6, 2.5), trial_samples=2, refinements=1, tilts=(0.0, 2.0))
+    return model, tuned(model, options)
+
+
+def test_every_point_has_the_speed_that_the_engine_counts(whole):
+    model, found = whole
+    assert found.frontier
+    for point in found.frontier:
+        assert point.ideal_speedup == pytest.approx(speedup_of(model, point.method), rel=1e-6)
+        assert point.ideal_speedup == pytest.approx(1 / point.table.macs_fraction)
+
+
+def test_every_point_keeps_its_budget_and_the_answer_is_the_one_asked_for(whole):
+    _, found = whole
+    assert all(point.speedup >= point.target * (1 - 1e-9) for point in found.frontier)
+    assert found.point.speedup >= 2.0
+    assert found.method == found.point.method
+
+
+def test_the_frontier_is_one(whole):
+    _, found = whole
+    speeds, errors = ([getattr(point, name) for point in found.frontier] for name in ("speedup", "error"))
+    assert speeds == sorted(speeds)
+    assert errors == sorted(errors)
+
+
+def test_the_plan_is_nearer_to_the_uncached_images_than_a_uniform_one_of_its_cost(whole):
+    model, found = whole
+    point = next(point for point in found.frontier if point.target == 1.6)
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    uniform = CacheTable((c, b, c, b, c, b, c, b, c, c), fill="stack")  # 1.64 times
+    assert speedup_of(model, EBCache(uniform)) <= point.ideal_speedup * 1.1
+    assert sum(error_of(model, point.table, s) for s in (7, 8)) < sum(error_of(model, uniform, s) for s in (7, 8))
+
+
+def test_the_work_is_bounded_and_what_it_left_out_is_said(model, begun):
+    options = replace(QUICK, refinements=0)
+    least = tuned(model, options, folder=begun).work
+    found = tuned(model, replace(options, refinements=50, max_work=least + 5), folder=begun)
+    # What is begun is ended: a plan and its noise scale have a trial each, for both points.
+    assert least < found.work <= least + 5 + 5 * 2
+    assert any("used up" in note for note in found.notes)
+
+
+def test_an_interrupted_tuning_goes_on_and_ends_the_same(model, tmp_path, monkeypatch):
+    whole = tuned(model, folder=tmp_path / "whole")
+    tried = Lab.trial
+    left = [3]
+
+    def failing(self, table):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return tried(self, table)
+
+    monkeypatch.setattr(Lab, "trial", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, folder=tmp_path / "cut")
+    monkeypatch.setattr(Lab, "trial", tried)
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()  # nothing is left attached
+    calls = []
+    again = tuned(model, folder=tmp_path / "cut")
+    assert [p.table.actions for p in again.frontier] == [p.table.actions for p in whole.frontier]
+    assert [p.error for p in again.frontier] == [p.error for p in whole.frontier]
+
+    def counting(pipe, generator, num_inference_steps):
+        calls.append(1)
+        return sample(pipe, generator, num_inference_steps)
+
+    third = tune(
+        model,
+        counting,
+        num_inference_steps=STEPS,
+        num_samples=8,
+        scheduler=model.scheduler_for_test,
+        folder=tmp_path / "cut",
+        options=QUICK,
+    )
+    assert not calls  # all of it was found already
+    assert [p.error for p in third.frontier] == [p.error for p in whole.frontier]
+    assert third.work <= again.work
+
+
+def test_what_is_saved_loads_and_runs(model, begun):
+    found = tuned(model, folder=begun)
+    content = json.loads((begun / "frontier.json").read_text())
+    assert [row["ideal_speedup"] for row in content["frontier"]] == [p.ideal_speedup for p in found.frontier]
+    for point in found.frontier:
+        table = CacheTable.load(begun / f"tuned-{point.target:g}x.json")
+        assert table == point.table
+        assert speedup_of(model, EBCache(table)) == pytest.approx(point.ideal_speedup)
+
+
+def test_a_folder_of_another_tuning_is_refused(model, begun):
+    tuned(model, folder=begun)
+    with pytest.raises(InputError, match="another seed"):
+        tuned(model, folder=begun, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(2)
+    with pytest.raises(InputError, match="another weights"):
+        tuned(model, folder=begun)
+
+
+def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):
+    """diffusers notes which values are defaults, in an order that is another in every process."""
+    config = dict(model.scheduler_for_test.config)
+    model.scheduler_for_test = DDPMScheduler.from_config(config)
+    model.scheduler_for_test.register_to_config(_use_default_values=["trained_betas"])
+    assert tuned(model, folder=begun).frontier
+
+
+def test_out_of_reach_the_limit_is_said_and_the_frontier_returned(model, begun):
+    with pytest.warns(UserWarning, match="a speed-up of 50 is out of reach.*at most") as caught:
+        found = tuned(model, speedup=50, folder=begun)
+    assert f"{found.limit:.2f}" in str(caught[0].message)
+    assert found.point is found.frontier[-1]
+    assert found.point.speedup == pytest.approx(found.limit)
+    assert len(found.frontier) > 1
+
+
+@pytest.mark.parametrize("speedup", [1, 0.5, 0, -2, float("nan"), float("inf"), "2", True])
+def test_a_speedup_that_is_none_is_refused(model, speedup):
+    with pytest.raises(InputError, match="above 1"):
+        tuned(model, speedup=speedup)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(speedups=(1.0,)),
+        dict(budget="money"),
+        dict(prefer="taste"),
+        dict(trial_samples=0),
+        dict(tilts=()),
+        dict(kinds=("attention",)),
+        dict(kinds=("heads",)),
+        dict(eps_scale_grid=(0.0,)),
+    ],
+)
+def test_options_without_meaning_are_refused(wrong):
+    with pytest.raises(sostenuto.SostenutoError):
+        TuneOptions(**wrong)
+
+
+def test_few_samples_are_warned_of(model):
+    with pytest.warns(UserWarning, match="2 samples are few"):
+        tuned(model, num_samples=2)
+
+
+def test_a_sample_that_ignores_the_steps_is_refused_and_leaves_nothing_attached(model):
+    with pytest.raises(MethodError, match="5 steps instead of 10"):
+        tune(
+            model,
+            lambda m, g, num_inference_steps: sample(m, g, 5),
+            num_inference_steps=STEPS,
+            scheduler=model.scheduler_for_test,
+        )
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(model):
+    def never(*_, **__):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="fewer num_samples"):
+        tune(model, never, num_samples=900, scheduler=model.scheduler_for_test)
+
+
+@pytest.mark.parametrize("best", [0.98, 1.01])
+def test_the_score_chooses_b_on_either_side_of_one(model, begun, best):
+    options = TuneOptions(speedups=(1.5,), trial_samples=2, refinements=0, tilts=(0.0,), kinds=("stack",))
+    plain = tuned(model, options, speedup=1.5, folder=begun).point.table
+    with sostenuto.enable(model, EBCache(plain, eps_scale=best), scheduler=model.scheduler_for_test):
+        wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations
+
+    def score(images):
+        return (images - wanted).norm().item() - 1000  # of any sign
+
+    found = tuned(model, options, speedup=1.5, folder=begun, score=score)
+    assert set(found.point.table.eps_scale) == {best}
+    assert found.point.score == pytest.approx(-1000, abs=1e-5)
+    assert found.uncached_score > -1000
+
+
+def test_without_a_score_the_norm_of_the_noise_is_matched_only_where_that_is_nearer(model, begun):
+    point = tuned(model, folder=begun).point
+    plain = error_of(model, point.table)
+    with sostenuto.enable(model, point.method, scheduler=model.scheduler_for_test):
+        made, _ = sample_loop(model, model.scheduler_for_test, STEPS, seed=7)
+    wanted, _ = sample_loop(model, model.scheduler_for_test, STEPS, seed=7)
+    assert (made - wanted).square().mean().item() <= plain * 1.05
+
+
+def test_where_features_are_noisy_they_are_filled_with_their_last_value(model):
+    """As quantised activations are: a forecast doubles what is random in them."""
+    calm(model)
+    for block in model.transformer_blocks:
+        block.attn1.to_out[0].register_forward_hook(lambda _m, _i, output: output + 0.3 * torch.sin(1e5 * output))
+    found = tuned(model, replace(QUICK, refinements=0))
+    assert any("forecasts hurt" in note for note in found.notes)
+    assert any("noise floor" in note for note in found.notes)
+    orders = [
+        order
+        for point in found.frontier
+        for state, order in zip(point.table.actions, point.table.forecast_orders, strict=True)
+        if state is not StepState.COMPUTE
+    ]
+    assert orders.count(0) >= 0.75 * len(orders)  # the samples are few: chance may choose one
+
+
+def test_separate_passes_are_measured_and_cached_too(model):
+    def guided(pipe, generator, num_inference_steps):
+        return sample(pipe, generator, num_inference_steps, separate_guidance=True)
+
+    found = tune(
+        model,
+        guided,
+        num_inference_steps=8,
+        speedup=1.5,
+        num_samples=8,
+        scheduler=model.scheduler_for_test,
+        options=QUICK,
+    )
+    with sostenuto.enable(model, found.method, scheduler=model.scheduler_for_test) as handle:
+        sample_loop(model, model.scheduler_for_test, 8, separate_guidance=True)
+        assert handle.stats.ideal_speedup >= 1.5
+        assert handle.stats.num_passes == 2
+
+
+def test_the_budget_may_be_time(model, begun):
+    options = TuneOptions(
+        speedups=(1.5,), budget="time", trial_samples=2, refinements=0, tilts=(0.0,), kinds=("stack",)
+    )
+    found = tuned(model, options, speedup=1.5, folder=begun)
+    assert found.point.speedup == found.point.time_speedup >= 1.5
+
+
+def test_an_instrumented_run_is_the_uncached_one(model):
+    from sostenuto.calibrations.base import Tapped
+    from sostenuto.engine import attach
+    from sostenuto.tuning.instrument import Instrument
+    from sostenuto.tuning.measurement import Kind, reaches
+
+    wanted, _ = sample_loop(model, model.scheduler_for_test, STEPS)
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
+        handle.driver = instrument
+        made, _ = sample_loop(model, model.scheduler_for_test, STEPS)
+    assert torch.equal(made, wanted)
+    measured = instrument.result(2, 0.0)
+    assert measured.macs["compute"] == 1.0
+    assert measured.macs["stack"] < measured.macs["mlp"] < 1
+
+
+def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
+    """Against a plan with one reuse: up to its step all is uncached, so its output differs by just the measured error."""
+    from sostenuto.calibrations.base import Tapped
+    from sostenuto.engine import attach
+    from sostenuto.tuning.instrument import Instrument
+    from sostenuto.tuning.measurement import Kind, reaches
+
+    _, fresh = sample_loop(model, model.scheduler_for_test, STEPS)
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = handle.driver = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
+        sample_loop(model, model.scheduler_for_test, STEPS)
+    measured = instrument.result(2, 0.0)
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    for kind, fill in ((Kind.STACK, "stack"), (Kind.BRANCHES, "branches")):
+        for order, actions in ((0, (c, c, b)), (1, (c, c, b)), (2, (c, c, c, b))):
+            step = len(actions) - 1
+            table = CacheTable(actions + (c,) * (STEPS - step - 1), forecast_order=order, fill=fill)
+            with sostenuto.enable(model, EBCache(table), scheduler=model.scheduler_for_test):
+                _, outputs = sample_loop(model, model.scheduler_for_test, STEPS)
+            error = (outputs[step] - fresh[step]).square().mean().item()
+            at = measured.reach[kind].gap_index(order, 1)
+            assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
