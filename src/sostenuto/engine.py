@@ -20,9 +20,11 @@ from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor
 from sostenuto.features import Feature, leaves, mapped
+from sostenuto.finite import FiniteCheck
 from sostenuto.foreign import has_foreign_cache
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
+from sostenuto.methods.checks import is_whole
 from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
@@ -35,7 +37,14 @@ _ATTRIBUTE = "_sostenuto_handle"
 class Handle:
     """A method attached to a denoiser. Also a context manager that disables at its end."""
 
-    def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any], method: Method, max_cache_bytes: int | None):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Callable[[], Any],
+        method: Method,
+        max_cache_bytes: int | None,
+        check_finite: bool = False,
+    ) -> None:
         self._caller = denoiser  # what the pipeline calls; may be what torch.compile made of the denoiser
         self._denoiser = compat.unwrapped(denoiser)
         self._compiled = compat.is_compiled(denoiser)
@@ -51,8 +60,8 @@ class Handle:
         self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
         self._clock = Clock(self._scheduler, self._reader.given_as)
+        self._max_cache_bytes, self._checks_finite = max_cache_bytes, check_finite
         self._make_taps()
-        self._max_cache_bytes = max_cache_bytes
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
@@ -85,19 +94,22 @@ class Handle:
 
     def _make_taps(self) -> None:
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
-        self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
-        self._executor = Executor(self._denoiser, self.sites, self._taps, self._observers)
+        paths = self.method.observed(self._denoiser)
+        observers = [Observer(path, self._denoiser.get_submodule(path)) for path in paths]
+        finite = FiniteCheck(self._taps) if self._checks_finite else None
+        self._executor = Executor(self._denoiser, self.sites, self._taps, observers, finite)
+        # Taps come last: what stands within a tap hears of what is computed alone.
+        self._attached = (*(finite.watchers if finite else ()), *observers, *self._taps)
 
     def _attach_taps(self) -> None:
-        attached = (*self._observers, *self._taps)
-        for tap in attached:
+        for tap in self._attached:
             tap.attach()
         self._surroundings = Surroundings(
-            self._denoiser, (module for tap in attached for module in tap.modules_replaced)
+            self._denoiser, (module for tap in self._attached for module in tap.modules_replaced)
         )
-        for tap in attached:
+        for tap in self._attached:
             tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
-        self._check_graph(any(tap.in_graph for tap in attached))
+        self._check_graph(any(tap.in_graph for tap in self._attached))
 
     def _check_graph(self, in_graph: bool) -> None:
         for part in parts(self.method):
@@ -116,8 +128,7 @@ class Handle:
 
     def _settle(self, between: bool) -> None:
         """Make sure that every tap is still in its place; between generations put them in place again."""
-        attached = (*self._observers, *self._taps)
-        if self._surroundings.stand(between) and all(tap.stands for tap in attached):
+        if self._surroundings.stand(between) and all(tap.stands for tap in self._attached):
             return
         if not between:
             raise EngineError(
@@ -130,7 +141,7 @@ class Handle:
         self._record, self._dry_runs, self._signatures = None, [], {}
 
     def _detach_taps(self) -> None:
-        for tap in reversed((*self._observers, *self._taps)):
+        for tap in reversed(self._attached):
             tap.detach()
 
     def disable(self) -> None:
@@ -427,6 +438,7 @@ def attach(
     *,
     scheduler: Any = None,
     max_cache_bytes: int | None = None,
+    check_finite: bool = False,
     denoiser: Any = None,
 ) -> Handle:
     """Attach a method to one denoiser, the only one of a pipeline where none is named; :func:`sostenuto.enable` says more.
@@ -447,11 +459,15 @@ def attach(
         method = by_name(method)
     if not isinstance(method, Method):
         raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
-    if max_cache_bytes is not None and not (isinstance(max_cache_bytes, int) and max_cache_bytes >= 0):
+    if max_cache_bytes is not None and not is_whole(max_cache_bytes, least=0):
         raise MethodError(f"max_cache_bytes must be a whole number of 0 or more, not {max_cache_bytes!r}")
+    if not isinstance(check_finite, bool):
+        raise MethodError(f"check_finite is true or false, not {check_finite!r}")
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
-    handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)
+    handle = Handle(
+        denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes, check_finite
+    )
     handle._attach()
     return handle
 

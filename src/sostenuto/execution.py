@@ -17,6 +17,7 @@ from sostenuto.correct import keep_variance
 from sostenuto.cost import Carried, Cost
 from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
+from sostenuto.finite import FiniteCheck
 from sostenuto.forecast import lagrange_weights
 from sostenuto.foreign import parallel_group
 from sostenuto.plan import Action, Op, Plan
@@ -34,12 +35,18 @@ class Executor:
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
+        finite: looks for NaN and infinity, where that was asked for.
     """
 
     def __init__(
-        self, denoiser: nn.Module, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]
+        self,
+        denoiser: nn.Module,
+        sites: Sequence[Site],
+        taps: Sequence[Tap],
+        observers: Sequence[Observer],
+        finite: FiniteCheck | None = None,
     ) -> None:
-        self._denoiser = denoiser
+        self._denoiser, self._finite = denoiser, finite
         self._sites, self._taps, self._observers = sites, taps, observers
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
@@ -75,6 +82,7 @@ class Executor:
 
         Raises:
             EngineError: a site was not reached, or the network wrote into what is kept.
+            NotFiniteError: a feature holds NaN or infinity, where that is looked for.
         """
         if any(op & Op.SHARE for op in ops):
             check_guidance_halves(next(leaves(call.latents)))
@@ -110,7 +118,11 @@ class Executor:
                     observer.hear = state.selector.observe
         scored = 0 if state.selector is None else state.selector.macs
         try:
+            if self._finite is not None:
+                self._finite.begin(call.latents)
             output = self._run(state, call)
+            if self._finite is not None:
+                self._finite.end(step, output)
             self._check_reached(state)
             for (tap, slot), version in zip(reused, written, strict=True):
                 if not tap.in_graph and versions(slot) != version:
@@ -123,6 +135,8 @@ class Executor:
                 tap.reset()
             for observer in self._observers:
                 observer.hear = None
+            if self._finite is not None:
+                self._finite.leave()
             note(carried)
 
     def _allocate(self, state: PassState, cost: Cost, index: int) -> bool:
