@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.correct import Conversion, TimeShifter, check_noise_scale, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, autocast_state, spec
+from sostenuto.cost import Carried, Cost, DryRun, TensorSpec, autocast_state, spec
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor
 from sostenuto.features import Feature, leaves, mapped
@@ -27,11 +28,12 @@ from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.methods.checks import is_whole
 from sostenuto.plan import Action, Op, Plan, Program, fit, lower, peak_bytes
 from sostenuto.probe import Prober
-from sostenuto.state import Call, PassState
+from sostenuto.state import Call, PassState, Policy
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
 
 _ATTRIBUTE = "_sostenuto_handle"
+_MOST_DRY_RUNS = 64  # of calls of different shapes that are remembered from generation to generation
 
 
 class Handle:
@@ -74,7 +76,6 @@ class Handle:
         self._record: Record | None = None
         self._dry_runs: list[DryRun] = []
         self._signatures: dict[Any, int] = {}
-        self._generation_signature = 0
         self._busy = threading.Lock()
         self._taps_in_use = threading.RLock()  # by a call or a dry run
 
@@ -202,20 +203,55 @@ class Handle:
 
     @property
     def predicted_cache_bytes(self) -> int | None:
-        """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call."""
-        return None if self._record is None else self._bytes_per_pass() * self._record.num_passes
+        """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call.
 
-    def _bytes_per_pass(self) -> int:
+        What its passes keep is added up as far as they are kept together, those that it has had by now.
+        """
+        if self._record is None:
+            return None
+        steps: dict[int, dict[int, int]] = {}  # the passes of each step, with the signature of their calls
+        for step, pass_index, signature, _ in self._record.calls:
+            steps.setdefault(step, {})[pass_index] = signature
+        sizes = {
+            signature: self._bytes_per_pass(signature) for signature in {*chain(*(s.values() for s in steps.values()))}
+        }
+        # A pass that is not called at a step is given up at the next one.
+        return max(
+            (sum(map(sizes.__getitem__, (steps.get(step - 1, {}) | now).values())) for step, now in steps.items()),
+            default=0,
+        )
+
+    def _bytes_per_pass(self, signature: int) -> int:
+        """Most bytes that a pass whose calls have this signature keeps."""
         assert self._facts is not None
-        sizes, residuals = self._sizes()
-        policy = self.method.policy(self._facts)
-        if policy is not None:
-            return sum(sizes) * (policy.forecast_order + 2)  # one for its signal, which is as large as an output
-        return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes, residuals)
+        plan = self._fitting_plan(signature)
+        if plan is None:
+            policy = self._fitting_policy(signature)
+            return 0 if policy is None else self._policy_bytes(policy, signature)
+        return peak_bytes(lower(plan, self._facts.first_step), plan.num_slots, *self._sizes(signature))
 
-    def _sizes(self) -> tuple[list[int], list[int]]:
+    def _fitting_plan(self, signature: int) -> Plan | None:
+        """The plan of a pass that begins, with what it would keep too much of computed always."""
+        if self._plan is None or self._max_cache_bytes is None:
+            return self._plan
+        sizes, residuals = self._sizes(signature)
+        return fit(self._plan, sizes, self._max_cache_bytes, residuals)
+
+    def _fitting_policy(self, signature: int) -> Policy | None:
+        """What decides for a pass that begins; none where what it would keep doesn't fit, and everything is computed."""
+        assert self._facts is not None
+        policy, most = self.method.policy(self._facts), self._max_cache_bytes
+        return policy if policy is None or most is None or self._policy_bytes(policy, signature) <= most else None
+
+    def _policy_bytes(self, policy: Policy, signature: int) -> int:
+        """Most bytes of a pass with a policy: outputs of its site, and its signal, which is as large as the main stream."""
+        (output,) = self._cost(signature).site_outputs
+        sizes = [spec.nbytes for spec in leaves(output, TensorSpec)]
+        return sum(sizes) * (policy.forecast_order + 1) + max(sizes, default=0)
+
+    def _sizes(self, signature: int) -> tuple[list[int], list[int]]:
         """Bytes of one output and of one residual of every site."""
-        cost = self._cost(self._generation_signature)
+        cost = self._cost(signature)
         return cost.output_bytes, cost.residual_bytes
 
     def _cost(self, signature: int) -> Cost:
@@ -278,6 +314,8 @@ class Handle:
         if tick.new_generation:
             self._check_neighbours()
             self._decide(tick)
+            if len(self._dry_runs) > _MOST_DRY_RUNS:  # nothing is read of generations before this one
+                self._record, self._dry_runs, self._signatures = None, [], {}
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
@@ -342,12 +380,9 @@ class Handle:
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
     def _begin(self, call: Call) -> None:
-        self._record, self._generation_signature = Record(self._clock.source), call.signature
+        self._record = Record(self._clock.source)
         for dry_run in self._dry_runs[: call.signature]:
             dry_run.forget_arguments()
-        if self._max_cache_bytes is not None and self._plan is not None:
-            sizes, residuals = self._sizes()
-            self._plan = fit(self._plan, sizes, self._max_cache_bytes, residuals)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         # What a pass that left out a step keeps is of no use any more.
@@ -392,11 +427,10 @@ class Handle:
         assert self._facts is not None
         sites = len(self.sites)
         selector = self.method.selector(self._facts, next(leaves(call.latents)))
-        if self._plan is not None:
-            return PassState(lower(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
-        policy = None if self.driver is not None else self.method.policy(self._facts)
-        if policy is not None and self._max_cache_bytes is not None and self._bytes_per_pass() > self._max_cache_bytes:
-            policy = None
+        plan = self._fitting_plan(call.signature)
+        if plan is not None:
+            return PassState(lower(plan, tick.step), sites, plan.num_slots, selector=selector)
+        policy = None if self.driver is not None else self._fitting_policy(call.signature)
         num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
         # One row serves every step: a policy decides, or nothing is ever skipped.
         row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
