@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import fuzzing
 import memory_checks
-
 import sampling_machine
 
 _PHASES = [Phase.generate]  # a failure is shown by its seed; making it small takes long
@@ -57,14 +56,18 @@ def sampling(options: argparse.Namespace, machine: type, steps: int, note: str) 
 def inputs(options: argparse.Namespace) -> dict[str, Any]:
     """Hostile files, parameters and command lines, shared out over what reads them."""
     faults: list[str] = []
-    run = settings(
-        max_examples=2_000, deadline=None, database=None, phases=_PHASES, suppress_health_check=list(HealthCheck)
-    )
     fuzzing.COUNTS.clear()
     with tqdm(total=options.inputs, unit="input", desc="inputs", mininterval=10) as bar:
         chunk = 0
         while fuzzing.COUNTS.total() < options.inputs:
-            for name, target in fuzzing.TARGETS.items():
+            for name, (target, share) in fuzzing.TARGETS.items():
+                run = settings(
+                    max_examples=int(2_000 * share),
+                    deadline=None,
+                    database=None,
+                    phases=[Phase.explicit, *_PHASES],
+                    suppress_health_check=list(HealthCheck),
+                )
                 test = run(seed(options.seed + chunk)(target()))
                 faults += _failures(test, f"{name}, seed {options.seed + chunk}")
                 bar.update(min(fuzzing.COUNTS.total(), options.inputs) - bar.n)

@@ -204,7 +204,10 @@ class Executor:
             output = call.inner(*call.args, **call.kwargs)
             if tap.op == Op.STORE:
                 tap.store(compat.values_of(output))
-                state.template = compat.with_values(output, mapped(lambda tensor: tensor[:0], compat.values_of(output)))
+                hollow = mapped(
+                    lambda tensor: tensor.new_empty(0), compat.values_of(output)
+                )  # a view would keep it all
+                state.template = compat.with_values(output, hollow)
             return output
         newest = kept(tap.slots[1 if tap.op == Op.EXTEND else 0])
         values = compat.map_prediction(tap.filled(tap.op), keep_variance, compat.prediction_of(newest), call.latents)
