@@ -258,7 +258,7 @@ def test_what_is_no_router_is_refused_in_one_sentence(tmp_path, monkeypatch):
         assert "\n" not in str(refused.value)
     with pytest.raises(TableError, match="from a path"):
         Router.load(None)
-    monkeypatch.setattr("sostenuto.router._MAX_BYTES", 10)
+    monkeypatch.setattr("sostenuto.measured._MAX_BYTES", 10)
     with pytest.raises(TableError, match="bytes: that is no router"):
         Router.load(tmp_path / "bare")
 

@@ -120,7 +120,10 @@ class BlocksTap(Tap):
             if op == Op.STORE:
                 output = compute(*args, **kwargs)
                 return self._keep(streams, output) if is_last else output
-            return self._standing_in if is_last else streams.handed_on(args, kwargs)
+            if not is_last:
+                return streams.handed_on(args, kwargs)
+            standing_in, self._standing_in = self._standing_in, None
+            return standing_in
 
         return forward
 
@@ -148,6 +151,7 @@ class BlocksTap(Tap):
         else:
             # Made now: the network may write into the streams that are handed on.
             self._standing_in = self._streams[-1].each(self.filled(op), self._entry, self._add)
+            self._entry = {}
 
     def _keep(self, streams: _Streams, output: Feature) -> Feature:
         watched = self.site.residual and not torch.compiler.is_compiling()
@@ -191,8 +195,9 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         if self.watch == "front-residual":
-            assert self._beginning is not None
-            return streams.main(args, kwargs) - self._beginning
+            beginning, self._beginning = self._beginning, None
+            assert beginning is not None
+            return streams.main(args, kwargs) - beginning
         # Run the block as far as its first attention: the same normalisation and modulation in every family of networks.
         assert self._attention is not None
 

@@ -41,6 +41,7 @@ def normalized_times(num_steps: int) -> tuple[float, ...]:
 
 
 _MOST_PASSES = 4
+_MOST_BACKWARD = 3  # generations of one step in a row, each of which begins before the one before
 _AKIN = 0.125
 
 
@@ -67,6 +68,7 @@ class Clock:
         self._source: Any = None
         self._timesteps: Timesteps | None = None
         self._opening = self._step = -1
+        self._backward = 0  # generations of one step so far, each of which begins before the one before
         self._levels: Levels | None = None  # of the last call
         self._latents: tuple[torch.Tensor, ...] = ()
         self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
@@ -89,7 +91,8 @@ class Clock:
             conditioning: its other arguments, tensors and other values; tell the passes apart.
 
         Raises:
-            ClockError: the scheduler has no timesteps, the timestep is not among them, or the pass can't be told.
+            ClockError: the scheduler has no timesteps, the timestep is not among them, it rises from call to call, or the pass
+                can't be told.
         """
         tensors = tuple(leaves(latents))
         scheduler = self._scheduler()
@@ -119,7 +122,10 @@ class Clock:
                 "finish one generation before the next, and give every pass of a step conditioning of its own"
             )
         if fresh:
+            self._check_direction(step)
             self._opening, self._passes, free = step, [], []
+        elif not again:
+            self._backward = 0
         if fresh or not again:
             self._called = set()
         pass_index = next(iter(free), None)
@@ -131,6 +137,17 @@ class Clock:
         self._levels = levels
         listed = self._timesteps.values
         return Tick(step, pass_index, len(listed), listed, fresh)
+
+    def _check_direction(self, step: int) -> None:
+        """Refuse calls that go through the schedule backwards: each begins a generation, and nothing would ever be reused."""
+        self._backward = self._backward + 1 if step < self._opening else 0
+        if self._backward == _MOST_BACKWARD:
+            raise ClockError(
+                f"the timestep has risen with each of the last {_MOST_BACKWARD + 1} calls, up to step {step}, so that each "
+                "begins a generation and nothing can be reused: if the network is given 1 − t / 1000, declare "
+                "reversed_timestep=True in its anatomy (sostenuto.register_anatomy); if you do sample backwards (inversion), "
+                "pass the inverse scheduler, or disable sostenuto meanwhile"
+            )
 
     def _known(self, conditioning: Sequence[Any]) -> list[int]:
         """The passes with this conditioning."""

@@ -39,7 +39,7 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
         if isinstance(scale, (bool, str)):
             raise TypeError
         values = tuple(float(entry) for entry in entries)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MethodError(f"eps_scale must be a number or one number per step, not {scale!r}") from None
     if not values:
         raise MethodError("eps_scale is empty: give one number per step or one number")

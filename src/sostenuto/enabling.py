@@ -85,6 +85,7 @@ def enable(
     *,
     scheduler: Any = None,
     max_cache_bytes: int | None = None,
+    check_finite: bool = False,
 ) -> Handle | JointHandle | DisabledHandle:
     """Attach a method to a pipeline's denoisers, or to a denoiser itself.
 
@@ -98,6 +99,9 @@ def enable(
         scheduler: the scheduler that drives the denoiser; by default the pipeline's, also when that is replaced later.
         max_cache_bytes: most bytes of kept features for each pass of a generation; where the plan needs more, the last
             sites of the network are computed always. Given here it stands before that of a configuration.
+        check_finite: whether to look for NaN and infinity in the latents, in what every site computes and in the output. It
+            costs one reading of each of these, and the device is waited for once in every call. Such a call then raises
+            :class:`~sostenuto.errors.NotFiniteError`, which names the site and the step, and nothing of it is kept.
 
     Returns:
         A handle with the statistics and ``disable()``; also a context manager. With several denoisers one for all of them.
@@ -122,7 +126,12 @@ def enable(
     try:
         for name, denoiser in compat.find_denoisers(target).items():
             handles[name] = attach(
-                target, method, scheduler=scheduler, max_cache_bytes=max_cache_bytes, denoiser=denoiser
+                target,
+                method,
+                scheduler=scheduler,
+                max_cache_bytes=max_cache_bytes,
+                check_finite=check_finite,
+                denoiser=denoiser,
             )
     except BaseException:
         JointHandle(handles).disable()

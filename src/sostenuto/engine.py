@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,28 +18,37 @@ from sostenuto.attachment import Surroundings, not_copied
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
+from sostenuto.cost import Carried, Cost, DryRun, TensorSpec, autocast_state, signature
 from sostenuto.distributed import lockstep
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor, NeverReachedError
 from sostenuto.features import Feature, leaves
+from sostenuto.finite import FiniteCheck
 from sostenuto.foreign import has_foreign_cache
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, parts
 from sostenuto.plan import Action, Op, Plan, Program, Row, fit, lower, peak_bytes
 from sostenuto.probe import Prober
-from sostenuto.state import Call, PassState
+from sostenuto.state import Call, PassState, Policy
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
 from sostenuto.telemetry import Generation, Reporter
 
 _ATTRIBUTE = "_sostenuto_handle"
+_MOST_DRY_RUNS = 64  # of calls of different shapes that are remembered from generation to generation
 
 
 class Handle:
     """A method attached to a denoiser. Also a context manager that disables at its end."""
 
-    def __init__(self, denoiser: nn.Module, scheduler: Callable[[], Any], method: Method, max_cache_bytes: int | None):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Callable[[], Any],
+        method: Method,
+        max_cache_bytes: int | None,
+        check_finite: bool = False,
+    ) -> None:
         self._caller = denoiser  # what the pipeline calls; may be what torch.compile made of the denoiser
         self._denoiser = compat.unwrapped(denoiser)
         self._compiled = compat.is_compiled(denoiser)
@@ -54,8 +64,8 @@ class Handle:
         self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
         self._clock = Clock(self._scheduler, self._reader.given_as)
+        self._max_cache_bytes, self._checks_finite = max_cache_bytes, check_finite
         self._make_taps()
-        self._max_cache_bytes = max_cache_bytes
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
@@ -71,7 +81,6 @@ class Handle:
         self._record: Record | None = None
         self._dry_runs: list[DryRun] = []
         self._signatures: dict[Any, int] = {}
-        self._generation_signature = 0
         self._busy = threading.Lock()
         self._taps_in_use = threading.RLock()  # by a call or a dry run
         self._reporter = Reporter(self)
@@ -92,19 +101,23 @@ class Handle:
 
     def _make_taps(self) -> None:
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
-        self._observers = [Observer(path, self._denoiser) for path in self.method.observed(self._denoiser)]
-        self._executor = Executor(self._denoiser, self.sites, self._taps, self._observers)
+        paths = self.method.observed(self._denoiser)
+        observers = [Observer(path, self._denoiser.get_submodule(path)) for path in paths]
+        self._observes = bool(observers)
+        finite = FiniteCheck(self._taps) if self._checks_finite else None
+        self._executor = Executor(self._denoiser, self.sites, self._taps, observers, finite)
+        # Taps come last: what stands within a tap hears of what is computed alone.
+        self._attached = (*(finite.watchers if finite else ()), *observers, *self._taps)
 
     def _attach_taps(self) -> None:
-        attached = (*self._observers, *self._taps)
-        for tap in attached:
+        for tap in self._attached:
             tap.attach()
         self._surroundings = Surroundings(
-            self._denoiser, (module for tap in attached for module in tap.modules_replaced)
+            self._denoiser, (module for tap in self._attached for module in tap.modules_replaced)
         )
-        for tap in attached:
+        for tap in self._attached:
             tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
-        self._executor.in_graph = any(tap.in_graph for tap in attached)
+        self._executor.in_graph = any(tap.in_graph for tap in self._attached)
         self._check_graph(self._executor.in_graph)
 
     def _check_graph(self, in_graph: bool) -> None:
@@ -129,7 +142,7 @@ class Handle:
         """
         stand = self._surroundings.stand(between)
         if between or self._executor.in_graph:
-            stand = stand and all(tap.stands for tap in (*self._observers, *self._taps))
+            stand = stand and all(tap.stands for tap in self._attached)
         if stand:
             return
         if not between:
@@ -140,7 +153,7 @@ class Handle:
         self._record, self._dry_runs, self._signatures = None, [], {}
 
     def _detach_taps(self) -> None:
-        for tap in reversed((*self._observers, *self._taps)):
+        for tap in reversed(self._attached):
             tap.detach()
 
     def disable(self) -> None:
@@ -226,20 +239,53 @@ class Handle:
 
     @property
     def predicted_cache_bytes(self) -> int | None:
-        """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call."""
-        return None if self._record is None else self._bytes_per_pass() * self._record.num_passes
+        """Most bytes that a generation like the one last begun keeps, from its plan; ``None`` before the first call.
 
-    def _bytes_per_pass(self) -> int:
+        What its passes keep is added up as far as they are kept together, those that it has had by now.
+        """
+        if self._record is None:
+            return None
+        steps: dict[int, dict[int, int]] = {}  # the passes of each step, with the signature of their calls
+        for step, pass_index, called_like, _ in self._record.calls:
+            steps.setdefault(step, {})[pass_index] = called_like
+        sizes = {like: self._bytes_per_pass(like) for like in {*chain(*(s.values() for s in steps.values()))}}
+        # A pass that is not called at a step is given up at the next one.
+        return max(
+            (sum(map(sizes.__getitem__, (steps.get(step - 1, {}) | now).values())) for step, now in steps.items()),
+            default=0,
+        )
+
+    def _bytes_per_pass(self, signature: int) -> int:
+        """Most bytes that a pass whose calls have this signature keeps."""
         assert self._facts is not None
-        sizes, residuals = self._sizes()
-        policy = self.method.policy(self._facts)
-        if policy is not None:
-            return sum(sizes) * (policy.forecast_order + 2)  # one for its signal, which is as large as an output
-        return 0 if self._plan is None else peak_bytes(lower(self._plan), self._plan.num_slots, sizes, residuals)
+        plan = self._fitting_plan(signature)
+        if plan is None:
+            policy = self._fitting_policy(signature)
+            return 0 if policy is None else self._policy_bytes(policy, signature)
+        return peak_bytes(lower(plan, self._facts.first_step), plan.num_slots, *self._sizes(signature))
 
-    def _sizes(self) -> tuple[list[int], list[int]]:
+    def _fitting_plan(self, signature: int) -> Plan | None:
+        """The plan of a pass that begins, with what it would keep too much of computed always."""
+        if self._plan is None or self._max_cache_bytes is None:
+            return self._plan
+        sizes, residuals = self._sizes(signature)
+        return fit(self._plan, sizes, self._max_cache_bytes, residuals)
+
+    def _fitting_policy(self, signature: int) -> Policy | None:
+        """What decides for a pass that begins; none where what it would keep doesn't fit, and everything is computed."""
+        assert self._facts is not None
+        policy, most = self.method.policy(self._facts), self._max_cache_bytes
+        return policy if policy is None or most is None or self._policy_bytes(policy, signature) <= most else None
+
+    def _policy_bytes(self, policy: Policy, signature: int) -> int:
+        """Most bytes of a pass with a policy: outputs of its site, and its signal, which is as large as the main stream."""
+        (output,) = self._cost(signature).site_outputs
+        sizes = [spec.nbytes for spec in leaves(output, TensorSpec)]
+        return sum(sizes) * (policy.forecast_order + 1) + max(sizes, default=0)
+
+    def _sizes(self, signature: int) -> tuple[list[int], list[int]]:
         """Bytes of one output and of one residual of every site."""
-        cost = self._cost(self._generation_signature)
+        cost = self._cost(signature)
         return cost.output_bytes, cost.residual_bytes
 
     def _cost(self, signature: int) -> Cost:
@@ -303,7 +349,9 @@ class Handle:
             self._check_neighbours()
             with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
                 self._decide(tick)
-                agree(self.method, self._plan, bool(self._observers), tick.timesteps, tick.step, self._noise_scale)
+                agree(self.method, self._plan, self._observes, tick.timesteps, tick.step, self._noise_scale)
+            if len(self._dry_runs) > _MOST_DRY_RUNS:  # nothing is read of generations before this one
+                self._record, self._dry_runs, self._signatures = None, [], {}
         else:
             self._settle(between=False)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
@@ -374,12 +422,9 @@ class Handle:
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
 
     def _begin(self, call: Call, num_steps: int) -> None:
-        self._record, self._generation_signature = Record(self._clock.source, num_steps=num_steps), call.signature
+        self._record = Record(self._clock.source, num_steps=num_steps)
         for dry_run in self._dry_runs[: call.signature]:
             dry_run.forget_arguments()
-        if self._max_cache_bytes is not None and self._plan is not None:
-            sizes, residuals = self._sizes()
-            self._plan = fit(self._plan, sizes, self._max_cache_bytes, residuals)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         # What a pass that left out a step keeps is of no use any more.
@@ -424,11 +469,10 @@ class Handle:
         assert self._facts is not None
         sites = len(self.sites)
         selector = self.method.selector(self._facts, next(leaves(call.latents)))
-        if self._plan is not None:
-            return PassState(self._program(self._plan, tick.step), sites, self._plan.num_slots, selector=selector)
-        policy = None if self.driver is not None else self.method.policy(self._facts)
-        if policy is not None and self._max_cache_bytes is not None and self._bytes_per_pass() > self._max_cache_bytes:
-            policy = None
+        plan = self._fitting_plan(call.signature)
+        if plan is not None:
+            return PassState(self._program(plan, tick.step), sites, plan.num_slots, selector=selector)
+        policy = None if self.driver is not None else self._fitting_policy(call.signature)
         num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
         # One row serves every step: a policy decides, or nothing is ever skipped.
         row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
@@ -491,6 +535,7 @@ def attach(
     *,
     scheduler: Any = None,
     max_cache_bytes: int | None = None,
+    check_finite: bool = False,
     denoiser: Any = None,
 ) -> Handle:
     """Attach a method to one denoiser, the only one of a pipeline where none is named; :func:`sostenuto.enable` says more.
@@ -512,9 +557,13 @@ def attach(
     if not isinstance(method, Method):
         raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
     check_max_cache_bytes(max_cache_bytes)
+    if not isinstance(check_finite, bool):
+        raise MethodError(f"check_finite is true or false, not {check_finite!r}")
     if scheduler is None and denoiser is target:
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
-    handle = Handle(denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes)
+    handle = Handle(
+        denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes, check_finite
+    )
     handle._attach()
     return handle
 

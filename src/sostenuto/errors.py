@@ -43,6 +43,10 @@ class EngineError(SostenutoError, RuntimeError):
     """A call took a way through the model that the engine can't follow."""
 
 
+class NotFiniteError(SostenutoError, ArithmeticError):
+    """A feature holds NaN or infinity; the message names the site and the step."""
+
+
 class VerificationError(SostenutoError, RuntimeError):
     """The proof that caching is exact on this model failed; the message names the site."""
 

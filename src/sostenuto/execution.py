@@ -18,6 +18,7 @@ from sostenuto.cost import Carried, Cost
 from sostenuto.distributed.lockstep import groups_of, over
 from sostenuto.errors import EngineError, MethodError
 from sostenuto.features import kept, leaves, mapped, versions
+from sostenuto.finite import FiniteCheck
 from sostenuto.forecast import lagrange_weights
 from sostenuto.plan import Action, Op, Plan, Row
 from sostenuto.sites import Site
@@ -33,12 +34,18 @@ class Executor:
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
+        finite: looks for NaN and infinity, where that was asked for.
     """
 
     def __init__(
-        self, denoiser: nn.Module, sites: Sequence[Site], taps: Sequence[Tap], observers: Sequence[Observer]
+        self,
+        denoiser: nn.Module,
+        sites: Sequence[Site],
+        taps: Sequence[Tap],
+        observers: Sequence[Observer],
+        finite: FiniteCheck | None = None,
     ) -> None:
-        self._denoiser = denoiser
+        self._denoiser, self._finite = denoiser, finite
         self._sites, self._taps, self._observers = sites, taps, observers
         self.in_graph = False  # whether any tap runs within a compiled graph
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
@@ -73,6 +80,7 @@ class Executor:
 
         Raises:
             EngineError: a site was not reached, or the network wrote into what is kept.
+            NotFiniteError: a feature holds NaN or infinity, where that is looked for.
         """
         ops, taps = row.ops, self._taps
         if row.shares_guidance:
@@ -114,7 +122,11 @@ class Executor:
                     observer.hear = state.selector.observe
         scored = 0 if state.selector is None else state.selector.macs
         try:
+            if self._finite is not None:
+                self._finite.begin(call.latents)
             output = self._run(state, call)
+            if self._finite is not None:
+                self._finite.end(step, output)
             self._check_reached(state)
             for (tap, slot), version in zip(read, written, strict=True):
                 if not tap.in_graph and versions(slot) != version:
@@ -128,6 +140,8 @@ class Executor:
                 tap.reset()
             for observer in self._observers:
                 observer.hear = None
+            if self._finite is not None:
+                self._finite.leave()
             note(Carried(carried, tuple(num_tokens), row.decides, scoring))
 
     def _allocate(self, state: PassState, cost: Cost, index: int) -> bool:
@@ -195,7 +209,10 @@ class Executor:
             output = call.inner(*call.args, **call.kwargs)
             if tap.op == Op.STORE:
                 tap.store(compat.values_of(output))
-                state.template = compat.with_values(output, mapped(lambda tensor: tensor[:0], compat.values_of(output)))
+                hollow = mapped(
+                    lambda tensor: tensor.new_empty(0), compat.values_of(output)
+                )  # a view would keep it all
+                state.template = compat.with_values(output, hollow)
             return output
         newest = kept(tap.slots[1 if tap.op == Op.EXTEND else 0])
         values = compat.map_prediction(tap.filled(tap.op), keep_variance, compat.prediction_of(newest), call.latents)

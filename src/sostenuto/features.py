@@ -75,11 +75,20 @@ def combine(slots: Sequence[Feature | None], weights: torch.Tensor) -> Feature:
 
 
 def _combine(tensors: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """More than two are summed in float32: the weights of high orders are large and alternate in sign."""
+    """More than two are summed in float32 at least: the weights of high orders are large and alternate in sign."""
     newest = tensors[0]
     if len(tensors) == 2 and weights.dtype == newest.dtype:  # one pass over memory: older + w₀·(newest − older)
-        return torch.lerp(tensors[1], newest, weights[0])
-    output = newest.float() * weights[0]
+        return _within_range(torch.lerp(tensors[1], newest, weights[0]), newest.dtype)
+    exact = torch.promote_types(newest.dtype, torch.float32)
+    output = newest.to(exact) * weights[0]
     for index in range(1, len(tensors)):
-        output = torch.addcmul(output, tensors[index].float(), weights[index])
-    return output.to(newest.dtype)
+        output = torch.addcmul(output, tensors[index].to(exact), weights[index])
+    return _within_range(output, newest.dtype).to(newest.dtype)
+
+
+def _within_range(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A forecast may overshoot what it is made of: in float16 the largest number stands in for what would be infinite."""
+    if dtype != torch.float16:
+        return output
+    bounds = torch.finfo(dtype)
+    return output.clamp(bounds.min, bounds.max)

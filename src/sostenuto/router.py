@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sostenuto.errors import TableError
+from sostenuto.measured import table_file
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
 from sostenuto.table import CacheTable, in_sampling_order, read_made_for
 
 FORMAT, VERSION = "sostenuto-router", 1
-_MAX_BYTES = 64 * 2**20  # a router of a thousand steps and sites is two megabytes; more is not a router
 _MAX_STEPS = 10_000
 
 
@@ -179,12 +179,8 @@ class Router:
         Raises:
             TableError: the file can't be read or its content is wrong; the message names the field and value.
         """
-        if not isinstance(path, (str, Path)):
-            raise TableError(f"a router is loaded from a path, not from {path!r}")
-        path = Path(path)
+        path = table_file(path, "router")
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise TableError(f"{path} has {path.stat().st_size} bytes: that is no router")
             with safe_open(path, "pt") as file:
                 return _from_file(file)
         except TableError as error:

@@ -137,9 +137,9 @@ class ForecastWeights:
         self._made: dict[tuple[tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def __call__(self, read: tuple[int, ...], feature: Feature) -> torch.Tensor:
-        """The weights of the outputs kept at the steps ``read``; in float32 where more than two are summed."""
+        """The weights of the outputs kept at the steps ``read``; in float32 at least where more than two are summed."""
         newest = next(leaves(feature))
-        dtype = newest.dtype if len(read) == 2 else torch.float32
+        dtype = newest.dtype if len(read) == 2 else torch.promote_types(newest.dtype, torch.float32)
         if (read, dtype) not in self._made:
             values = self._weights(read, self._step)
             self._made[read, dtype] = torch.tensor(values, dtype=dtype, device=newest.device)

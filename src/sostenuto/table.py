@@ -272,20 +272,19 @@ class CacheTable:
 
 
 def _from_npy(path: Path, order: str) -> CacheTable:
+    values: list[Any] | None = None
     try:
         with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            shape, dtype = _npy_header(file)
+            if (
+                len(shape) == 1 and 1 <= shape[0] <= _MAX_STEPS and dtype.kind in "iu"
+            ):  # else the memory that it asks for isn't taken
+                file.seek(0)
+                values = np.lib.format.read_array(file, allow_pickle=False).tolist()
     except Exception as error:  # numpy's parser of hostile headers raises errors of many kinds
         raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 1
-        or not 1 <= array.size <= _MAX_STEPS
-        or array.dtype.kind not in "iu"
-    ):
-        shape = getattr(array, "shape", "?")
-        raise TableError(f"{path} must hold one whole number per step, but has shape {shape}")
-    values = array.tolist()
+    if values is None:
+        raise TableError(f"{path} must hold one whole number per step, but has shape {shape} of {dtype}")
     for index, value in enumerate(values):
         if not 0 <= value < len(_NPY_STATES):
             raise TableError(
@@ -297,6 +296,16 @@ def _from_npy(path: Path, order: str) -> CacheTable:
 def _one_or_all(values: tuple[Any, ...]) -> Any:
     """One value where all are the same."""
     return values[0] if len(set(values)) == 1 else values
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and type that a ``.npy`` file says it has."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"its version is {version}, known are 1.0 and 2.0")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
 
 
 def in_sampling_order(values: list[Any], order: Any) -> list[Any]:

@@ -138,13 +138,18 @@ class Tap(Attachment):
 
 
 class Observer(Attachment):
-    """Tells of every call of a module that a selector observes, while ``hear`` is set."""
+    """Tells of every call of a module in which it is computed, while ``hear`` is set.
 
-    def __init__(self, path: str, denoiser: nn.Module) -> None:
+    Args:
+        path: what is told of it besides its output and keyword arguments.
+        module: the module.
+    """
+
+    def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         self.path = path
         self.hear: Callable[[str, Any, Mapping[str, Any]], None] | None = None
-        self._module = denoiser.get_submodule(path)
+        self._module = module
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
         """The module."""

@@ -326,15 +326,15 @@ class _Training:
         """
         try:
             with safe_open(path, "pt") as file:
-                header = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+                known = file.metadata() == self._header()
+                tensors = {name: file.get_tensor(name) for name in file.keys()} if known else {}  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
             raise TableError(f"{path} can't be read as a checkpoint: {error}") from None
-        if header != self._header():
+        if not known:
             raise MethodError(f"{path} is the checkpoint of a training with other settings: delete it, or name another")
         try:
             self._restore(tensors)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise TableError(f"{path} is not a whole checkpoint: {error}") from None
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -343,6 +343,11 @@ class _Training:
             if name not in ("logits", "curve"):
                 row, moment = name.split(".")
                 moments.setdefault(int(row), {})[moment] = value
+        for row, found in moments.items():
+            shapes = {name: tuple(value.shape) for name, value in found.items()}
+            like = tuple(self.logits[row].shape) if 0 <= row < len(self.logits) else None
+            if shapes != {"step": (), "exp_avg": like, "exp_avg_sq": like}:
+                raise ValueError(f"the optimiser's state of row {row} has shapes {shapes}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for parameter, row in zip(self.logits, tensors["logits"], strict=True):

@@ -55,12 +55,16 @@ class ModelChoice:
             return load_trained_pipeline(self.model)
         from diffusers import DiffusionPipeline
 
-        index = Path(self.model) / "model_index.json"
-        if index.is_file() and json.loads(index.read_text()).get("_class_name") == "DemoPipeline":
-            from sostenuto.demo.pipeline import DemoPipeline
+        from sostenuto.measured import read_json, table_file
 
-            return DemoPipeline.from_pretrained(self.model)
-        return DiffusionPipeline.from_pretrained(self.model)
+        index = Path(self.model) / "model_index.json"
+        if index.is_file():
+            content = read_json(table_file(index, "model index"), "model index")
+            if isinstance(content, dict) and content.get("_class_name") == "DemoPipeline":
+                from sostenuto.demo.pipeline import DemoPipeline
+
+                return DemoPipeline.from_pretrained(self.model, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(self.model, use_safetensors=True)  # other weights may be pickles
 
     def method_object(self) -> Any:
         """The method with its table."""

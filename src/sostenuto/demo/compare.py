@@ -22,16 +22,16 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import sostenuto
 from sostenuto.calibrations import EBCalibration, calibrate
 from sostenuto.demo.assets import asset
+from sostenuto.demo.batches import batch_file, read_batch, write_batch
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NUM_CLASSES
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.errors import InputError
+from sostenuto.measured import read_json, table_file
 from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
 from sostenuto.methods.base import Method
 from sostenuto.progress import progress
@@ -265,8 +265,8 @@ def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = 
         "torch": torch.__version__,
     }
     path = folder / "run.json"
-    if path.exists() and (known := json.loads(path.read_text())) != made_with:
-        odd = next(key for key in made_with if known.get(key) != made_with[key])
+    if path.exists() and (known := read_json(table_file(path, "run"), "run")) != made_with:
+        odd = next((k for k, v in made_with.items() if not isinstance(known, dict) or known.get(k) != v), "setting")
         raise InputError(f"{folder} holds a run with another {odd}: use another --output, or --fresh to delete it")
     path.write_text(json.dumps(made_with, indent=1))
 
@@ -287,14 +287,6 @@ def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
     for seed in settings.seeds:
         for start in range(0, settings.num_images, settings.batch_size):
             yield seed, start, labels[start : start + settings.batch_size]
-
-
-def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
-    """Where a batch of a row lies."""
-    name = "".join(
-        c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon")
-    )
-    return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
 
 
 _SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
@@ -319,14 +311,7 @@ def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: t
         images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
         seconds = time.perf_counter() - began
         stats = handle.stats.as_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {"images": (images * 255).round().to(torch.uint8)},
-        partial,
-        {"wall_s": str(seconds), "stats": json.dumps(stats)},
-    )
-    partial.replace(path)
+    write_batch(path, images, seconds, stats)
 
 
 @dataclass
@@ -343,11 +328,9 @@ def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
     images, seconds, macs, stats = [], [], 0, {}
     for seed, start, _ in _batches(settings):
         path = batch_file(folder, entry.name, seed, start)
-        images.append(load_file(path)["images"])
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        stats = json.loads(metadata["stats"])
-        seconds.append(float(metadata["wall_s"]))
+        batch, wall_s, stats = read_batch(path)
+        images.append(batch)
+        seconds.append(wall_s)
         macs += stats["macs"]
     stacked = torch.cat(images).float() / 255
     return _Sampled(stacked.view(len(settings.seeds), settings.num_images, *stacked.shape[1:]), seconds, stats, macs)

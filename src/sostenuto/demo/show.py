@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from sostenuto.demo.compare import batch_file
+from sostenuto.demo.batches import batch_file, read_batch
 from sostenuto.demo.network import CLASS_NAMES
 from sostenuto.report.figures import png, poster
 from sostenuto.report.page import render
@@ -70,5 +69,5 @@ def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
 
 
 def _first_images(folder: Path, name: str, seed: int) -> torch.Tensor:
-    images = load_file(batch_file(folder, name, seed, 0))["images"].float() / 255
+    images = read_batch(batch_file(folder, name, seed, 0))[0].float() / 255
     return images[:GRID_COLUMNS]

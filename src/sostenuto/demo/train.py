@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from sostenuto.demo.checkpoint import load_checkpoint, save_checkpoint
 from sostenuto.demo.data import load
 from sostenuto.demo.network import NULL_CLASS, build_denoiser, build_scheduler
 
@@ -99,7 +100,7 @@ def train(config: TrainConfig) -> Path:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     config.output.mkdir(parents=True, exist_ok=True)
-    checkpoint_path, weights_path = config.output / "checkpoint.pt", config.output / "ema.safetensors"
+    checkpoint_path, weights_path = config.output / "checkpoint.safetensors", config.output / "ema.safetensors"
 
     images, labels = load("train", config.data)
     images, labels = images.to(device), labels.to(device)
@@ -110,11 +111,7 @@ def train(config: TrainConfig) -> Path:
     optimizers = build_optimizers(denoiser)
     step, seconds_before, curve = 0, 0.0, []
     if checkpoint_path.exists():
-        state = torch.load(checkpoint_path, weights_only=True, map_location=device)
-        denoiser.load_state_dict(state["denoiser"])
-        ema = state["ema"]
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        state = load_checkpoint(checkpoint_path, {"denoiser": denoiser.state_dict(), "ema": ema}, optimizers)
         step, seconds_before, curve = state["step"], state["seconds"], state["curve"]
 
     alphas_cumprod = build_scheduler().alphas_cumprod.to(device)
@@ -130,17 +127,8 @@ def train(config: TrainConfig) -> Path:
         if rank != 0:
             return
         seconds = seconds_before + time.time() - started
-        state = {
-            "denoiser": denoiser.state_dict(),
-            "ema": ema,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "seconds": seconds,
-            "curve": curve,
-        }
-        partial = checkpoint_path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(checkpoint_path)  # an interrupted save must not cost the run
+        weights = {"denoiser": denoiser.state_dict(), "ema": ema}
+        save_checkpoint(checkpoint_path, weights, optimizers, {"step": step, "seconds": seconds, "curve": curve})
         save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, weights_path)
         (config.output / "curve.json").write_text(
             json.dumps({"images": step * config.batch_size, "seconds": round(seconds), "curve": curve})

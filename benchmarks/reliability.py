@@ -1,0 +1,142 @@
+"""The long run behind docs/reliability.md: random sequences of what users do, hostile files and parameters, memory.
+
+    python benchmarks/reliability.py --json docs/results/reliability.json
+
+Prints and writes what was explored and what was found; exits with 1 where any of the counts of faults is not zero. It can be
+run in parts (``--parts``), each of which replaces its own numbers in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import get_state_machine_test
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import fuzzing
+import memory_checks
+import sampling_machine
+
+_PHASES = [Phase.generate]  # a failure is shown by its seed; making it small takes long
+
+
+def sampling(options: argparse.Namespace, machine: type, steps: int, note: str) -> dict[str, Any]:
+    """The model-based test until so many steps were made."""
+    counts, differences, chunk = sampling_machine.COUNTS, [], 0
+    counts.clear()
+    run = settings(
+        max_examples=4,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        phases=_PHASES,
+        suppress_health_check=list(HealthCheck),
+    )
+    with tqdm(total=steps, unit="step", desc=note, mininterval=10) as bar:
+        while counts["steps"] < steps:
+            test = get_state_machine_test(machine, settings=run)
+            differences += _failures(seed(options.seed + chunk)(test), f"{note}, seed {options.seed + chunk}")
+            chunk += 1
+            bar.update(min(counts["steps"], steps) - bar.n)
+    return {"seed": options.seed, "runs": chunk, **dict(sorted(counts.items())), "differences": len(differences)}
+
+
+def inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """Hostile files, parameters and command lines, shared out over what reads them."""
+    faults: list[str] = []
+    fuzzing.COUNTS.clear()
+    with tqdm(total=options.inputs, unit="input", desc="inputs", mininterval=10) as bar:
+        chunk = 0
+        while fuzzing.COUNTS.total() < options.inputs:
+            for name, (target, share) in fuzzing.TARGETS.items():
+                run = settings(
+                    max_examples=int(2_000 * share),
+                    deadline=None,
+                    database=None,
+                    phases=[Phase.explicit, *_PHASES],
+                    suppress_health_check=list(HealthCheck),
+                )
+                test = run(seed(options.seed + chunk)(target()))
+                faults += _failures(test, f"{name}, seed {options.seed + chunk}")
+                bar.update(min(fuzzing.COUNTS.total(), options.inputs) - bar.n)
+            chunk += 1
+    return {
+        "seed": options.seed,
+        "inputs": fuzzing.COUNTS.total(),
+        "by_reader": dict(sorted(fuzzing.COUNTS.items())),
+        "accepted": dict(sorted(fuzzing.ACCEPTED.items())),
+        "faults": len(faults),
+    }
+
+
+def memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Objects, tensors and bytes over many generations, and the peak of kept features against the statistics."""
+    grown = memory_checks.growth(options.generations)
+    peaks = memory_checks.peaks()
+    faults = [name for name, row in grown.items() if row["tensors_grown"] or row["objects_grown"] > 50]
+    faults += [name for name, row in peaks.items() if abs(row["ratio"] - 1) > 0.05]
+    return {"generations": options.generations, "growth": grown, "peaks": peaks, "faults": len(faults)}
+
+
+def _failures(run: Callable[[], None], name: str) -> list[str]:
+    try:
+        run()
+    except Exception:
+        traceback.print_exc()
+        print(f"FAULT in {name}", file=sys.stderr)
+        return [name]
+    return []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=["sampling", "compiled", "inputs", "memory"])
+    parser.add_argument("--steps", type=int, default=10_000, help="of the model-based test")
+    parser.add_argument("--compiled-steps", type=int, default=200, help="of the same with compilation among its rules")
+    parser.add_argument("--inputs", type=int, default=100_000, help="hostile files, parameters and command lines")
+    parser.add_argument("--generations", type=int, default=1_000, help="for growth of memory, of each method")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "sampling": lambda: sampling(options, sampling_machine.SamplingMachine, options.steps, "sampling"),
+        "compiled": lambda: sampling(
+            options, sampling_machine.CompilingMachine, options.compiled_steps, "sampling, compiled"
+        ),
+        "inputs": lambda: inputs(options),
+        "memory": lambda: memory(options),
+    }
+    known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"parts": {}}
+    for name in options.parts:
+        began = time.time()
+        known["parts"][name] = parts[name]() | {
+            "seconds": round(time.time() - began),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        }
+        known["faults_found"] = sum(
+            part.get("differences", 0) + part.get("faults", 0) for part in known["parts"].values()
+        )
+        print(json.dumps({name: known["parts"][name]}, indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(known, indent=1) + "\n")
+    print(f"differences and losses: {known['faults_found']}")
+    return int(known["faults_found"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

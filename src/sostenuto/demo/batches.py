@@ -1,0 +1,52 @@
+"""The batches of a comparison on disk: where each lies, written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sostenuto.errors import InputError
+
+
+def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
+    """Where a batch of a row lies."""
+    name = "".join(
+        c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon")
+    )
+    return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
+
+
+def write_batch(path: Path, images: torch.Tensor, seconds: float, stats: dict[str, Any]) -> None:
+    """Write a batch of images ``[n, 1, 28, 28]`` in ``[0, 1]``, the seconds that they took and their statistics."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(
+        {"images": (images * 255).round().to(torch.uint8)},
+        partial,
+        {"wall_s": str(seconds), "stats": json.dumps(stats)},
+    )
+    partial.replace(path)
+
+
+def read_batch(path: Path) -> tuple[torch.Tensor, float, dict[str, Any]]:
+    """The images ``[n, 1, 28, 28]`` of a batch (uint8), the seconds that they took and the statistics of their generation.
+
+    Raises:
+        InputError: the file is no such batch.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            images, metadata = file.get_tensor("images"), file.metadata()
+        seconds, stats = float(metadata["wall_s"]), json.loads(metadata["stats"])
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+            raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}")
+        if not isinstance(stats["macs"], int):
+            raise ValueError(f"{stats['macs']!r} multiply-accumulates")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no batch of a comparison, delete it and run again: {error}") from None
+    return images, seconds, stats

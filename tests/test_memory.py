@@ -1,0 +1,197 @@
+"""Memory: nothing grows, the peak is what the statistics say, errors free the state, and what doesn't fit is left uncached."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import memory_checks
+import sostenuto
+from conftest import build_tiny, sample_loop
+from memory_checks import METHODS, STEPS, build_wide, generate, growth, live_tensors
+from sostenuto import FORA, Anatomy, BlockList, Branch, DBCache, EBCache, SiteKind, TeaCache, ToCa
+from sostenuto.families import ANATOMIES
+
+
+@pytest.mark.parametrize("generations", [100, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_many_generations_leave_no_object_and_no_tensor_more(generations):
+    row = growth(generations, only=("branches",), steps=2)["branches"]
+    assert row["tensors_grown"] == row["bytes_grown"] == 0
+    assert row["objects_grown"] <= 50  # caches of Python itself; one a generation would be more
+
+
+@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_peak_counted_over_live_tensors_is_that_of_the_statistics_and_of_the_prediction(separate):
+    for name, row in memory_checks.peaks(separate).items():
+        assert row["ratio"] == pytest.approx(1, abs=0.05), name
+        assert row["stated"] <= row["predicted"] <= row["stated"] * (1.5 if separate else 1), name
+
+
+def test_passes_of_different_batches_are_predicted_each_by_its_own_size(scheduler):
+    """Guidance begins at the second step, in one batch with the conditional half."""
+    network, latents = build_tiny(), torch.randn(1, 2, 8, 8)
+    with torch.no_grad(), sostenuto.enable(network, FORA(4, anchor="start"), scheduler=scheduler) as handle:
+        scheduler.set_timesteps(4)
+        for step, timestep in enumerate(scheduler.timesteps):
+            rows = 1 if step == 0 else 2
+            labels = torch.tensor([3, 10][:rows])
+            network(latents.repeat(rows, 1, 1, 1), timestep.expand(rows), labels)
+        one = 6 * 16 * 32 * 4
+        assert handle.stats.cache_bytes_peak == handle.predicted_cache_bytes == 3 * one  # at that step one and a half
+
+
+@pytest.mark.parametrize("name", ["branches, forecast", "stack", "output", "partial", "run-time decision, forecast"])
+@pytest.mark.parametrize("how", ["disabled", "error", "dropped"])
+def test_the_state_is_freed(name, how, scheduler):
+    network = build_wide()
+    before = sum(1 for _ in live_tensors())
+    handle = sostenuto.enable(network, METHODS[name](), scheduler=scheduler)
+    with pytest.raises(KeyboardInterrupt) if how == "disabled" else pytest.raises(RuntimeError):
+        hook = network.proj_out_2.register_forward_pre_hook(_Interrupt(how))
+        generate(network, scheduler)
+    hook.remove()
+    if how == "disabled":
+        handle.disable()
+    elif how == "dropped":
+        handle.disable()
+        reference = weakref.ref(handle)
+        del handle
+        gc.collect()
+        assert reference() is None
+    gc.collect()
+    # The scheduler's timesteps, and the clock's copies of the last call's inputs where it is still enabled.
+    assert sum(1 for _ in live_tensors()) - before <= 3
+    sostenuto.disable(network)
+
+
+class _Interrupt:
+    """Stops a generation in its fourth computed call."""
+
+    def __init__(self, how):
+        self.error, self.calls = KeyboardInterrupt if how == "disabled" else RuntimeError, 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error("in the middle")
+
+
+class _Net(nn.Module):
+    """Is given its timestep as a number, so that every call has another signature."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(_Stage() for _ in range(2))
+
+    def forward(self, x, timestep, cond=None):
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+class _Stage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.feed = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, tokens):
+        tokens = tokens + self.mix(tokens)
+        return tokens + self.feed(tokens)
+
+
+def test_calls_of_ever_other_shapes_are_forgotten(scheduler):
+    branches = (Branch(SiteKind.SELF_ATTENTION, "mix"), Branch(SiteKind.MLP, "feed"))
+    sostenuto.register_anatomy(_Net, Anatomy((BlockList("stages", branches, ("tokens",)),)))
+    network = _Net().eval()
+    try:
+        with torch.no_grad(), sostenuto.enable(network, FORA(2), scheduler=scheduler) as handle:
+            for tokens in range(1, 151):
+                scheduler.set_timesteps(3)
+                for timestep in scheduler.timesteps.tolist():
+                    network(torch.randn(1, tokens, 4), timestep)
+                if tokens % 50 == 0:  # those of this generation are there
+                    assert handle.stats.macs > 0
+            assert len(handle._dry_runs) <= 70
+    finally:
+        ANATOMIES.pop("_Net")
+
+
+# --- a limit --------------------------------------------------------------------------------------------------------
+
+
+def limited(network, method, scheduler, most, **kwargs):
+    with sostenuto.enable(network, method, scheduler=scheduler, max_cache_bytes=most) as handle:
+        latents, _ = sample_loop(network, scheduler, STEPS, **kwargs)
+        stats, predicted = handle.stats, handle.predicted_cache_bytes
+    assert stats.cache_bytes_peak <= predicted
+    assert stats.cache_bytes_peak <= most * stats.num_passes
+    return latents, stats
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_method_keeps_to_a_limit_and_with_none_allowed_computes_everything(name, separate, scheduler):
+    network = build_tiny()
+    plain, _ = sample_loop(network, scheduler, STEPS, separate_guidance=separate)
+    with sostenuto.enable(network, METHODS[name](), scheduler=scheduler) as handle:
+        sample_loop(network, scheduler, STEPS, separate_guidance=separate)
+        whole = math.ceil(handle.predicted_cache_bytes / handle.stats.num_passes)
+    for most in (whole, whole // 2):
+        _, stats = limited(network, METHODS[name](), scheduler, most, separate_guidance=separate)
+        assert any(action != "compute" for row in stats.plan for action in row) or most < whole
+    scale = getattr(METHODS[name](), "eps_scale", None)
+    latents, stats = limited(network, METHODS[name](), scheduler, 0, separate_guidance=separate)
+    assert stats.cache_bytes_peak == 0
+    assert {action for row in stats.plan for action in row} == {"compute"}
+    assert scale is not None or torch.equal(latents, plain)
+
+
+@pytest.mark.parametrize("method", [lambda: TeaCache(threshold=1.0), lambda: DBCache(1, 1, 1.0, warmup=1)])
+def test_a_run_time_decision_that_does_not_fit_is_left_out_as_a_whole(method, scheduler):
+    """One output and one signal: there is nothing between all and nothing."""
+    one = 2 * 16 * 32 * 4
+    assert limited(build_tiny(), method(), scheduler, 2 * one)[1].ideal_speedup > 1
+    assert limited(build_tiny(), method(), scheduler, 2 * one - 1)[1].ideal_speedup == 1
+
+
+def test_partial_sites_are_given_up_from_the_last_on(scheduler):
+    one = 2 * 16 * 32 * 4
+    method = ToCa(interval=3, fresh_ratio=0.25, middle_interval=None, selection="random")
+    with sostenuto.enable(build_tiny(), method, scheduler=scheduler) as handle:
+        sample_loop(handle._denoiser, scheduler, STEPS)
+        whole = _skipped(handle.stats)
+    kept = _skipped(limited(build_tiny(), method, scheduler, 2 * one)[1])
+    assert len(whole) > 2
+    assert kept == whole[:2]
+
+
+def _skipped(stats):
+    """The sites that don't compute at every step."""
+    return [site for site in range(len(stats.sites)) if any(row[site] != "compute" for row in stats.plan)]
+
+
+def test_a_stack_that_does_not_fit_is_given_up_with_the_branches_within_it(scheduler):
+    method = METHODS["stack"]()
+    assert isinstance(method, EBCache)
+    _, stats = limited(build_tiny(), method, scheduler, 1)
+    assert {action for row in stats.plan for action in row} == {"compute"}
+
+
+def test_a_larger_pass_of_a_generation_keeps_to_the_limit_too(scheduler):
+    network, latents, one = build_tiny(), torch.randn(1, 2, 8, 8), 16 * 32 * 4
+    method = FORA(4, anchor="start")
+    with torch.no_grad(), sostenuto.enable(network, method, scheduler=scheduler, max_cache_bytes=6 * one) as handle:
+        scheduler.set_timesteps(4)
+        for step, timestep in enumerate(scheduler.timesteps):
+            rows = 1 if step < 2 else 2
+            network(latents.repeat(rows, 1, 1, 1), timestep.expand(rows), torch.tensor([3, 10][:rows]))
+        sizes = {index: state.num_bytes for index, state in handle._passes.items()}
+        plan = handle._record.calls
+        assert max(sizes.values()) <= 6 * one
+        assert [op.action.value for op in plan[1][3].ops] == ["reuse"] * 6
+        assert [op.action.value for op in plan[3][3].ops] == ["reuse"] * 3 + ["compute"] * 3
