@@ -6,30 +6,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from sostenuto import compat
+from sostenuto import compat, refusals
 from sostenuto.arguments import Arguments, Reader
 from sostenuto.attachment import Surroundings, not_copied
+from sostenuto.budget import Budget
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, TensorSpec, autocast_state, signature
+from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
 from sostenuto.distributed import lockstep
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor, NeverReachedError
 from sostenuto.features import Feature, leaves
 from sostenuto.finite import FiniteCheck
-from sostenuto.foreign import has_foreign_cache
 from sostenuto.methods import by_name
-from sostenuto.methods.base import Facts, Method, parts
-from sostenuto.plan import Action, Op, Plan, Program, Row, fit, lower, peak_bytes
+from sostenuto.methods.base import Facts, Method
+from sostenuto.plan import Action, Op, Plan, Program, Row, lower
 from sostenuto.probe import Prober
-from sostenuto.state import Call, PassState, Policy
+from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
 from sostenuto.telemetry import Generation, Reporter
@@ -53,13 +52,8 @@ class Handle:
         self._denoiser = compat.unwrapped(denoiser)
         self._compiled = compat.is_compiled(denoiser)
         self.method = method.prepare(self._denoiser, scheduler())
-        self._check_neighbours()
-        for part in parts(self.method):
-            if part.refines and not self.method.skips:
-                raise MethodError(
-                    f"{type(part).__name__} fills the gaps that another method leaves: combine it with one that skips, such "
-                    f"as FORA(3) | {type(part).__name__}()"
-                )
+        refusals.check_neighbours(self._denoiser)
+        refusals.check_gaps(self.method)
         self.sites = self.method.sites(self._denoiser)
         self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
@@ -118,22 +112,7 @@ class Handle:
         for tap in self._attached:
             tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
         self._executor.in_graph = any(tap.in_graph for tap in self._attached)
-        self._check_graph(self._executor.in_graph)
-
-    def _check_graph(self, in_graph: bool) -> None:
-        for part in parts(self.method):
-            if in_graph and (not part.compiles or part.observed(self._denoiser)):
-                raise MethodError(
-                    f"{type(part).__name__} looks at features while the network runs, which a compiled denoiser can't: use "
-                    "the denoiser uncompiled, or a method with a plan (and random tokens)"
-                )
-
-    def _check_neighbours(self) -> None:
-        if has_foreign_cache(self._denoiser):
-            raise MethodError(
-                f"a cache of diffusers' own is enabled on this {type(self._denoiser).__name__}, and two caches don't go "
-                "together: call its disable_cache(), or disable sostenuto"
-            )
+        refusals.check_graph(self.method, self._denoiser, self._executor.in_graph)
 
     def _settle(self, between: bool) -> None:
         """Make sure that every tap is still in its place; between generations put them in place again.
@@ -146,7 +125,7 @@ class Handle:
         if stand:
             return
         if not between:
-            raise displaced()
+            raise refusals.displaced()
         self._detach_taps()
         self._make_taps()
         self._attach_taps()
@@ -243,50 +222,11 @@ class Handle:
 
         What its passes keep is added up as far as they are kept together, those that it has had by now.
         """
-        if self._record is None:
-            return None
-        steps: dict[int, dict[int, int]] = {}  # the passes of each step, with the signature of their calls
-        for step, pass_index, called_like, _ in self._record.calls:
-            steps.setdefault(step, {})[pass_index] = called_like
-        sizes = {like: self._bytes_per_pass(like) for like in {*chain(*(s.values() for s in steps.values()))}}
-        # A pass that is not called at a step is given up at the next one.
-        return max(
-            (sum(map(sizes.__getitem__, (steps.get(step - 1, {}) | now).values())) for step, now in steps.items()),
-            default=0,
-        )
+        return None if self._record is None else self._budget().predicted(self._record)
 
-    def _bytes_per_pass(self, signature: int) -> int:
-        """Most bytes that a pass whose calls have this signature keeps."""
+    def _budget(self) -> Budget:
         assert self._facts is not None
-        plan = self._fitting_plan(signature)
-        if plan is None:
-            policy = self._fitting_policy(signature)
-            return 0 if policy is None else self._policy_bytes(policy, signature)
-        return peak_bytes(lower(plan, self._facts.first_step), plan.num_slots, *self._sizes(signature))
-
-    def _fitting_plan(self, signature: int) -> Plan | None:
-        """The plan of a pass that begins, with what it would keep too much of computed always."""
-        if self._plan is None or self._max_cache_bytes is None:
-            return self._plan
-        sizes, residuals = self._sizes(signature)
-        return fit(self._plan, sizes, self._max_cache_bytes, residuals)
-
-    def _fitting_policy(self, signature: int) -> Policy | None:
-        """What decides for a pass that begins; none where what it would keep doesn't fit, and everything is computed."""
-        assert self._facts is not None
-        policy, most = self.method.policy(self._facts), self._max_cache_bytes
-        return policy if policy is None or most is None or self._policy_bytes(policy, signature) <= most else None
-
-    def _policy_bytes(self, policy: Policy, signature: int) -> int:
-        """Most bytes of a pass with a policy: outputs of its site, and its signal, which is as large as the main stream."""
-        (output,) = self._cost(signature).site_outputs
-        sizes = [spec.nbytes for spec in leaves(output, TensorSpec)]
-        return sum(sizes) * (policy.forecast_order + 1) + max(sizes, default=0)
-
-    def _sizes(self, signature: int) -> tuple[list[int], list[int]]:
-        """Bytes of one output and of one residual of every site."""
-        cost = self._cost(signature)
-        return cost.output_bytes, cost.residual_bytes
+        return Budget(self.method, self._facts, self._plan, self._max_cache_bytes, self._cost)
 
     def _cost(self, signature: int) -> Cost:
         with self._dry():
@@ -346,7 +286,7 @@ class Handle:
         if tick.new_generation:
             self._settle(between=True)
             self._reporter.tell()
-            self._check_neighbours()
+            refusals.check_neighbours(self._denoiser)
             with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
                 self._decide(tick)
                 agree(self.method, self._plan, self._observes, tick.timesteps, tick.step, self._noise_scale)
@@ -397,22 +337,13 @@ class Handle:
         plan = self.method.plan(facts)
         if plan is not None and plan.num_steps != tick.num_steps:
             raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
-        self._check_taps(() if plan is None else plan.actions)
+        refusals.check_taps(self.method, self._taps, () if plan is None else plan.actions)
         factors = self.method.noise_scale(facts)
         scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
         if scale is not None and not scale.is_idle:
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = scale
-
-    def _check_taps(self, actions: Sequence[Sequence[Action]]) -> None:
-        for tap, column in zip(self._taps, zip(*actions, strict=True), strict=bool(actions)):
-            odd = next((action for action in set(column) if not tap.can(action)), None)
-            if odd is not None:
-                raise MethodError(
-                    f"{type(self.method).__name__} can't carry out {odd.value!r} at {tap.site.id}: a table with such actions "
-                    "is for DiTFastAttn"
-                )
 
     def _shifted(self, tick: Tick, latents: Feature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The call's arguments with the timestep that the method wants the network to see."""
@@ -446,33 +377,19 @@ class Handle:
         """Carry out the step of the plan."""
         row = state.program.rows[tick.step]
         if row.skips and torch.is_grad_enabled():
-            self._check_gradients()
+            refusals.check_gradients(self.method, self._denoiser)
         output = self._execute(tick, state, call, row)
         state.free(tick.step)
         return output
-
-    def _check_gradients(self) -> None:
-        """Refuse to skip in a call that autograd will repeat, or whose like are no steps of one sampling."""
-        network = self._denoiser
-        if network.training:
-            raise EngineError(
-                f"{type(self.method).__name__} would skip in a call of a denoiser in training mode: disable sostenuto while it "
-                "is trained, or call its eval() for sampling"
-            )
-        if getattr(network, "is_gradient_checkpointing", False):
-            raise EngineError(
-                f"{type(self.method).__name__} would skip in a call that gradient checkpointing repeats, when what was kept is "
-                "gone: use torch.no_grad(), or the denoiser's disable_gradient_checkpointing()"
-            )
 
     def _fresh_pass(self, tick: Tick, call: Call) -> PassState:
         assert self._facts is not None
         sites = len(self.sites)
         selector = self.method.selector(self._facts, next(leaves(call.latents)))
-        plan = self._fitting_plan(call.signature)
+        plan = self._budget().plan(call.signature)
         if plan is not None:
             return PassState(self._program(plan, tick.step), sites, plan.num_slots, selector=selector)
-        policy = None if self.driver is not None else self._fitting_policy(call.signature)
+        policy = None if self.driver is not None else self._budget().policy(call.signature)
         num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
         # One row serves every step: a policy decides, or nothing is ever skipped.
         row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
@@ -512,21 +429,13 @@ class Handle:
         except NeverReachedError:
             if all(tap.stands for tap in self._taps):
                 raise
-            raise displaced() from None
+            raise refusals.displaced() from None
 
     def _drop_state(self) -> None:
         self._passes = {}
         self._clock.forget()
         for tap in self._taps:
             tap.reset()
-
-
-def displaced() -> EngineError:
-    """The error of taps that are not in their places any more."""
-    return EngineError(
-        "modules of the denoiser were replaced, hooked or compiled in the middle of a generation (a LoRA loaded, "
-        "offloading switched): do that between generations"
-    )
 
 
 def attach(
