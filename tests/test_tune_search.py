@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sostenuto.table import StepState
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
-from sostenuto.tuning.search import ErrorModel, Frontier, Segment, cost_of, neighbours, next_gap, table_of
+from sostenuto.tuning.search import ErrorModel, Frontier, Segment, cost_of, neighbours, next_gap, table_of, uniform
 from sostenuto.tuning.weights import Weights
 
 KINDS = (Kind.STACK, Kind.ATTENTION)
@@ -151,6 +151,18 @@ def test_a_schedule_becomes_a_table_with_its_orders():
     assert table.fill == "stack"
     assert table_of((Segment(1, Kind.BRANCHES, 1), Segment(0, Kind.STACK, 0))).fill == "branches"
     assert cost_of(schedule, COSTS) == pytest.approx(4.5 / 8)
+
+
+def test_the_published_schedules_are_uniform_within_the_budget_and_compute_both_ends():
+    model = ErrorModel(made_up(11), weight, KINDS)
+    found = uniform(model, COSTS, 0.6)
+    lengths = [segment.length for segment in found]
+    assert lengths[-1] == 0
+    assert lengths[0] == 0
+    assert sum(lengths) + len(lengths) == 11
+    assert len({length for length in lengths[2:-2] if length}) == 1
+    assert cost_of(found, COSTS) <= 0.6
+    assert uniform(model, COSTS, 0.2) is None
 
 
 def test_neighbours_cost_the_same_and_differ():

@@ -213,6 +213,25 @@ class Frontier:
         return tuple(segments[::-1])
 
 
+def uniform(model: ErrorModel, costs: Mapping[str, float], budget: float) -> Schedule | None:
+    """The best schedule within a budget of those that are published: every N-th step is computed, the first ones and the last.
+
+    The whole step is reused; ``None`` where no interval costs so little.
+    """
+    kind, steps = model.kinds[0], model.num_steps
+    found: dict[Schedule, float] = {}
+    for interval in range(1, model.longest(kind) + 1):
+        for order, warmup in itertools.product((0, 1, 2), (2, 3)):
+            segments = [Segment(0, kind, 0)] * min(warmup - 1, steps - 1)
+            while (left := steps - 1 - sum(segment.length + 1 for segment in segments)) > 0:
+                segments.append(Segment(min(interval, left - 1), kind, order if left > 1 else 0))
+            schedule = (*segments, Segment(0, kind, 0))
+            if cost_of(schedule, costs) <= budget + 1e-9:
+                found[schedule] = model.total(schedule)
+    best = min(found, key=found.__getitem__, default=None)
+    return None if best is None or found[best] == np.inf else best
+
+
 def neighbours(schedule: Schedule) -> Iterator[Schedule]:
     """Schedules of the same cost: a reuse moved from one run to another, or a run filled by a forecast of another order."""
     for one, other in itertools.permutations(range(len(schedule)), 2):

@@ -26,7 +26,7 @@ from sostenuto.tuning.lab import Lab, Trial
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.result import Point, Tuned, pareto
-from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, neighbours, table_of
+from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, neighbours, table_of, uniform
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
@@ -179,13 +179,13 @@ class _Tuner:
     # --- choosing by result --------------------------------------------------------------------------------------
 
     def _planned(self, target: float, tilt: float) -> Planned:
-        """The best of the families' plans for a target."""
+        """The best of the families' plans for a target, and of the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Planned] = {}
         for family in self._families:
             model, frontier = self._frontier(family, tilt)
-            plan = frontier.schedule(1 / target)
-            if plan is not None:
-                found.setdefault(plan, Planned(plan, model))
+            for plan in (frontier.schedule(1 / target), uniform(model, self.costs, 1 / target)):
+                if plan is not None:
+                    found.setdefault(plan, Planned(plan, model))
         return min(found.values(), key=lambda planned: self.lab.trial(self._table(planned.plan)).error)
 
     def _choose_tilt(self, pivot: float) -> float:
@@ -317,8 +317,8 @@ class _Tuner:
             return
         shares = [1 / target for target in {*options.speedups, self.speedup}]
         work = self._least_work(kinds)
-        tried = 4 + options.refinements
-        work += options.trial_samples * (1 + sum(shares) * tried + 4 * len(options.tilts) / self.speedup)
+        tried = 6 + options.refinements
+        work += options.trial_samples * (1 + sum(shares) * tried + 6 * len(options.tilts) / self.speedup)
         if self.scored:
             rows = self.lab.scored(None).work
             work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
