@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from torch._subclasses import FakeTensor
 
 import sostenuto
 from conftest import build_tiny
@@ -69,7 +70,11 @@ def generate(network: Any, scheduler: Any, steps: int = STEPS, batch: int = 2, s
 
 def live_tensors() -> Iterator[torch.Tensor]:
     """Every tensor that Python can reach, but for those that the collector was told to leave alone."""
-    return (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    return (
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor)
+    )
 
 
 def live_bytes() -> int:

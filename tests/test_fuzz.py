@@ -47,6 +47,8 @@ def test_no_code_of_ours_reads_pickles_or_evaluates_text():
                 and node.func.attr in ("load", "loads")
             ):
                 owner = ast.unparse(node.func.value)
+                if owner == "np" and any(ast.unparse(keyword) == "allow_pickle=False" for keyword in node.keywords):
+                    continue
                 assert owner not in ("torch", "np", "numpy"), f"{path}:{node.lineno}: {owner}.{node.func.attr}"
 
 

@@ -157,7 +157,7 @@ def test_every_module_of_the_core_imports_without_anything_optional():
     core = [
         f"sostenuto.{path.relative_to(ROOT / 'src/sostenuto').with_suffix('').as_posix().replace('/', '.')}"
         for path in sorted((ROOT / "src/sostenuto").rglob("*.py"))
-        if path.parts[-2] not in ("cli", "demo", "zoo", "quality", "report", "studio", "bench")
+        if path.parts[-2] not in ("analysis", "cli", "demo", "zoo", "quality", "report", "studio", "bench", "peers")
         and path.name not in ("__init__.py", "__main__.py")
     ]
     program = PLAIN.partition("    import sostenuto\n")[0] + f"    import importlib\n    for name in {core!r}:\n"

@@ -281,13 +281,13 @@ class _Npz(_Store):
     def _assemble(self, path: Path, batches: dict[str, range], images: Images) -> None:
         """What ``numpy.savez`` would write, from one part after the other: all of them may be more than memory holds."""
         parts = [self.folder / f"{name}.npy" for name in batches]
-        shape = (images.num_images, *np.load(parts[0], mmap_mode="r").shape[1:])
+        shape = (images.num_images, *np.lib.format.open_memmap(parts[0], mode="r").shape[1:])
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in parts:
-                    file.write(np.load(part).tobytes())
+                    file.write(np.lib.format.open_memmap(part, mode="r").tobytes())
             if not isinstance(images.conditions[0], str):
                 labels = np.array([images.condition(i) for i in range(images.num_images)], dtype=np.int64)
                 with archive.open("arr_1.npy", "w", force_zip64=True) as file:
