@@ -16,7 +16,7 @@ GivenAs = Callable[[torch.Tensor], torch.Tensor]
 _MOST_VALUES = 256
 _PRECISION = 4 * torch.finfo(torch.float32).eps  # of a timestep that was scaled and scaled back
 _LOOSE_PRECISION = 1e-4  # of one that was computed in another way
-_WHOLE = 0.99999  # what casting to whole numbers may cut off
+_WHOLE = 0.99999  # what casting to whole numbers may cut off, of readings that go beyond the unit interval
 _UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
 
 
@@ -123,7 +123,8 @@ class _Reading:
         gaps = (self.given - value).abs()
         size = max(abs(value), 1.0)
         nearest = gaps.min().item() if len(gaps) else size
-        reach = max(rounding.relative * size, _WHOLE if rounding.whole else 0.0)
+        cut = rounding.whole and len(self.given) > 0 and self.given.abs().max().item() > _UNIT_INTERVAL
+        reach = max(rounding.relative * size, _WHOLE if cut else 0.0)
         if reach < nearest <= _LOOSE_PRECISION * size:
             reach = nearest
         return (gaps <= reach).nonzero().flatten().tolist()
