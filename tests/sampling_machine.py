@@ -133,11 +133,14 @@ class Setup:
         if self.recipe.scale != 1 and isinstance(pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             pipe.scheduler = SCHEDULERS["euler"]()  # the naive scaling is that of predicted noise
         try:
-            calls = self._sample(generation, pipe.scheduler, steps)
-        except sostenuto.ClockError:  # the other pipeline's scheduler was replaced too, and both set their timesteps
-            assert self.shared
-            COUNTS["calls refused"] += 1
-            calls = self._sample(generation, pipe.scheduler, steps)
+            try:
+                calls = self._sample(generation, pipe.scheduler, steps)
+            except (
+                sostenuto.ClockError
+            ):  # the other pipeline's scheduler was replaced too, and both set their timesteps
+                assert self.shared
+                COUNTS["calls refused"] += 1
+                calls = self._sample(generation, pipe.scheduler, steps)
         except (sostenuto.TableError, sostenuto.MethodError):
             listed = len(pipe.scheduler.timesteps)
             assert (self.recipe.steps is not None and listed != self.recipe.steps) or listed < self.recipe.least

@@ -1,12 +1,15 @@
 """Which step and pass a call is, and that no generation or pass ever reads another one's features."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import sostenuto
 from conftest import build_tiny, sample_loop
-from sostenuto import FORA
+from sostenuto import FORA, ClockError, EpsilonScaling
 
 
 def test_interrupted_generation_leaves_no_stale_features(tiny, scheduler):
@@ -190,3 +193,42 @@ def test_other_schedulers_tell_the_step_too(tiny, scheduler, solver):
                 latents = other.step(tiny(latents, t.expand(2), torch.tensor([1, 2])).sample, t, latents).prev_sample
         assert handle.stats.num_steps == 6
         assert handle.stats.num_passes == 1
+
+
+@torch.no_grad()
+def test_a_generation_of_the_last_step_alone_is_known_by_its_timestep_zero(tiny, scheduler):
+    """As a whole number 0 is no t / 1000, which would be 0 at every step."""
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[-1] == 0
+    with sostenuto.enable(tiny, EpsilonScaling((1.0, 1.0, 1.0, 1.0, 2.0)), scheduler=scheduler) as handle:
+        latents, labels = torch.randn(1, 2, 8, 8), torch.tensor([3])
+        scaled = tiny(latents, scheduler.timesteps[-1:], labels).sample
+        assert handle.stats.steps == [4]
+    assert torch.equal(2 * scaled, tiny(latents, scheduler.timesteps[-1:], labels).sample)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@torch.no_grad()
+def test_a_network_whose_timestep_runs_backwards_is_refused_and_told_what_to_declare(tiny, separate):
+    """Given 1 − t on a symmetric schedule every timestep is in the list, in the wrong order: each call began a generation."""
+    flow = SimpleNamespace(timesteps=torch.linspace(0.0, 1.0, 9).flip(0))
+    latents, prompts = torch.randn(1, 2, 8, 8), (torch.tensor([3]), torch.tensor([10]))[: 1 + separate]
+    with sostenuto.enable(tiny, FORA(2), scheduler=flow) as handle:
+        for step in range(9):
+            with pytest.raises(ClockError, match="reversed_timestep=True") if step == 3 else contextlib.nullcontext():
+                for labels in prompts:
+                    tiny(latents + step, (1 - flow.timesteps[step])[None], labels)
+            if step == 3:
+                break
+        assert not handle._passes
+
+
+@torch.no_grad()
+def test_generations_that_begin_anew_in_any_order_are_not_taken_for_a_reversed_timestep(tiny, scheduler):
+    """Given up after their first step, or two steps long from earlier and earlier on, as in image to image."""
+    labels = torch.tensor([3])
+    scheduler.set_timesteps(8)
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        for begin in (0, 0, 0, 0, 0, 6, 5, 4, 3, 2, 1, 0):
+            for step in range(begin, min(begin + (2 if begin else 1), 8)):
+                tiny(torch.randn(1, 2, 8, 8), scheduler.timesteps[step][None], labels)

@@ -18,7 +18,7 @@ GivenAs = Callable[[torch.Tensor], torch.Tensor]
 _MOST_VALUES = 256
 _PRECISION = 4 * torch.finfo(torch.float32).eps  # of a timestep that was scaled and scaled back
 _LOOSE_PRECISION = 1e-4  # of one that was computed in another way
-_WHOLE = 0.99999  # what casting to whole numbers may cut off
+_WHOLE = 0.99999  # what casting to whole numbers may cut off, of readings that go beyond the unit interval
 _UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
 
 
@@ -123,13 +123,15 @@ class _Reading:
         ordered = sorted((value, step) for step, value in enumerate(given.tolist()))
         self._values = [value for value, _ in ordered]
         self._steps = [step for _, step in ordered]
+        # Only of what goes beyond the unit interval is anything left when it is cast to a whole number.
+        self._is_coarse = max(map(abs, self._values), default=0.0) > _UNIT_INTERVAL
 
     def matches(self, value: float, rounding: _Rounding) -> list[int]:
         """The steps at which it may be given this value."""
         size = max(abs(value), 1.0)
         at = bisect_left(self._values, value)
         nearest = min((abs(near - value) for near in self._values[max(0, at - 1) : at + 1]), default=size)
-        reach = max(rounding.relative * size, _WHOLE if rounding.whole else 0.0)
+        reach = max(rounding.relative * size, _WHOLE if rounding.whole and self._is_coarse else 0.0)
         if reach < nearest <= _LOOSE_PRECISION * size:
             reach = nearest
         first, last = at, at
