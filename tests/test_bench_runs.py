@@ -164,6 +164,7 @@ def test_a_process_that_crashes_or_hangs_becomes_a_row():
     assert late.key == crashed.key == key_of(case, QUICK)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_the_same_row(monkeypatch):
     case = Case("f", "fora:interval=2", DIT, 3)
     alone = isolation.measure_isolated(case, QUICK, None, 280)

@@ -150,6 +150,22 @@ def test_copies_and_pickles_are_refused_while_enabled_and_free_afterwards(model,
     assert torch.equal(run(twin, case), run(model, case))
 
 
+# A compilation takes seconds; one of each way of filling a gap, and of being refused, is in every run.
+COMPILED_QUICKLY = (
+    "none",
+    "eb, stack",
+    "ab",
+    "fora",
+    "toca",
+    "taylorseer",
+    "teacache",
+    "dbcache",
+    "fora | epsilon-scaling",
+)
+COMPILED = [case if case.name in COMPILED_QUICKLY else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", COMPILED, indirect=True, ids=[case.name for case in CASES])
 def test_a_compiled_denoiser_gives_the_same_or_is_refused(model, case):
     method = case.method()
     torch._dynamo.reset()
