@@ -1,4 +1,4 @@
-"""Numbers at their limits: NaN and infinity found where they arise, float16 forecasts, denormals, and the smallest of everything."""
+"""Numbers at their limits: NaN and infinity where they arise, float16 forecasts, denormals, the smallest of everything."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_latents_and_outputs_that_are_not_finite_are_told_from_features(tiny, sc
     with torch.no_grad(), sostenuto.enable(tiny, FORA(2), scheduler=scheduler, check_finite=True):
         with pytest.raises(NotFiniteError, match="latents that the denoiser is given at step 0 hold NaN"):
             tiny(latents, scheduler.timesteps[:1], labels)
-        with broken(tiny, "proj_out_2", math.inf, 0), pytest.raises(NotFiniteError, match="^output puts out infinity"):
+        with broken(tiny, "proj_out_2", math.inf, 0), pytest.raises(NotFiniteError, match=r"^output puts out infinity"):
             tiny(latents.nan_to_num(), scheduler.timesteps[:1], labels)
 
 
@@ -94,7 +94,7 @@ def test_a_compiled_network_is_looked_at_too(scheduler):
         network(latents, scheduler.timesteps[:1], labels)
         network.transformer_blocks[0].ff.net[2].bias.fill_(math.nan)
         scheduler.set_timesteps(2)
-        with pytest.raises(NotFiniteError, match="^(transformer_blocks.0.ff|output) puts out NaN at step 0"):
+        with pytest.raises(NotFiniteError, match=r"^(transformer_blocks.0.ff|output) puts out NaN at step 0"):
             network(latents, scheduler.timesteps[:1], labels)
     torch._dynamo.reset()
 
