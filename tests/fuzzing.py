@@ -164,6 +164,8 @@ def tables() -> Callable[[], None]:
     @example(b"[" * 100_000)
     @example(b'{"format": "sostenuto-cache-table", "version": 1, "actions": ' + b"9" * 5000 + b"}")
     @example(json.dumps(_TABLE | {"model": {"fingerprint": "ff", "class": [1]}}).encode())
+    @example(json.dumps(_TABLE | {"model": {"more": float("inf")}}).encode())
+    @example(json.dumps(_TABLE).replace("0.5", "1e999").encode())
     @example(json.dumps(_TABLE | {"scheduler": {"class": {"a": 1}, "prediction_type": 3}}).encode())
     def test(content: bytes) -> None:
         table = _reads("cache table", FOLDER / "table.json", content, sostenuto.CacheTable.load)
@@ -255,6 +257,7 @@ def routers() -> Callable[[], None]:
 
     @given(st.one_of(changed, lying, _damaged(_valid_router(source, _ROUTER))))
     @example(_valid_router(source, _ROUTER | {"num_inference_steps": 10**400}))
+    @example(_valid_router(source, _ROUTER | {"model": {"more": float("inf")}}))
     def test(content: bytes) -> None:
         router = _reads("router", FOLDER / "router.safetensors", content, sostenuto.Router.load)
         if router is not None:
@@ -307,6 +310,8 @@ def batches() -> Callable[[], None]:
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 _ARGUMENTS = st.one_of(
+    st.integers(0, 8),
+    st.floats(0, 1),
     _SCALARS,
     st.lists(_NUMBERS, max_size=4).map(tuple),
     st.dictionaries(_SCALARS, _SCALARS | st.tuples(_NUMBERS, _NUMBERS), max_size=2),
@@ -328,16 +333,21 @@ def _plans(method: Any, steps: int) -> None:
 def parameters() -> Callable[[], None]:
     methods = sorted(sostenuto.available_methods().items())
 
-    @given(st.data(), st.sampled_from(methods), st.integers(1, 4))
-    def test(data: Any, method: tuple[str, Any], steps: int) -> None:
-        kind = method[1]
+    @st.composite
+    def made(draw: Any) -> tuple[Any, dict[str, Any]]:
+        kind = draw(st.sampled_from([kind for _, kind in methods]))
         names = [field.name for field in fields(kind)]
-        chosen = data.draw(st.lists(st.sampled_from(names), max_size=3, unique=True)) if names else []
-        arguments = {name: data.draw(_ARGUMENTS) for name in chosen}
+        chosen = draw(st.lists(st.sampled_from(names), max_size=3, unique=True)) if names else []
+        return kind, {name: draw(_ARGUMENTS) for name in chosen}
+
+    @given(made(), st.integers(1, 4))
+    @example((sostenuto.EpsilonScaling, {"scale": 2.1e174, "end": 1e308}), 4)
+    @example((sostenuto.EpsilonScaling, {"scale": 10**400}), 4)
+    def test(call: tuple[Any, dict[str, Any]], steps: int) -> None:
+        kind, arguments = call
         COUNTS["parameters of methods"] += 1
         try:
-            made = kind(**arguments)
-            _plans(made, steps)
+            _plans(kind(**arguments), steps)
         except SostenutoError:
             return
         ACCEPTED["parameters of methods"] += 1
@@ -348,7 +358,10 @@ def parameters() -> Callable[[], None]:
 def options() -> Callable[[], None]:
     """The arguments of ``enable`` itself."""
 
-    @given(_ARGUMENTS, _ARGUMENTS, _ARGUMENTS)
+    methods = st.sampled_from(["fora", "none", "ab", "teacache", sostenuto.FORA(2) | sostenuto.Forecast(1)])
+    most = st.none() | st.integers(0, 10**6)
+
+    @given(methods | _ARGUMENTS, most | _ARGUMENTS, st.booleans() | _ARGUMENTS)
     @example("fora", 10**400, True)
     def test(method: Any, most: Any, finite: Any) -> None:
         COUNTS["arguments of enable"] += 1
@@ -412,6 +425,6 @@ TARGETS: dict[str, tuple[Callable[[], Callable[[], None]], float]] = {
     "batch of results": (batches, 1.0),
     "parameters of methods": (parameters, 1.0),
     "arguments of enable": (options, 0.25),
-    "command line": (command_lines, 0.25),
+    "command line": (command_lines, 0.1),
 }
 """What makes a test of random inputs for each reader, and how many of them in comparison to the first: some are slow."""

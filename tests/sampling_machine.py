@@ -66,6 +66,8 @@ class Generation:
     fitting: bool
     """Take the length that the method asks for."""
     reads_statistics: bool
+    switches_offloading: bool
+    """Between the generation before and this one."""
 
 
 GENERATIONS = st.builds(
@@ -84,6 +86,7 @@ GENERATIONS = st.builds(
     thread=st.booleans(),
     fitting=st.sampled_from([True, True, True, False]),
     reads_statistics=st.sampled_from([False, False, False, True]),
+    switches_offloading=st.sampled_from([False, False, False, False, True]),
 )
 
 
@@ -121,11 +124,21 @@ class Setup:
         assert self.handle is None or (not self.handle.enabled and not self.handle._passes)
         self.handle, self.recipe = None, Recipe("stock", sostenuto.NoCache())
 
+    def switch_offloading(self) -> None:
+        if self.offloaded:
+            remove_hook_from_module(self.network, recurse=True)
+        else:
+            accelerate.cpu_offload(self.network, torch.device("cpu"))
+        self.offloaded = not self.offloaded
+        COUNTS["offloading switched"] += 1
+
     # --- one generation ------------------------------------------------------------------------------------------
 
     def generate(self, generation: Generation) -> None:
         """Run it, and compare every call of it with the naive sampler's."""
         pipe = self.pipes[generation.second]
+        if generation.switches_offloading and not self.compiled:
+            self.switch_offloading()
         if generation.second and self.handle is not None and not self.shared:
             self.handle.share(pipe)
             self.shared = True
@@ -343,7 +356,6 @@ class SamplingMachine(RuleBasedStateMachine):
         assert {name: dict(vars(module)) for name, module in self.setup.network.named_modules()} == before
         COUNTS["refusals that left everything as it was"] += 1
 
-    @precondition(lambda self: not self.setup.offloaded)
     @rule(pickled=st.booleans())
     def copy(self, pickled: bool) -> None:
         make = (lambda network: pickle.loads(pickle.dumps(network))) if pickled else copy.deepcopy
@@ -352,29 +364,23 @@ class SamplingMachine(RuleBasedStateMachine):
                 make(self.setup.network)
             COUNTS["refusals that left everything as it was"] += 1
             return
+        if self.setup.offloaded:  # accelerate's hooks can't be copied
+            self.setup.switch_offloading()
         self.setup.replace_network(make(self.setup.network))
         self.setup.compiled = False
         COUNTS["copies"] += 1
 
-    @precondition(lambda self: not self.setup.offloaded and not self.setup.compiled)
+    @precondition(lambda self: not self.setup.compiled)
     @rule(dtype=st.sampled_from(DTYPES))
     def move_dtype(self, dtype: torch.dtype) -> None:
+        if self.setup.offloaded:  # the weights are on no device then
+            self.setup.switch_offloading()
         self.setup.network.float().to(dtype)
         self.setup.naive.network.load_state_dict(self.setup.network.state_dict())
         self.setup.naive.network.to(dtype)
         self.setup.naive.network.load_state_dict(self.setup.network.state_dict())
         self.setup.dtype = dtype
         COUNTS["moves of dtype"] += 1
-
-    @precondition(lambda self: not self.setup.compiled)
-    @rule()
-    def offload(self) -> None:
-        if self.setup.offloaded:
-            remove_hook_from_module(self.setup.network, recurse=True)
-        else:
-            accelerate.cpu_offload(self.setup.network, torch.device("cpu"))
-        self.setup.offloaded = not self.setup.offloaded
-        COUNTS["offloading switched"] += 1
 
     @rule(name=st.sampled_from(sorted(SCHEDULERS)), second=st.booleans())
     def swap_scheduler(self, name: str, second: bool) -> None:
@@ -398,14 +404,18 @@ class SamplingMachine(RuleBasedStateMachine):
             hook.remove()
 
         hook = setup.network.pos_embed.register_forward_pre_hook(intrude)
-        generation = Generation(3, "none", (0, 0), frozenset(), 1, 8, 0, None, None, False, False, False, True, False)
+        generation = Generation(
+            3, "none", (0, 0), frozenset(), 1, 8, 0, None, None, False, False, False, True, False, False
+        )
         setup.generate(generation)
         hook.remove()
         COUNTS["calls refused"] += len(refused)
 
-    @precondition(lambda self: self.may_compile and not self.enabled and not self.setup.offloaded)
+    @precondition(lambda self: self.may_compile and not self.enabled)
     @rule()
     def compile(self) -> None:
+        if self.setup.offloaded:
+            self.setup.switch_offloading()
         if self.setup.compiled:
             self.setup.replace_network(copy.deepcopy(self.setup.network))  # a copy is not compiled
         else:

@@ -21,8 +21,10 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("form", ["in-place", "wrapper"])
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(
+    ("form", "order"),
+    [("in-place", 0), ("wrapper", 0), ("in-place", 1), pytest.param("wrapper", 1, marks=pytest.mark.slow)],
+)
 def test_one_graph_per_mode_without_a_break(scheduler, form, order):
     model = build_tiny(num_layers=2)
     with sostenuto.enable(model, EBCache(CacheTable(STATES, forecast_order=order)), scheduler=scheduler):

@@ -60,7 +60,7 @@ def generate(model, tiny, scheduler):
     return outputs
 
 
-QUICK = ("PixArtTransformer2DModel", "FluxTransformer2DModel", "WanVACETransformer3DModel", "LatteTransformer3DModel")
+QUICK = ("PixArtTransformer2DModel", "FluxTransformer2DModel")
 
 
 @pytest.mark.parametrize(

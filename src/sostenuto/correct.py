@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,6 +27,9 @@ class TimeShifter(Protocol):
         ...
 
 
+_LEAST_SCALE = 1e-30  # its reciprocal is the largest: both are numbers of float32
+
+
 def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = None) -> tuple[float, ...]:
     """One factor per step from a number or a sequence.
 
@@ -44,9 +46,10 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     if not values:
         raise MethodError("eps_scale is empty: give one number per step or one number")
     for step, value in enumerate(values):
-        if not math.isfinite(value) or value <= 0:
+        if not _LEAST_SCALE <= value <= 1 / _LEAST_SCALE:
             raise MethodError(
-                f"eps_scale must be finite and above 0, but is {value} at step {step}; 1 means no scaling"
+                f"eps_scale must be finite and above 0 ({_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}), but is {value} at step "
+                f"{step}; 1 means no scaling"
             )
     if num_steps is not None and len(values) != num_steps:
         raise MethodError(f"eps_scale has {len(values)} entries for {num_steps} steps: give one per step or one number")

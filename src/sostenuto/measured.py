@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -132,9 +133,26 @@ def read_json(path: Path, what: str) -> Any:
         TableError: it can't be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise TableError(f"{path} can't be read as a {what}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; Python's own parser also takes NaN and Infinity, which are no JSON and can't be saved again.
+
+    Raises:
+        ValueError: it is no JSON, or holds a number that is not finite.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
 def is_number(value: Any) -> bool:

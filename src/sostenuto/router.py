@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sostenuto.errors import TableError
-from sostenuto.measured import table_file
+from sostenuto.measured import parse_json, table_file
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
 from sostenuto.table import CacheTable, in_sampling_order, read_made_for
@@ -193,7 +193,7 @@ def _from_file(file: Any) -> Router:
     header = (file.metadata() or {}).get(FORMAT)
     if header is None:
         raise TableError(f"the header lacks {FORMAT!r}: that is no router")
-    content = json.loads(header)
+    content = parse_json(header)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TableError(f"the field 'format' must be {FORMAT!r}")
     if content.get("version") != VERSION:

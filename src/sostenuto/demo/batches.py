@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sostenuto.errors import InputError
+from sostenuto.measured import parse_json
 
 
 def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
@@ -42,7 +43,7 @@ def read_batch(path: Path) -> tuple[torch.Tensor, float, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             images, metadata = file.get_tensor("images"), file.metadata()
-        seconds, stats = float(metadata["wall_s"]), json.loads(metadata["stats"])
+        seconds, stats = float(metadata["wall_s"]), parse_json(metadata["stats"])
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise ValueError(f"images of {images.dtype} and shape {tuple(images.shape)}")
         if not isinstance(stats["macs"], int):

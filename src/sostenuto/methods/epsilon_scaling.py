@@ -109,7 +109,7 @@ class EpsilonScaling(Method):
         if self.end is None:
             return [1 / scale for scale in check_noise_scale(self.scale, facts.num_steps)]
         assert isinstance(self.scale, (int, float))
-        return [1 / (self.end + (self.scale - self.end) * tau) for tau in normalized_times(facts.num_steps)]
+        return [1 / (tau * self.scale + (1 - tau) * self.end) for tau in normalized_times(facts.num_steps)]
 
     # --- schedules -----------------------------------------------------------------------------------------------
 
