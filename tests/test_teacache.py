@@ -279,7 +279,7 @@ GOOD = TeaCacheFit((1.0, 0.5), 0.1, model={"class": "X", "fingerprint": "ab"}, c
         ({"order": "timestep_index"}, "order 'timestep_index'"),
         ({"coefficients": []}, "coefficients"),
         ({"coefficients": [1, None]}, "entry 1 is None"),
-        ({"coefficients": [NAN]}, "entry 0 is nan"),
+        ({"coefficients": [NAN]}, "NaN is no finite number"),
         ({"threshold": -1}, "threshold"),
         ({"threshold": "0.1"}, "threshold"),
         ({"model": []}, "model"),
