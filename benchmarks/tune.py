@@ -3,8 +3,8 @@
     python benchmarks/tune.py --num-images 1000 --seeds 0 1 2 --output runs/tune --json docs/results/tune.json
     python benchmarks/tune.py --model runs/small --solver dpm-solver++ --steps 20 --speedups 1.5 2
 
-Tuning and calibrations come first, each kept in the output folder; then every row is sampled on the same noise and labels.
-What an interrupted run has done is kept. ``--cost time`` compares at equal measured time, ``macs`` at equal
+Tuning, for each target by itself, and calibrations come first, each kept in the output folder; then every row is sampled
+on the same noise and labels. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time, ``macs`` at equal
 multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is within 15 %.
 """
 
@@ -123,21 +123,22 @@ def rows(options: argparse.Namespace, pipe: Any) -> list[Entry]:
         chosen = (labels * 3 + torch.randint(10, (1,), generator=generator)) % 10
         return pipe(chosen.tolist(), num_inference_steps, generator=generator, output_type="pt").images
 
-    found = {}
-    for prefer in ("score", "nearness"):
-        found[prefer] = sostenuto.tune(
+    def tuned(target: float, prefer: str) -> Method:
+        result = sostenuto.tune(
             pipe,
             sample,
             num_inference_steps=options.steps,
-            speedup=targets[len(targets) // 2],
+            speedup=target,
             generator=torch.Generator().manual_seed(0),
             score=Judge().distance,
             score_sample=demo_sample(options.score_images),
             folder=options.output / "tuned",
             show_progress=True,
-            options=sostenuto.TuneOptions(speedups=tuple(targets), budget=options.cost, prefer=prefer),
+            options=sostenuto.TuneOptions(speedups=(target,), budget=options.cost, prefer=prefer),
         )
-        found[prefer].save(options.output / f"tuned-by-{prefer}")
+        result.save(options.output / f"tuned-by-{prefer}")
+        return result.method
+
     rivals = Rivals(pipe, options.steps, folder, options.search_images)
     timed = []
     for name, method in tqdm([*intervals(), *rivals.learned()], desc="cost"):
@@ -148,12 +149,9 @@ def rows(options: argparse.Namespace, pipe: Any) -> list[Entry]:
     for target in targets:
         fewer = round(options.steps / target)
         entries.append(Entry(f"{target:g}x: {fewer} steps", sostenuto.NoCache(), fewer, options.solver, reference=None))
-        for prefer, result in found.items():
-            for point in result.frontier:
-                if point.target == target:
-                    entries.append(
-                        Entry(f"{target:g}x: tuned by {prefer}", point.method, options.steps, options.solver)
-                    )
+        for prefer in ("score", "nearness"):
+            name = f"{target:g}x: tuned by {prefer}"
+            entries.append(Entry(name, tuned(target, prefer), options.steps, options.solver))
         for name, method in rivals.of(target):
             entries.append(Entry(f"{target:g}x: {name}", method, options.steps, options.solver))
         for name in dict.fromkeys(name for name, *_ in timed):

@@ -40,7 +40,7 @@ class TuneOptions:
     prefer: Literal["score", "nearness"] = "score"
     trial_samples: int = 16
     refinements: int = 4
-    tilts: tuple[float, ...] = (-3.0, 0.0, 3.0)
+    tilts: tuple[float, ...] = (-3.0, 0.0, 3.0, 6.0)
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
     kinds: tuple[str, ...] | None = None
     max_work: float = MAX_WORK

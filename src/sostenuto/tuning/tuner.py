@@ -134,10 +134,11 @@ class _Tuner:
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         tilt = self._choose_tilt(pivot)
-        plans = {target: self._refined(self._planned(target, tilt)) for target in targets}
-        scale = self._choose_scale(plans[pivot])
-        order = sorted(targets, key=lambda target: abs(target - pivot))  # what matters most before the budget runs out
-        points = [self._point(target, plans[target], scale) for target in order]
+        plan = self._refined(self._planned(pivot, tilt))
+        scale = self._choose_scale(plan)
+        points = [self._point(pivot, plan, scale)]  # what was asked for comes before the work runs out
+        for target in sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot)):
+            points.append(self._point(target, self._refined(self._planned(target, tilt)), scale))
         frontier = pareto(points)
         reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
         return Tuned(
