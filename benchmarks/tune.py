@@ -4,7 +4,8 @@
     python benchmarks/tune.py --model runs/small --solver dpm-solver++ --steps 20 --speedups 1.5 2
 
 Tuning, for each target by itself, and calibrations come first, each kept in the output folder; then every row is sampled
-on the same noise and labels. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time, ``macs`` at equal
+on the same noise and labels. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time,
+``macs`` at equal
 multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is within 15 %.
 """
 
