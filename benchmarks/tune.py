@@ -5,8 +5,8 @@
 
 Tuning, for each target by itself, and calibrations come first, each kept in the output folder; then every row is sampled
 on the same noise and labels. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time,
-``macs`` at equal
-multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is within 15 %.
+``macs`` at equal multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is
+within 15 %.
 """
 
 from __future__ import annotations
