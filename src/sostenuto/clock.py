@@ -132,8 +132,7 @@ class Clock:
         if pass_index is None:
             pass_index = self._new_pass(conditioning)
         self._called.add(pass_index)
-        # Clones: the sampler may write in place.
-        self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
+        self._step, self._latents = step, tuple(map(_copy, tensors))
         self._levels = levels
         listed = self._timesteps.values
         return Tick(step, pass_index, len(listed), listed, fresh)
@@ -218,7 +217,7 @@ class _Snapshot:
     def __init__(self, value: Any) -> None:
         self._tensor, self._version, self._copy = value, None, value
         if isinstance(value, torch.Tensor):
-            self._version, self._copy = _version(value), value.detach().clone()
+            self._version, self._copy = _version(value), _copy(value)
 
     def holds(self, other: Any) -> bool:
         """Whether the other value equals that of then."""
@@ -227,6 +226,11 @@ class _Snapshot:
         if other is self._tensor and self._version is not None and _version(other) == self._version:
             return True
         return _equal(self._copy, other)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is now: the sampler may write in place."""
+    return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
 
 
 def _version(tensor: torch.Tensor) -> int | None:
