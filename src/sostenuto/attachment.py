@@ -87,10 +87,9 @@ class Attachment:
         while self._standing:
             self._standing.pop().restore()
 
-    def step_aside(self) -> None:
-        """Let the modules run as if nothing was attached, until :meth:`step_in`."""
-        for standing in reversed(self._standing):
-            standing.replaced.step_aside()
+    def step_aside(self) -> bool:
+        """Let the modules run as if nothing was attached, until :meth:`step_in`; returns whether all could."""
+        return all([standing.replaced.step_aside() for standing in reversed(self._standing)])
 
     def step_in(self) -> None:
         """Stand in again."""

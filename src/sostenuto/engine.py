@@ -296,8 +296,6 @@ class Handle:
                 agree(self.method, self._plan, self._observes, tick.timesteps, tick.step, self._noise_scale)
             if len(self._dry_runs) > _MOST_DRY_RUNS:  # nothing is read of generations before this one
                 self._record, self._dry_runs, self._signatures = None, [], {}
-        else:
-            self._settle(between=False)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
@@ -417,6 +415,8 @@ class Handle:
                     self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
                 self._record.ended = time.monotonic()
 
+        if not row.is_plain:
+            self._settle(between=False)
         try:
             return self._executor.execute(
                 tick.step,

@@ -51,6 +51,7 @@ class Executor:
         self._sites, self._taps, self._observers = sites, taps, observers
         self.in_graph = False  # whether any tap runs within a compiled graph
         self._is_aside = False
+        self._staying: list[Tap] = []  # taps that stay in place meanwhile
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
             next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
@@ -157,22 +158,21 @@ class Executor:
     def _run_plain(self, state: PassState, call: Call, ops: tuple[Op, ...], note: Callable[[Carried], None]) -> Any:
         """A call that computes everything and keeps nothing: the network runs as if nothing was attached to it."""
         self._step_aside()
-        first = self._taps[:1]
-        for tap in first:
+        for tap in self._staying:
             tap.begin(Op.COMPUTE)
         try:
             return self._run(state, call)
         finally:
-            for tap in first:
+            for tap in self._staying:
                 tap.op = _OUTSIDE
             note(Carried(ops))
 
     def _step_aside(self) -> None:
-        """Take all taps but the first out of the way: by that one a call is noticed that the engine doesn't see."""
+        """Take the taps out of the way; the first one stays, to notice a call that the engine doesn't see."""
         if not self._is_aside:
             self._is_aside = True
-            for tap in reversed(self._taps[1:]):
-                tap.step_aside()
+            moved = [tap for tap in reversed(self._taps[1:]) if tap.step_aside()]
+            self._staying = [tap for tap in self._taps if tap not in moved]
 
     def step_in(self) -> None:
         """Put the taps back into their places."""

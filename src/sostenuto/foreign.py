@@ -76,11 +76,13 @@ class Replaced:
         self._is_aside = False
         place[name] = function
 
-    def step_aside(self) -> None:
-        """Let the module run what it would without the function, where nobody else's hook has come around it."""
-        if self._place.get(self._name) is self._function:
-            self._is_aside = True
-            self._put_before()
+    def step_aside(self) -> bool:
+        """Let the module run what it would without the function; refused where somebody's hook has come around it."""
+        if self._place.get(self._name) is not self._function:
+            return False
+        self._is_aside = True
+        self._put_before()
+        return True
 
     def step_in(self) -> None:
         """Take the place again; where somebody has put a hook there meanwhile the function stays out, and is missed."""
