@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
@@ -22,6 +23,11 @@ import torch
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import get_state_machine_test
 from tqdm import tqdm
+
+import sostenuto
+from sostenuto import EBCache
+from sostenuto.demo.compare import SHIPPED
+from sostenuto.demo.pipeline import load_demo_pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -90,6 +96,39 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     return {"generations": options.generations, "growth": grown, "peaks": peaks, "faults": len(faults)}
 
 
+def finite(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``check_finite`` costs on the demo model: processor time with it over without, in turn, a table in use."""
+    pipe, times = load_demo_pipeline(), {False: [], True: []}
+    for turn in range(2 * options.pairs + 2):
+        check = turn % 2 == 1
+        with sostenuto.enable(pipe, EBCache(SHIPPED / "demo-ddpm50-1.5x.json"), check_finite=check):
+            began = time.process_time()
+            pipe(list(range(8)), 50, generator=torch.Generator().manual_seed(0), output_type="latent")
+            times[check].append(time.process_time() - began)
+    ratios = [b / a for a, b in zip(times[False][1:], times[True][1:], strict=True)]  # the first of each is a warm-up
+    return {"pairs": options.pairs, "ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+_INJECTED = (
+    "generations interrupted",
+    "exceptions inside a block",
+    "calls refused",
+    "refusals that left everything as it was",
+)
+
+
+def summary(parts: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """The counts in short; the last one must be zero."""
+    sampled = [parts[name] for name in ("sampling", "compiled") if name in parts]
+    return {
+        "states_explored": sum(part["steps"] for part in sampled),
+        "denoiser_calls_compared": sum(part["denoiser calls compared"] for part in sampled),
+        "inputs_fuzzed": parts.get("inputs", {}).get("inputs", 0),
+        "faults_injected": sum(part.get(name, 0) for part in sampled for name in _INJECTED),
+        "differences_and_losses": sum(part.get("differences", 0) + part.get("faults", 0) for part in parts.values()),
+    }
+
+
 def _failures(run: Callable[[], None], name: str) -> list[str]:
     try:
         run()
@@ -102,11 +141,12 @@ def _failures(run: Callable[[], None], name: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["sampling", "compiled", "inputs", "memory"])
+    parser.add_argument("--parts", nargs="+", default=["sampling", "compiled", "inputs", "memory", "finite"])
     parser.add_argument("--steps", type=int, default=10_000, help="of the model-based test")
     parser.add_argument("--compiled-steps", type=int, default=200, help="of the same with compilation among its rules")
     parser.add_argument("--inputs", type=int, default=100_000, help="hostile files, parameters and command lines")
     parser.add_argument("--generations", type=int, default=1_000, help="for growth of memory, of each method")
+    parser.add_argument("--pairs", type=int, default=9, help="generations with and without check_finite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -119,6 +159,7 @@ def main() -> int:
         ),
         "inputs": lambda: inputs(options),
         "memory": lambda: memory(options),
+        "finite": lambda: finite(options),
     }
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"parts": {}}
     for name in options.parts:
@@ -128,14 +169,13 @@ def main() -> int:
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         }
-        known["faults_found"] = sum(
-            part.get("differences", 0) + part.get("faults", 0) for part in known["parts"].values()
-        )
+        known["summary"] = summary(known["parts"])
         print(json.dumps({name: known["parts"][name]}, indent=1))
         if options.json:
             options.json.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"differences and losses: {known['faults_found']}")
-    return int(known["faults_found"] > 0)
+    for name, count in known["summary"].items():
+        print(f"{name.replace('_', ' ')}: {count}")
+    return int(known["summary"]["differences_and_losses"] > 0)
 
 
 if __name__ == "__main__":

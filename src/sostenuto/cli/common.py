@@ -34,14 +34,12 @@ class ModelChoice:
         method = self.method if self.config is None else self.method_object().name
         name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
-            import diffusers
-
+            from sostenuto.compat import diffusers_name
             from sostenuto.errors import InputError
 
-            scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-            if scheduler is None:
+            if not name.endswith("Scheduler"):
                 raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
-            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+            pipe.scheduler = diffusers_name(name).from_config(pipe.scheduler.config)
         return pipe
 
     def _load(self) -> Any:
@@ -53,8 +51,7 @@ class ModelChoice:
             from sostenuto.demo.pipeline import load_trained_pipeline
 
             return load_trained_pipeline(self.model)
-        from diffusers import DiffusionPipeline
-
+        from sostenuto.compat import diffusers_name
         from sostenuto.measured import read_json, table_file
 
         index = Path(self.model) / "model_index.json"
@@ -64,7 +61,8 @@ class ModelChoice:
                 from sostenuto.demo.pipeline import DemoPipeline
 
                 return DemoPipeline.from_pretrained(self.model, use_safetensors=True)
-        return DiffusionPipeline.from_pretrained(self.model, use_safetensors=True)  # other weights may be pickles
+        # Weights in another format may be pickles.
+        return diffusers_name("DiffusionPipeline").from_pretrained(self.model, use_safetensors=True)
 
     def method_object(self) -> Any:
         """The method with its table."""

@@ -19,12 +19,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import sostenuto
 from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.compat import diffusers_name, diffusers_version
 from sostenuto.demo.assets import asset
 from sostenuto.demo.batches import batch_file, read_batch, write_batch
 from sostenuto.demo.judge import Judge
@@ -289,7 +288,7 @@ def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
             yield seed, start, labels[start : start + settings.batch_size]
 
 
-_SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+_SOLVERS: dict[str, str] = {"ddim": "DDIMScheduler", "dpm-solver++": "DPMSolverMultistepScheduler"}
 
 
 @contextlib.contextmanager
@@ -297,7 +296,7 @@ def with_solver(pipe: DemoPipeline, solver: str) -> Iterator[None]:
     """The pipeline with another solver (``"ddpm"``: its own) for a while."""
     base = pipe.scheduler
     if solver != "ddpm":
-        pipe.scheduler = _SOLVERS[solver].from_config(base.config)
+        pipe.scheduler = diffusers_name(_SOLVERS[solver]).from_config(base.config)
     try:
         yield
     finally:
@@ -401,7 +400,7 @@ def machine() -> dict[str, Any]:
         "dtype": "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": diffusers_version(),
         "sostenuto": sostenuto.__version__,
     }
 
