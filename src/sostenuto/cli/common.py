@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,4 +106,6 @@ class ModelChoice:
 def write_json(path: Path | None, content: Any) -> None:
     """Write the numbers where ``--json`` says, if it does."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        from sostenuto.files import publish_json
+
+        publish_json(path, content, indent=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import platform
@@ -30,6 +29,7 @@ from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NUM_CLASSES
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.errors import InputError
+from sostenuto.files import publish_json
 from sostenuto.measured import read_json, table_file
 from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
 from sostenuto.methods.base import Method
@@ -267,7 +267,7 @@ def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = 
     if path.exists() and (known := read_json(table_file(path, "run"), "run")) != made_with:
         odd = next((k for k, v in made_with.items() if not isinstance(known, dict) or known.get(k) != v), "setting")
         raise InputError(f"{folder} holds a run with another {odd}: use another --output, or --fresh to delete it")
-    path.write_text(json.dumps(made_with, indent=1))
+    publish_json(path, made_with, indent=1)
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sostenuto.files import publish
 from sostenuto.table import StepState
 
 
@@ -155,10 +156,9 @@ class Measurement:
             "made_for": dict(self.made_for),
             "work": self.work,
         }
-        partial = path.with_suffix(".partial.npz")  # an interrupted write must not pass for a whole one
         runs: dict[str, Any] = {f"runs-{kind.value}": values for kind, values in self.runs.items()}
-        np.savez_compressed(partial, power=self.power, rest=np.array(json.dumps(rest)), **runs)
-        partial.replace(path)
+        with publish(path) as partial:  # an interrupted write must not pass for a whole one
+            np.savez_compressed(partial, power=self.power, rest=np.array(json.dumps(rest)), **runs)
 
     @classmethod
     def load(cls, path: Path) -> Measurement:
