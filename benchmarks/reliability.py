@@ -1,4 +1,4 @@
-"""The long run behind docs/reliability.md: random sequences of what users do, hostile files and parameters, memory.
+"""The long run behind docs/results/reliability.md: what users do at random, hostile files, injected faults, memory.
 
     python benchmarks/reliability.py --json docs/results/reliability.json
 
@@ -31,6 +31,7 @@ from sostenuto.demo.pipeline import load_demo_pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import fault_injection
 import fuzzing
 import memory_checks
 import sampling_machine
@@ -109,12 +110,11 @@ def finite(options: argparse.Namespace) -> dict[str, Any]:
     return {"pairs": options.pairs, "ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-_INJECTED = (
-    "generations interrupted",
-    "exceptions inside a block",
-    "calls refused",
-    "refusals that left everything as it was",
-)
+# What was done to the runs, by part: not what they refused by themselves.
+_INJECTED = ("generations interrupted", "exceptions inside a block", "kills", "interrupts", "full_disks")
+
+
+_FOUND = ("differences", "lost", "faults")
 
 
 def summary(parts: dict[str, dict[str, Any]]) -> dict[str, int]:
@@ -124,8 +124,8 @@ def summary(parts: dict[str, dict[str, Any]]) -> dict[str, int]:
         "states_explored": sum(part["steps"] for part in sampled),
         "denoiser_calls_compared": sum(part["denoiser calls compared"] for part in sampled),
         "inputs_fuzzed": parts.get("inputs", {}).get("inputs", 0),
-        "faults_injected": sum(part.get(name, 0) for part in sampled for name in _INJECTED),
-        "differences_and_losses": sum(part.get("differences", 0) + part.get("faults", 0) for part in parts.values()),
+        "faults_injected": sum(part.get(name, 0) for part in parts.values() for name in _INJECTED),
+        "differences_and_losses": sum(part.get(name, 0) for part in parts.values() for name in _FOUND),
     }
 
 
@@ -139,12 +139,29 @@ def _failures(run: Callable[[], None], name: str) -> list[str]:
     return []
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "sampling": lambda options: sampling(options, sampling_machine.SamplingMachine, options.steps, "sampling"),
+    "compiled": lambda options: sampling(
+        options, sampling_machine.CompilingMachine, options.compiled_steps, "sampling, compiled"
+    ),
+    "inputs": inputs,
+    "kills": lambda options: fault_injection.kills(options.kills, options.seed),
+    "interrupts": lambda options: fault_injection.interrupts(options.interrupts, options.seed),
+    "full disks": lambda options: fault_injection.full_disks(options.disks, options.seed),
+    "memory": memory,
+    "finite": finite,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["sampling", "compiled", "inputs", "memory", "finite"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10_000, help="of the model-based test")
     parser.add_argument("--compiled-steps", type=int, default=200, help="of the same with compilation among its rules")
     parser.add_argument("--inputs", type=int, default=100_000, help="hostile files, parameters and command lines")
+    parser.add_argument("--kills", type=int, default=100, help="of processes that make images")
+    parser.add_argument("--interrupts", type=int, default=300, help="of generations, at random moments")
+    parser.add_argument("--disks", type=int, default=40, help="that fill up (needs the right to mount one)")
     parser.add_argument("--generations", type=int, default=1_000, help="for growth of memory, of each method")
     parser.add_argument("--pairs", type=int, default=9, help="generations with and without check_finite")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,19 +169,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "sampling": lambda: sampling(options, sampling_machine.SamplingMachine, options.steps, "sampling"),
-        "compiled": lambda: sampling(
-            options, sampling_machine.CompilingMachine, options.compiled_steps, "sampling, compiled"
-        ),
-        "inputs": lambda: inputs(options),
-        "memory": lambda: memory(options),
-        "finite": lambda: finite(options),
-    }
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"parts": {}}
     for name in options.parts:
         began = time.time()
-        known["parts"][name] = parts[name]() | {
+        known["parts"][name] = PARTS[name](options) | {
             "seconds": round(time.time() - began),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,

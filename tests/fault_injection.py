@@ -64,7 +64,7 @@ def kills(count: int, seed: int) -> dict[str, Any]:
             left = [path for path in output.rglob("*") if path.name.startswith(".partial") or path.suffix == ".lock"]
             found["lost"] += len(left) + _differing(output, expected)
             shutil.rmtree(output)
-    return {"seed": seed, **found, "faults": found["lost"]}
+    return {"seed": seed, **found}
 
 
 def interrupts(count: int, seed: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def full_disks(count: int, seed: int) -> dict[str, Any]:
                 else:
                     found["lost"] += _differing(output, expected)
                 found["lost"] += len([path for path in disk.rglob("*") if path.name.startswith(".partial")])
-    return {"seed": seed, **found, "faults": found["lost"]}
+    return {"seed": seed, **found}
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
