@@ -1,4 +1,4 @@
-"""The long run behind docs/reliability.md: random sequences of what users do, hostile files and parameters, memory.
+"""The long run behind docs/results/reliability.md: what users do at random, hostile files, injected faults, memory.
 
     python benchmarks/reliability.py --json docs/results/reliability.json
 
@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
@@ -23,8 +24,14 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import get_state_machine_test
 from tqdm import tqdm
 
+import sostenuto
+from sostenuto import EBCache
+from sostenuto.demo.compare import SHIPPED
+from sostenuto.demo.pipeline import load_demo_pipeline
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import fault_injection
 import fuzzing
 import memory_checks
 import sampling_machine
@@ -90,6 +97,38 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     return {"generations": options.generations, "growth": grown, "peaks": peaks, "faults": len(faults)}
 
 
+def finite(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``check_finite`` costs on the demo model: processor time with it over without, in turn, a table in use."""
+    pipe, times = load_demo_pipeline(), {False: [], True: []}
+    for turn in range(2 * options.pairs + 2):
+        check = turn % 2 == 1
+        with sostenuto.enable(pipe, EBCache(SHIPPED / "demo-ddpm50-1.5x.json"), check_finite=check):
+            began = time.process_time()
+            pipe(list(range(8)), 50, generator=torch.Generator().manual_seed(0), output_type="latent")
+            times[check].append(time.process_time() - began)
+    ratios = [b / a for a, b in zip(times[False][1:], times[True][1:], strict=True)]  # the first of each is a warm-up
+    return {"pairs": options.pairs, "ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+# What was done to the runs, by part: not what they refused by themselves.
+_INJECTED = ("generations interrupted", "exceptions inside a block", "kills", "interrupts", "full_disks")
+
+
+_FOUND = ("differences", "lost", "faults")
+
+
+def summary(parts: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """The counts in short; the last one must be zero."""
+    sampled = [parts[name] for name in ("sampling", "compiled") if name in parts]
+    return {
+        "states_explored": sum(part["steps"] for part in sampled),
+        "denoiser_calls_compared": sum(part["denoiser calls compared"] for part in sampled),
+        "inputs_fuzzed": parts.get("inputs", {}).get("inputs", 0),
+        "faults_injected": sum(part.get(name, 0) for part in parts.values() for name in _INJECTED),
+        "differences_and_losses": sum(part.get(name, 0) for part in parts.values() for name in _FOUND),
+    }
+
+
 def _failures(run: Callable[[], None], name: str) -> list[str]:
     try:
         run()
@@ -100,42 +139,51 @@ def _failures(run: Callable[[], None], name: str) -> list[str]:
     return []
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "sampling": lambda options: sampling(options, sampling_machine.SamplingMachine, options.steps, "sampling"),
+    "compiled": lambda options: sampling(
+        options, sampling_machine.CompilingMachine, options.compiled_steps, "sampling, compiled"
+    ),
+    "inputs": inputs,
+    "kills": lambda options: fault_injection.kills(options.kills, options.seed),
+    "interrupts": lambda options: fault_injection.interrupts(options.interrupts, options.seed),
+    "full disks": lambda options: fault_injection.full_disks(options.disks, options.seed),
+    "memory": memory,
+    "finite": finite,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["sampling", "compiled", "inputs", "memory"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10_000, help="of the model-based test")
     parser.add_argument("--compiled-steps", type=int, default=200, help="of the same with compilation among its rules")
     parser.add_argument("--inputs", type=int, default=100_000, help="hostile files, parameters and command lines")
+    parser.add_argument("--kills", type=int, default=100, help="of processes that make images")
+    parser.add_argument("--interrupts", type=int, default=300, help="of generations, at random moments")
+    parser.add_argument("--disks", type=int, default=40, help="that fill up (needs the right to mount one)")
     parser.add_argument("--generations", type=int, default=1_000, help="for growth of memory, of each method")
+    parser.add_argument("--pairs", type=int, default=9, help="generations with and without check_finite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "sampling": lambda: sampling(options, sampling_machine.SamplingMachine, options.steps, "sampling"),
-        "compiled": lambda: sampling(
-            options, sampling_machine.CompilingMachine, options.compiled_steps, "sampling, compiled"
-        ),
-        "inputs": lambda: inputs(options),
-        "memory": lambda: memory(options),
-    }
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"parts": {}}
     for name in options.parts:
         began = time.time()
-        known["parts"][name] = parts[name]() | {
+        known["parts"][name] = PARTS[name](options) | {
             "seconds": round(time.time() - began),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         }
-        known["faults_found"] = sum(
-            part.get("differences", 0) + part.get("faults", 0) for part in known["parts"].values()
-        )
+        known["summary"] = summary(known["parts"])
         print(json.dumps({name: known["parts"][name]}, indent=1))
         if options.json:
             options.json.write_text(json.dumps(known, indent=1) + "\n")
-    print(f"differences and losses: {known['faults_found']}")
-    return int(known["faults_found"] > 0)
+    for name, count in known["summary"].items():
+        print(f"{name.replace('_', ' ')}: {count}")
+    return int(known["summary"]["differences_and_losses"] > 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import sostenuto
 from conftest import build_tiny, sample
 from sostenuto import EBCalibration, InputError, MagCacheCalibration, SmoothCacheCalibration, distributed
 from sostenuto.cli import COMMANDS, main
-from sostenuto.distributed.folder import complete, publish
+from sostenuto.distributed.folder import complete
+from sostenuto.files import publish
 
 
 def test_a_process_is_alone_unless_it_joins_a_launch(monkeypatch):

@@ -11,8 +11,8 @@ from sampling_machine import COUNTS, SamplingMachine
 def test_random_sequences_of_what_users_do_agree_with_a_naive_sampler():
     COUNTS.clear()
     quick = settings(
-        max_examples=12,
-        stateful_step_count=12,
+        max_examples=30,
+        stateful_step_count=20,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

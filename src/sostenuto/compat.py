@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +11,60 @@ from typing import Any
 import torch
 from torch import nn
 
-from sostenuto.errors import AnatomyError, EngineError
+from sostenuto.errors import AnatomyError, DependencyError, EngineError
 from sostenuto.features import leaves, mapped
+
+OLDEST_DIFFUSERS = "0.35"
+_NEEDED = f'sostenuto needs diffusers {OLDEST_DIFFUSERS} or newer, pip install -U "diffusers>={OLDEST_DIFFUSERS}"'
+
+
+def diffusers_package() -> Any:
+    """The package diffusers.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise DependencyError(f"diffusers can't be imported ({error}): {_NEEDED}") from error
+
+
+def diffusers_name(name: str, module: str = "") -> Any:
+    """What diffusers calls so; it is imported when it is asked for.
+
+    Args:
+        name: a class or function.
+        module: the module of diffusers that holds it; by default the package itself.
+
+    Raises:
+        DependencyError: diffusers is not installed, or the installed one has no such name; says which version is needed.
+    """
+    diffusers = diffusers_package()
+    version = getattr(diffusers, "__version__", "of unknown version")
+    try:
+        return getattr(importlib.import_module(f"diffusers.{module}") if module else diffusers, name)
+    except (ImportError, AttributeError, RuntimeError) as error:  # it wraps the errors of its own lazy imports
+        raise DependencyError(
+            f"diffusers {version} has no {name}: {_NEEDED} (classes that came later need the version they came with)"
+        ) from error
+
+
+def attention_of_diffusers() -> str:
+    """The backend that diffusers' own attention runs on; ``"?"`` in one that does not say."""
+    dispatch = diffusers_name("attention_dispatch", "models")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return "?" if registry is None else registry.get_active_backend()[0].value
+
+
+def diffusers_version() -> str:
+    """The version of the installed diffusers.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    return diffusers_name("__version__")
+
 
 CALL_SLOT = "_compiled_call_impl"  # Module.__call__ prefers this instance attribute; Module.compile() fills it
 
@@ -236,9 +289,7 @@ class CacheStates:
 
 def new_cache_context(name: str, **fields: Any) -> Any:
     """A context of diffusers' caches: an object with these fields, or its name alone in diffusers before 0.42."""
-    from diffusers.hooks import hooks
-
-    make = getattr(hooks, "CacheContext", None)
+    make = getattr(diffusers_name("hooks", "hooks"), "CacheContext", None)
     return name if make is None else make(name, **fields)
 
 
@@ -268,9 +319,7 @@ def reset_diffusers_hooks(denoiser: nn.Module) -> None:
     """Drop what diffusers' caches keep from the generation before."""
     registry = vars(denoiser).get("_diffusers_hook")
     if registry is None:
-        from diffusers.hooks import HookRegistry
-
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        registry = diffusers_name("HookRegistry", "hooks").check_if_exists_or_initialize(denoiser)
     registry.reset_stateful_hooks(recurse=True)
 
 
@@ -294,33 +343,23 @@ def register_block(block_class: type[nn.Module], streams: Sequence[str], returns
     Returns:
         A function that makes diffusers forget it again.
     """
-    from diffusers.hooks._helpers import TransformerBlockMetadata
-
+    metadata = diffusers_name("TransformerBlockMetadata", "hooks._helpers")
     fields: dict[str, Any] = {"return_hidden_states_index": returns.index(streams[0])}
     fields["hidden_states_argument_name"] = streams[0]
     if len(streams) > 1:
         fields["return_encoder_hidden_states_index"] = returns.index(streams[1])
         fields["encoder_hidden_states_argument_name"] = streams[1]
-    known = {
-        field.name for field in dataclasses.fields(TransformerBlockMetadata)
-    }  # older ones lack the arguments' names
+    known = {field.name for field in dataclasses.fields(metadata)}  # older ones lack the arguments' names
     registry = _block_registry()
-    registry.register(block_class, TransformerBlockMetadata(**{k: v for k, v in fields.items() if k in known}))
+    registry.register(block_class, metadata(**{k: v for k, v in fields.items() if k in known}))
     return lambda: registry._registry.pop(block_class, None)
 
 
 def block_lists_of_diffusers() -> tuple[str, ...]:
     """The names under which diffusers' caches look for lists of blocks."""
-    from diffusers.hooks import _common
-
-    return tuple(getattr(_common, "_ALL_TRANSFORMER_BLOCK_IDENTIFIERS", ("blocks", "transformer_blocks")))
+    common = diffusers_name("_common", "hooks")
+    return tuple(getattr(common, "_ALL_TRANSFORMER_BLOCK_IDENTIFIERS", ("blocks", "transformer_blocks")))
 
 
 def _block_registry() -> Any:
-    try:
-        from diffusers.hooks._helpers import TransformerBlockRegistry
-    except ImportError:
-        raise EngineError(
-            "this diffusers has no registry of blocks, which its caches need: install 0.35 or newer"
-        ) from None
-    return TransformerBlockRegistry
+    return diffusers_name("TransformerBlockRegistry", "hooks._helpers")

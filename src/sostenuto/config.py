@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from sostenuto.errors import ConfigError, MethodError, MissingPackageError, SostenutoError
+from sostenuto.files import publish_text
 from sostenuto.methods import available_methods
 from sostenuto.methods.base import Method, parts
 from sostenuto.methods.token_cycle import RatioSchedule
@@ -55,7 +56,7 @@ class Config:
         if self.max_cache_bytes is not None:
             content["max_cache_bytes"] = self.max_cache_bytes
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        path.write_text(text if yaml is None else yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        publish_text(path, text if yaml is None else yaml.safe_dump(content, sort_keys=False))
 
 
 def check_max_cache_bytes(value: Any) -> None:

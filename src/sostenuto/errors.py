@@ -47,6 +47,10 @@ class NotFiniteError(SostenutoError, ArithmeticError):
     """A feature holds NaN or infinity; the message names the site and the step."""
 
 
+class DependencyError(SostenutoError, ImportError):
+    """A library that something needs is not installed, or too old; the message names the version."""
+
+
 class VerificationError(SostenutoError, RuntimeError):
     """The proof that caching is exact on this model failed; the message names the site."""
 

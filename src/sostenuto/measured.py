@@ -15,6 +15,7 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.errors import TableError
+from sostenuto.files import publish_json
 from sostenuto.sites import num_blocks
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class Measured:
         """Write it as JSON."""
         shared = {name: dict(getattr(self, name)) for name in _SHARED}
         content = {"format": self.format, "version": _VERSION, "order": "sampling", **self.values, **shared}
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        publish_json(path, content, indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

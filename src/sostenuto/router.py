@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sostenuto.errors import TableError
+from sostenuto.files import publish
 from sostenuto.measured import parse_json, table_file
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
@@ -170,7 +171,8 @@ class Router:
             "training": dict(self.training),
         }
         header = {FORMAT: json.dumps(content, allow_nan=False)}
-        save_file({"logits": torch.tensor(self.logits, dtype=torch.float32)}, path, metadata=header)
+        with publish(Path(path)) as partial:
+            save_file({"logits": torch.tensor(self.logits, dtype=torch.float32)}, partial, metadata=header)
 
     @classmethod
     def load(cls, path: str | Path) -> Router:

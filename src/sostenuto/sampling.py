@@ -26,9 +26,10 @@ from torch import nn
 import sostenuto
 from sostenuto import compat
 from sostenuto.distributed import lockstep
-from sostenuto.distributed.folder import complete, one_at_a_time, publish, publish_json, tidy
+from sostenuto.distributed.folder import complete, one_at_a_time
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
+from sostenuto.files import publish, publish_json, tidy
 from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
 from sostenuto.seeds import noise_seed

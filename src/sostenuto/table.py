@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -15,6 +14,7 @@ from torch import nn
 from sostenuto.anatomy import SiteKind
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
+from sostenuto.files import publish_json
 from sostenuto.forecast import check_forecast_order
 from sostenuto.measured import check_made_for, check_timesteps, is_number, read_json, table_file
 from sostenuto.plan import Action, Plan
@@ -238,7 +238,7 @@ class CacheTable:
             "calibration": dict(self.calibration),
             "macs_fraction": self.macs_fraction,
         }
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        publish_json(path, content, indent=1)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> CacheTable:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +23,12 @@ WORKER = (sys.executable, "-m", "sostenuto.bench.isolation")
 
 
 def measure_isolated(
-    case: Case, settings: Settings, folder: Path | None, time_limit: float, command: Sequence[str] = WORKER
+    case: Case,
+    settings: Settings,
+    folder: Path | None,
+    time_limit: float,
+    command: Sequence[str] = WORKER,
+    environment: Mapping[str, str] | None = None,
 ) -> Row:
     """The row of a case, measured in a fresh process; one with its error where that crashes or takes too long.
 
@@ -33,6 +38,7 @@ def measure_isolated(
         folder: where the first images are saved; ``None`` saves none.
         time_limit: seconds after which the process is ended.
         command: what is started; it is given the job on its standard input and writes the row where the job says.
+        environment: the variables of the process; by default this one's.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result, said = Path(scratch) / "row.json", Path(scratch) / "said"
@@ -45,7 +51,7 @@ def measure_isolated(
         with said.open("wb") as output:
             # A session of its own, so that what the peer has started ends with it.
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, env=environment
             )
             try:
                 process.communicate(json.dumps(job).encode(), timeout=time_limit)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sostenuto.bench.cases import Settings
+from sostenuto.compat import attention_of_diffusers
 from sostenuto.demo.compare import machine
 from sostenuto.errors import InputError
 
@@ -62,10 +63,7 @@ def _malloc(wanted: str) -> str:
 
 
 def _attention(wanted: str) -> str:
-    from diffusers.models import attention_dispatch
-
-    registry = getattr(attention_dispatch, "_AttentionBackendRegistry", None)
-    dispatched = "?" if registry is None else registry.get_active_backend()[0].value
+    dispatched = attention_of_diffusers()
     return f"scaled_dot_product_attention: {wanted}; diffusers: {dispatched}"
 
 

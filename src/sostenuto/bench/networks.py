@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sostenuto.bench.specs import nearest, parse
+from sostenuto.compat import diffusers_name
 from sostenuto.errors import InputError
 
 Inputs = dict[str, Any]
@@ -45,15 +46,9 @@ class Network:
         """The network in evaluation mode, random weights none of which is zero; on ``meta`` without weights.
 
         Raises:
-            InputError: the installed diffusers has no such class.
+            DependencyError: the installed diffusers has no such class.
         """
-        import diffusers
-
-        model_class = getattr(diffusers, self.model_class, None)
-        if model_class is None:
-            raise InputError(
-                f"diffusers {diffusers.__version__} has no {self.model_class}: {self.name} needs a newer one"
-            )
+        model_class = diffusers_name(self.model_class)
         with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(0)
             model = model_class(**self.config)

@@ -12,6 +12,8 @@ from sostenuto.bench.isolation import measure_isolated
 from sostenuto.bench.machine import prepare
 from sostenuto.bench.rows import ResultsFile, Row
 from sostenuto.bench.runner import check, measure
+from sostenuto.bench.sharing import environment_of_a_row, forget, measure_shared
+from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
 from sostenuto.progress import progress
 
@@ -54,8 +56,11 @@ def run(
     time_limit: float = 1800.0,
     retry: bool = False,
     show: bool = True,
-) -> Outcome:
+) -> Outcome | None:
     """Measure what is missing of the cases in ``folder/results.jsonl``.
+
+    Processes that are :func:`~sostenuto.distributed.joined` share the rows where that leaves the times what they are
+    (:mod:`sostenuto.bench.sharing`); the first one returns the outcome, the others ``None``.
 
     Args:
         cases: what to measure.
@@ -76,16 +81,38 @@ def run(
         raise InputError(f"--time-limit must be above 0 seconds, not {time_limit:g}")
     for case in cases:
         check(case)
-    machine = prepare(settings)
-    file = ResultsFile(folder / RESULTS, machine)
-    unwritten = None
-    with progress(total=len(cases), desc="bench", show=show) as bar:
-        for case in cases:
-            known = file.rows.get(key_of(case, settings))
-            if known is None or (retry and known.error):
-                alone = isolate and case.kind == "measure"
-                row = measure_isolated(case, settings, folder, time_limit) if alone else measure(case, settings, folder)
-                unwritten = file.append(row)
-            bar.update()
-    rows = [file.rows[key_of(case, settings)] for case in cases]
-    return Outcome(rows, machine, settings, unwritten)
+    machine, unwritten = prepare(settings), None
+
+    def measured(case: Case) -> Row:
+        if not isolate or case.kind != "measure":
+            return measure(case, settings, folder)
+        return measure_isolated(case, settings, folder, time_limit, environment=environment_of_a_row())
+
+    def missing(file: ResultsFile) -> dict[str, Case]:
+        keyed = {key_of(case, settings): case for case in cases}
+        return {k: c for k, c in keyed.items() if k not in file.rows or (retry and file.rows[k].error)}
+
+    if world().size > 1:
+        keyed = {key_of(case, settings): case for case in cases}
+
+        def begin() -> list[str]:
+            known = ResultsFile(folder / RESULTS, machine)
+            keys = list(missing(known))
+            forget(folder, [key for key in keys if key in known.rows])
+            return keys
+
+        found = measure_shared(folder, machine, settings, begin, lambda key: measured(keyed[key]))
+        if found is None or not world().is_main:
+            return None
+        file = ResultsFile(folder / RESULTS, machine)
+        for row in found.values():
+            unwritten = file.append(row)
+    else:
+        file = ResultsFile(folder / RESULTS, machine)
+        todo = missing(file)
+        with progress(total=len(cases), desc="bench", show=show) as bar:
+            for case in cases:
+                if key_of(case, settings) in todo:
+                    unwritten = file.append(measured(case))
+                bar.update()
+    return Outcome([file.rows[key_of(case, settings)] for case in cases], machine, settings, unwritten)

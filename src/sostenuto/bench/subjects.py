@@ -71,8 +71,7 @@ def scheduler_like(name: str, other: Any = None) -> Any:
     Raises:
         InputError: diffusers has no such scheduler.
     """
-    import diffusers
-
+    diffusers = compat.diffusers_package()
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None:
         known = [other for other in dir(diffusers) if other.endswith("Scheduler")]
@@ -121,15 +120,15 @@ def _demo(batch_size: int, device: str, dtype: torch.dtype) -> Subject:
 
 
 def _pipeline(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Subject:
-    from diffusers import DiffusionPipeline
-
     index = Path(folder) / "model_index.json"
     if index.is_file() and json.loads(index.read_text()).get("_class_name") == "DemoPipeline":
         from sostenuto.demo.pipeline import DemoPipeline
 
-        pipe: Any = DemoPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        pipe: Any = DemoPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     else:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+        kind = compat.diffusers_name("DiffusionPipeline")
+        # Weights in another format may be pickles.
+        pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(type(pipe).__call__).parameters
     offered = {"class_labels": [i % 10 for i in range(batch_size)], "prompt": ["a photo of a piano"] * batch_size}

@@ -23,6 +23,7 @@ from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError, TableError
+from sostenuto.files import publish
 from sostenuto.methods import NoCache
 from sostenuto.methods.checks import check_number, check_whole
 from sostenuto.progress import progress
@@ -313,9 +314,8 @@ class _Training:
         tensors = {"logits": torch.stack(tuple(self.logits)), "curve": torch.tensor(self.curve, dtype=torch.float64)}
         for row, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{row}.{name}": value for name, value in moments.items()}
-        partial = path.with_name(path.name + ".part")
-        save_file({name: value.detach().cpu() for name, value in tensors.items()}, partial, metadata=self._header())
-        partial.replace(path)  # an interrupted save must not cost the run
+        with publish(path) as partial:  # an interrupted save must not cost the run
+            save_file({name: value.detach().cpu() for name, value in tensors.items()}, partial, metadata=self._header())
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sostenuto.cli.common import write_json
+from sostenuto.distributed.world import on_main
 
 
 @dataclass(frozen=True)
 class Bench:
     """Measure methods, models, schedulers and peers side by side: a results file, a table, a page."""
+
+    shared: ClassVar[bool] = True
 
     suite: tuple[str, ...] = ()
     """Named sets of rows: overhead, efficiency, demo-quality, dit-xl, flux-like, peers, growth."""
@@ -65,16 +68,19 @@ class Bench:
             InputError: a suite, method or setting makes no sense, or no row could be measured or written.
         """
         from sostenuto.bench.session import RESULTS, run
+        from sostenuto.bench.sharing import forget
         from sostenuto.errors import InputError
         from sostenuto.report.bench_page import render
         from sostenuto.report.bench_table import terminal_table
 
         cases = self._cases()
         if self.fresh:
-            (self.output / RESULTS).unlink(missing_ok=True)
+            on_main(lambda: (forget(self.output), (self.output / RESULTS).unlink(missing_ok=True)))
         outcome = run(
             cases, self._settings(), self.output, isolate=self.isolate, time_limit=self.time_limit, retry=self.retry
         )
+        if outcome is None:
+            return
         content = outcome.content()
         print(terminal_table(outcome.rows, outcome.machine))
         page = self.output / "bench.html"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,12 @@ class ModelChoice:
         method = self.method if self.config is None else self.method_object().name
         name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
-            import diffusers
-
+            from sostenuto.compat import diffusers_name
             from sostenuto.errors import InputError
 
-            scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-            if scheduler is None:
+            if not name.endswith("Scheduler"):
                 raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
-            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+            pipe.scheduler = diffusers_name(name).from_config(pipe.scheduler.config)
         return pipe
 
     def _load(self) -> Any:
@@ -53,8 +50,7 @@ class ModelChoice:
             from sostenuto.demo.pipeline import load_trained_pipeline
 
             return load_trained_pipeline(self.model)
-        from diffusers import DiffusionPipeline
-
+        from sostenuto.compat import diffusers_name
         from sostenuto.measured import read_json, table_file
 
         index = Path(self.model) / "model_index.json"
@@ -64,7 +60,8 @@ class ModelChoice:
                 from sostenuto.demo.pipeline import DemoPipeline
 
                 return DemoPipeline.from_pretrained(self.model, use_safetensors=True)
-        return DiffusionPipeline.from_pretrained(self.model, use_safetensors=True)  # other weights may be pickles
+        # Weights in another format may be pickles.
+        return diffusers_name("DiffusionPipeline").from_pretrained(self.model, use_safetensors=True)
 
     def method_object(self) -> Any:
         """The method with its table."""
@@ -109,4 +106,6 @@ class ModelChoice:
 def write_json(path: Path | None, content: Any) -> None:
     """Write the numbers where ``--json`` says, if it does."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        from sostenuto.files import publish_json
+
+        publish_json(path, content, indent=1)

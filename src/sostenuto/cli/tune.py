@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.distributed.world import world
 
 
 @dataclass(frozen=True)
 class Tune:
     """Find the best plan for a speed-up, and the frontier around it; "generate --table" takes what it saves."""
+
+    shared: ClassVar[bool] = True
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
     speedup: float = 2.0
@@ -52,6 +55,8 @@ class Tune:
         if self.score_images and self.score_images < 4:
             raise InputError(f"a distance needs 4 images at least, not {self.score_images}; 0 takes none")
         pipe, extra = self.choice.pipeline(), {}
+        if world().size > 1:
+            pipe.to(world().device)
         if self.score_images and type(pipe).__name__ == "DemoPipeline":
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
@@ -79,6 +84,8 @@ class Tune:
                 options=options,
                 **extra,
             )
+        if not world().is_main:
+            return
         print(tuned)
         for path in save_figures(self.output, tuned):
             print(path)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sostenuto.errors import InputError
+from sostenuto.files import publish
 from sostenuto.measured import parse_json
 
 
@@ -24,14 +25,9 @@ def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
 
 def write_batch(path: Path, images: torch.Tensor, seconds: float, stats: dict[str, Any]) -> None:
     """Write a batch of images ``[n, 1, 28, 28]`` in ``[0, 1]``, the seconds that they took and their statistics."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(
-        {"images": (images * 255).round().to(torch.uint8)},
-        partial,
-        {"wall_s": str(seconds), "stats": json.dumps(stats)},
-    )
-    partial.replace(path)
+    metadata = {"wall_s": str(seconds), "stats": json.dumps(stats)}
+    with publish(path) as partial:
+        save_file({"images": (images * 255).round().to(torch.uint8)}, partial, metadata)
 
 
 def read_batch(path: Path) -> tuple[torch.Tensor, float, dict[str, Any]]:

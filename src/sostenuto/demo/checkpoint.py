@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sostenuto.errors import InputError
+from sostenuto.files import publish
 
 _HEADER = "sostenuto-training"
 
@@ -34,10 +35,9 @@ def save_checkpoint(
     for index, optimizer in enumerate(optimizers):
         for parameter, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{parameter}.{name}": value for name, value in moments.items()}
-    partial = path.with_suffix(".partial")
     copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}  # weights may share memory
-    save_file(copies, partial, {_HEADER: json.dumps(progress)})
-    partial.replace(path)  # an interrupted save must not cost the run
+    with publish(path) as partial:  # an interrupted save must not cost the run
+        save_file(copies, partial, {_HEADER: json.dumps(progress)})
 
 
 def load_checkpoint(

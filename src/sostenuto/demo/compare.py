@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import platform
@@ -19,18 +18,18 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 import sostenuto
 from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.compat import diffusers_name, diffusers_version
 from sostenuto.demo.assets import asset
 from sostenuto.demo.batches import batch_file, read_batch, write_batch
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NUM_CLASSES
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.errors import InputError
+from sostenuto.files import publish_json
 from sostenuto.measured import read_json, table_file
 from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
 from sostenuto.methods.base import Method
@@ -268,7 +267,7 @@ def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = 
     if path.exists() and (known := read_json(table_file(path, "run"), "run")) != made_with:
         odd = next((k for k, v in made_with.items() if not isinstance(known, dict) or known.get(k) != v), "setting")
         raise InputError(f"{folder} holds a run with another {odd}: use another --output, or --fresh to delete it")
-    path.write_text(json.dumps(made_with, indent=1))
+    publish_json(path, made_with, indent=1)
 
 
 def _digest(path: Path) -> str:
@@ -289,7 +288,7 @@ def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
             yield seed, start, labels[start : start + settings.batch_size]
 
 
-_SOLVERS: dict[str, Any] = {"ddim": DDIMScheduler, "dpm-solver++": DPMSolverMultistepScheduler}
+_SOLVERS: dict[str, str] = {"ddim": "DDIMScheduler", "dpm-solver++": "DPMSolverMultistepScheduler"}
 
 
 @contextlib.contextmanager
@@ -297,7 +296,7 @@ def with_solver(pipe: DemoPipeline, solver: str) -> Iterator[None]:
     """The pipeline with another solver (``"ddpm"``: its own) for a while."""
     base = pipe.scheduler
     if solver != "ddpm":
-        pipe.scheduler = _SOLVERS[solver].from_config(base.config)
+        pipe.scheduler = diffusers_name(_SOLVERS[solver]).from_config(base.config)
     try:
         yield
     finally:
@@ -401,7 +400,7 @@ def machine() -> dict[str, Any]:
         "dtype": "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": diffusers_version(),
         "sostenuto": sostenuto.__version__,
     }
 

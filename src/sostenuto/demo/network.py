@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+from sostenuto.compat import diffusers_name
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+else:
+    DDPMScheduler, DiTTransformer2DModel = map(diffusers_name, ("DDPMScheduler", "DiTTransformer2DModel"))
 
 CLASS_NAMES = (
     "T-shirt/top",

@@ -1,19 +1,18 @@
 """The demo's diffusers pipeline: class labels to 28x28 grey images in pixel space."""
 
-from __future__ import annotations
+# Annotations are evaluated here: diffusers reads the types of a pipeline's parts from its signature.
 
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors.torch import load_file
 
+from sostenuto.compat import diffusers_name
 from sostenuto.demo.assets import asset
 from sostenuto.demo.network import (
     CLASS_NAMES,
@@ -25,6 +24,14 @@ from sostenuto.demo.network import (
     build_scheduler,
 )
 from sostenuto.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
+    from diffusers.utils.torch_utils import randn_tensor
+else:
+    _NAMES = ("DiffusionPipeline", "DiTTransformer2DModel", "ImagePipelineOutput", "SchedulerMixin")
+    DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin = map(diffusers_name, _NAMES)
+    randn_tensor = diffusers_name("randn_tensor", "utils.torch_utils")
 
 
 class DemoPipeline(DiffusionPipeline):

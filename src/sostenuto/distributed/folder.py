@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,34 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sostenuto.distributed.world import world
+from sostenuto.files import publish_json, tidy
 from sostenuto.progress import progress
 
-_PARTIAL = ".partial-"
 _PAUSE = 0.5  # seconds between two looks at what others have claimed
-
-
-@contextmanager
-def publish(path: Path) -> Iterator[Path]:
-    """A file to write in the place of ``path``, which it becomes at the end, whole and on the disk, or not at all.
-
-    Several processes may do this with one path at a time: the last one stands. What was written is removed on any error.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of this process's own, which ends as the path does: some writers go by that.
-    partial = path.with_name(f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # else a machine that fails may leave the new name with none of its bytes
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def publish_json(path: Path, content: Any) -> None:
-    """Write plain data as JSON, whole or not at all."""
-    with publish(path) as partial:
-        partial.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def complete(
@@ -55,7 +30,7 @@ def complete(
         folder: for the records; made if need be. On several machines it lies on a file system that they share.
         pieces: their names, each fit for a file name.
         do: does one piece and returns plain data about it. It may be done twice (where the file system has no locks), so what
-            it writes must be the same again and put in place by :func:`publish`.
+            it writes must be the same again and put in place by :func:`~sostenuto.files.publish`.
         desc: of the progress bar, which counts the pieces of all processes and is shown by the main one.
         show_progress: whether it is shown.
 
@@ -79,12 +54,6 @@ def complete(
         return [json.loads(_record(folder, piece).read_text(encoding="utf-8")) for piece in pieces]
     except FileNotFoundError:  # another launch has just found that what a record tells of is lost
         return complete(folder, pieces, do, desc, show_progress=show_progress)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what processes that were killed left half written; for when all that belongs in the folder is in place."""
-    for partial in folder.glob(f"{_PARTIAL}*"):
-        partial.unlink(missing_ok=True)
 
 
 def _record(folder: Path, piece: str) -> Path:

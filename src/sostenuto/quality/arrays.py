@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sostenuto.errors import InputError
+from sostenuto.files import publish
 from sostenuto.quality.metrics import Gaussian
 
 MAX_IMAGE_BYTES = 2**28
@@ -158,18 +159,12 @@ def write_npz(
         shape: ``[n, h, w, 3]``.
         others: further arrays by name, such as ``mu`` and ``sigma``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                for piece in images:
-                    stream.write(np.ascontiguousarray(piece, np.uint8).tobytes())
-            for name, array in others.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with publish(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for piece in images:
+                stream.write(np.ascontiguousarray(piece, np.uint8).tobytes())
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)

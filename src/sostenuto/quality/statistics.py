@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sostenuto.errors import InputError
+from sostenuto.files import publish
 from sostenuto.quality.moments import Moments
 from sostenuto.quality.networks import Features
 
@@ -84,12 +85,9 @@ class Statistics:
             tensors |= {} if getattr(self, name) is None else {name: getattr(self, name)}
         tensors |= {f"score.{name}": values for name, values in self.scores.items()}
         about = {"format": FORMAT, "version": VERSION, **vars(self.origin)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"about": json.dumps(about)}
-        )
-        partial.replace(path)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with publish(path) as partial:
+            save_file(tensors, partial, {"about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

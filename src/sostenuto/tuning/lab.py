@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from sostenuto.calibrations.base import Settings, Tapped, made_for
 from sostenuto.clock import Tick
+from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
+from sostenuto.files import publish_json
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.methods.base import Method
 from sostenuto.plan import Op
@@ -23,7 +25,10 @@ from sostenuto.probe import Prober
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.generate import Generated, generate
 from sostenuto.tuning.instrument import Instrument, filled_call
-from sostenuto.tuning.measurement import Kind, Measurement, reaches
+from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds, reaches
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Trial:
 class Lab:
     """Runs what the tuner wants to know, keeps it in a folder, and counts what it cost.
 
-    Instrumented runs, trials and scored trials have noise of their own each.
+    Instrumented runs, trials and scored trials have noise of their own each. The processes of a launch share what is asked for,
+    all of them know what one found, and the first one writes it.
 
     Args:
         settings: target, sampler and samples, as for a calibration.
@@ -80,31 +86,41 @@ class Lab:
         """The same with the score of what ``score_sample`` makes."""
         return self._try("scored", table)
 
+    def prepare(self, bench: str, tables: Sequence[CacheTable | None]) -> None:
+        """Make trials that will be asked for; they count when they are.
+
+        Args:
+            bench: ``"paired"``, or ``"scored"``.
+            tables: of the trials.
+        """
+        wanted = {_name(bench, table): table for table in tables}
+        fresh = [table for key, table in wanted.items() if key not in self._trials]
+        if bench not in self._final and fresh not in ([], [None]):
+            # Nothing is tried before the uncached one; an earlier run of this folder noted what it found, not the latents.
+            self._final[bench] = _shared(lambda table: self._made(bench, table)[1], [None])[0]
+        for part in _rounds(fresh):
+            for table, (trial, latents) in zip(part, _shared(lambda one: self._made(bench, one), part), strict=True):
+                self._trials[_name(bench, table)] = trial
+                if table is None:
+                    self._final[bench] = latents
+            self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
+
     def _try(self, bench: str, table: CacheTable | None) -> Trial:
-        key = f"{bench} {'uncached' if table is None else _key(table)}"
-        if key in self._trials:
-            self._count(self._trials[key].work, key)
-            return self._trials[key]
+        self.prepare(bench, [table])
+        key = _name(bench, table)
+        self._count(self._trials[key].work, key)
+        return self._trials[key]
+
+    def _made(self, bench: str, table: CacheTable | None) -> tuple[Trial, torch.Tensor]:
+        """A trial, and the latents of an uncached one."""
         run = self._run(bench, NoCache() if table is None else EBCache(table))
         latents, settings = torch.cat(run.latents), self.settings
-        if table is None:
-            self._final[bench] = latents
+        final = latents if table is None else self._final[bench]
+        error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
         work = run.rows * (1.0 if table is None or table.macs_fraction is None else table.macs_fraction)
-        self._count(work, key)
-        trial = Trial(self._error(bench, latents), score, norms, work, run.seconds / run.rows)
-        self._trials[key] = trial
-        self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
-        return trial
-
-    def _error(self, bench: str, latents: torch.Tensor) -> float:
-        if bench not in self._final:  # an earlier run of this folder noted what it found, not the latents
-            again = self._run(bench, NoCache())
-            self._count(again.rows, f"{bench} again")
-            self._final[bench] = torch.cat(again.latents)
-        final = self._final[bench]
-        return float((latents - final).square().mean() / final.var().clamp_min(1e-30))
+        return Trial(error, score, norms, work, run.seconds / run.rows), latents if table is None else latents[:0]
 
     def _run(self, bench: str, method: Method) -> Generated:
         settings = self.settings
@@ -116,6 +132,9 @@ class Lab:
     # --- what is kept --------------------------------------------------------------------------------------------
 
     def _load(self, name: str) -> dict[str, Any]:
+        return gather(self._read(name))[0]  # the first one's: the others may look when it has begun to write
+
+    def _read(self, name: str) -> dict[str, Any]:
         path = None if self._folder is None else self._folder / name
         if path is None or not path.exists():
             return {}
@@ -125,20 +144,33 @@ class Lab:
             raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
-        if self._folder is not None:
-            partial = self._folder / f"{name}.partial"  # an interrupted write must not cost what was there
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._folder / name)
+        if self._folder is not None and world().is_main:
+            publish_json(
+                self._folder / name, {**self._read(name), **content}, indent=1
+            )  # another launch may be at it too
 
     # --- measurements --------------------------------------------------------------------------------------------
 
-    def measure(self, kinds: tuple[Kind, ...]) -> Measurement:
-        """The instrumented run."""
+    def measure(self, kinds: tuple[Kind, ...], undisturbed: bool = False) -> Measurement:
+        """The instrumented run.
+
+        Args:
+            kinds: what it is about; processes share the kinds.
+            undisturbed: the first process measures all of them while the others wait: what runs at the same time on one
+                machine disturbs its clock.
+        """
         path = None if self._folder is None else self._folder / "measurement.npz"
-        if path is not None and path.exists():
-            measured = Measurement.load(path)
-            self._count(measured.work, "measurement")
-            return measured
+        measured = on_main(lambda: Measurement.load(path) if path is not None and path.exists() else None)
+        if measured is None:
+            groups = [kinds] if undisturbed or world().size == 1 else [(kind,) for kind in kinds]
+            measured = joined_kinds(_shared(lambda group: self._measured(group, kinds), groups))
+            if path is not None and world().is_main:
+                measured.save(path)
+        self._count(measured.work, "measurement")
+        return measured
+
+    def _measured(self, kinds: tuple[Kind, ...], all_kinds: tuple[Kind, ...]) -> Measurement:
+        """A run with some kinds, on the sites of all of them."""
         instruments: list[Instrument] = []
         identity: dict[str, Any] = {}
 
@@ -148,14 +180,9 @@ class Lab:
                 identity.update(made_for(handle))
             return instruments[0](tick, prober)
 
-        run = generate(self.settings, 0, _tapped(kinds), drive)
-        work = run.rows * instruments[0].share
-        self._count(work, "measurement")
-        pause = float(np.median(run.pauses))
-        measured = replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
-        if path is not None:
-            measured.save(path)
-        return measured
+        run = generate(self.settings, 0, _tapped(all_kinds), drive)
+        work, pause = run.rows * instruments[0].share, float(np.median(run.pauses))
+        return replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
 
     def response(self, kind: Kind, order: int, step: int) -> float:
         """How much of the squared error that one reuse makes in the output is left at the end, after all that follows.
@@ -163,24 +190,29 @@ class Lab:
         From a generation that is uncached but for this step, which reuses what the step before kept, or forecasts from as many
         steps as it needs. Both errors are mean squares.
         """
-        name = f"{kind.value} {order} {step}"
-        if name in self._responses:
-            self._count(self._responses[name]["work"], name)
-            return self._responses[name]["left"]
+        self.respond([(kind, order, step)])
+        known = self._responses[_response(kind, order, step)]
+        self._count(known["work"], "probed")  # the uncached generation beside it
+        self._count(known["work"], _response(kind, order, step))
+        return known["left"]
+
+    def respond(self, reuses: Sequence[tuple[Kind, int, int]]) -> None:
+        """Find responses that will be asked for; they count when they are."""
+        for part in _rounds([reuse for reuse in reuses if _response(*reuse) not in self._responses]):
+            found = _shared(lambda reuse: self._responded(*reuse), part)
+            self._responses |= {_response(*reuse): one for reuse, one in zip(part, found, strict=True)}
+            self._save("response.json", self._responses)
+
+    def _responded(self, kind: Kind, order: int, step: int) -> dict[str, float]:
         probing = replace(self.settings, num_samples=max(1, self.settings.num_samples // 4))
         if self._probed is None:
-            run = generate(probing, 0, NoCache())
-            self._count(run.rows, "probed")
-            self._probed = torch.cat(run.latents)
+            self._probed = torch.cat(generate(probing, 0, NoCache()).latents)
         caused: list[tuple[float, int]] = []
         drive = _perturb_at(step, kind, order, caused)
         run = generate(probing, 0, _tapped((kind,)), drive, order + 1)
         left = float((torch.cat(run.latents) - self._probed).square().mean())
         error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
-        self._responses[name] = {"left": left / max(error, 1e-30), "work": float(run.rows)}
-        self._count(run.rows, name)
-        self._save("response.json", self._responses)
-        return self._responses[name]["left"]
+        return {"left": left / max(error, 1e-30), "work": float(run.rows)}
 
     # --- generations ---------------------------------------------------------------------------------------------
 
@@ -190,6 +222,26 @@ class Lab:
             self._counted.add(what)
             self.work += work
             self._spent(work)
+
+
+def _shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """A function of all items on every process, each of which does its share alone."""
+
+    def alone(item: T) -> R:
+        with apart():
+            return function(item)
+
+    return spread(alone, items)
+
+
+def _rounds(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many at a time as there are processes: what was found is kept after each round."""
+    size = world().size
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _response(kind: Kind, order: int, step: int) -> str:
+    return f"{kind.value} {order} {step}"
 
 
 def _tapped(kinds: tuple[Kind, ...]) -> Tapped:
@@ -212,6 +264,10 @@ def _perturb_at(
         return reused
 
     return drive
+
+
+def _name(bench: str, table: CacheTable | None) -> str:
+    return f"{bench} {'uncached' if table is None else _key(table)}"
 
 
 def _key(table: CacheTable) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sostenuto.files import publish
 from sostenuto.table import StepState
 
 
@@ -53,6 +54,21 @@ class Reach:
         """Position of the measured gap nearest to this one."""
         gaps = self.gaps[order]
         return min(range(len(gaps)), key=lambda index: abs(gaps[index] - gap))
+
+
+def joined_kinds(parts: Sequence[Measurement]) -> Measurement:
+    """One measurement of several, each with kinds of its own, of the same generations; times but the kinds' are the first's."""
+    first, rest = parts[0], parts[1:]
+    return replace(
+        first,
+        reach={kind: reach for part in parts for kind, reach in part.reach.items()},
+        runs={kind: runs for part in parts for kind, runs in part.runs.items()},
+        macs={name: macs for part in parts for name, macs in part.macs.items()},
+        seconds={**{name: seconds for part in parts for name, seconds in part.seconds.items()}, **first.seconds},
+        kept_bytes={name: kept for part in parts for name, kept in part.kept_bytes.items()},
+        # Each has run the uncached generations, which one alone would have run once; to digits that don't depend on the order.
+        work=round(first.work + sum(part.work - first.num_samples for part in rest), 6),
+    )
 
 
 def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
@@ -155,10 +171,9 @@ class Measurement:
             "made_for": dict(self.made_for),
             "work": self.work,
         }
-        partial = path.with_suffix(".partial.npz")  # an interrupted write must not pass for a whole one
         runs: dict[str, Any] = {f"runs-{kind.value}": values for kind, values in self.runs.items()}
-        np.savez_compressed(partial, power=self.power, rest=np.array(json.dumps(rest)), **runs)
-        partial.replace(path)
+        with publish(path) as partial:  # an interrupted write must not pass for a whole one
+            np.savez_compressed(partial, power=self.power, rest=np.array(json.dumps(rest)), **runs)
 
     @classmethod
     def load(cls, path: Path) -> Measurement:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sostenuto.files import publish_json
 from sostenuto.methods import EBCache
 from sostenuto.table import CacheTable
 
@@ -116,7 +116,7 @@ class Tuned:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "frontier.json"]
-        paths[0].write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        publish_json(paths[0], self.as_dict(), indent=1)
         for point in self.frontier:
             paths.append(folder / f"tuned-{point.target:g}x.json")
             point.table.save(paths[-1])

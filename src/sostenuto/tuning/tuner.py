@@ -16,7 +16,9 @@ import torch
 
 from sostenuto import compat
 from sostenuto.calibrations.base import Sample, Score, Settings
+from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
+from sostenuto.files import publish_json
 from sostenuto.measured import fingerprint
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack
@@ -51,6 +53,8 @@ def tune(
     options: TuneOptions | None = None,
 ) -> Tuned:
     """Find the plan, the forecasts and the noise scale that give the best quality within a cost, and those for other costs.
+
+    Processes that are :func:`~sostenuto.distributed.joined` share the work, and find what one of them would.
 
     From one instrumented uncached run come, for every step, kind of reuse, lag and forecast, the error in the network's output;
     from a few disturbed ones, how much of it is left at the end. Dynamic programming finds the plans with the least error for
@@ -100,7 +104,7 @@ def tune(
             bar.update(int(done[0]) - int(done[0] - work))
 
         found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup)).run()
-    if folder is not None:
+    if folder is not None and world().is_main:
         found.save(folder)
     return found
 
@@ -127,7 +131,8 @@ class _Tuner:
         kinds = _kinds(self.lab.settings.target, self.options)
         self._check_work(kinds)
         self._tell(kinds, self.lab.trial(None))
-        self.measured = self.lab.measure(kinds)
+        on_cpu = next(compat.find_denoiser(self.lab.settings.target).parameters()).device.type == "cpu"
+        self.measured = self.lab.measure(kinds, undisturbed=self.options.budget == "time" and on_cpu)
         self.notes += notes_on(self.measured)
         self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
         self.weights = probe(self.lab, self.measured)
@@ -137,8 +142,11 @@ class _Tuner:
         plan = self._refined(self._planned(pivot, tilt))
         scale = self._choose_scale(plan)
         points = [self._point(pivot, plan, scale)]  # what was asked for comes before the work runs out
-        for target in sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot)):
-            points.append(self._point(target, self._refined(self._planned(target, tilt)), scale))
+        others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
+        plans = [self._refined(self._planned(target, tilt)) for target in others]
+        if self.scored and world().size > 1:
+            self.lab.prepare("scored", [self._scaled(self._table(plan), scale) for plan in plans])
+        points += [self._point(target, plan, scale) for target, plan in zip(others, plans, strict=True)]
         frontier = pareto(points)
         reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
         return Tuned(
@@ -187,6 +195,7 @@ class _Tuner:
             for plan in (frontier.schedule(1 / target), uniform(model, self.costs, 1 / target)):
                 if plan is not None:
                     found.setdefault(plan, Planned(plan, model))
+        self.lab.prepare("paired", [self._table(plan) for plan in found])
         return min(found.values(), key=lambda planned: self.lab.trial(self._table(planned.plan)).error)
 
     def _choose_tilt(self, pivot: float) -> float:
@@ -196,6 +205,7 @@ class _Tuner:
             return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
         if not self._can_spend(self._scoring_cost(len(tilts) / pivot)):
             return tilts[0]
+        self.lab.prepare("scored", [self._table(plan) for plan in plans.values()])
         return min(tilts, key=lambda tilt: _merit(self.lab.scored(self._table(plans[tilt]))))
 
     def _refined(self, planned: Planned) -> Schedule:
@@ -204,11 +214,13 @@ class _Tuner:
         best, tried = self.lab.trial(self._table(plan)).error, {plan}
         for _ in range(self.options.refinements):
             fresh = {other: model.total(other) for other in neighbours(plan) if other not in tried}
-            step = min(fresh, key=fresh.__getitem__, default=None)
+            likely = sorted(fresh, key=fresh.__getitem__)[: world().size]  # each process tries one
+            step = next(iter(likely), None)
             work = self.options.trial_samples * cost_of(plan, self.measured.macs)
             if step is None or fresh[step] == float("inf") or not self._can_spend(work):
                 break
             tried.add(step)
+            self.lab.prepare("paired", [self._table(other) for other in likely if fresh[other] < float("inf")])
             error = self.lab.trial(self._table(step)).error
             if error < best:
                 plan, best = step, error
@@ -226,6 +238,7 @@ class _Tuner:
         grid = sorted({*self.options.eps_scale_grid, 1.0})
         waiting: list[float | None] = [1.0, None]
         while waiting and self._can_spend(self._scoring_cost(cost_of(plan, self.measured.macs))):
+            self.lab.prepare("scored", [self._scaled(table, scale) for scale in waiting[: world().size]])
             scale = waiting.pop(0)
             scores[scale] = _merit(self.lab.scored(self._scaled(table, scale)))
             known = {b: value for b, value in scores.items() if b is not None}
@@ -323,6 +336,8 @@ class _Tuner:
         if self.scored:
             rows = self.lab.scored(None).work
             work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
+        if not world().is_main:
+            return
         work = min(work, options.max_work)
         minutes = work * uncached.seconds / 60
         print(
@@ -378,4 +393,4 @@ def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
             raise InputError(
                 f"{folder} holds a tuning with another {odd} ({known.get(odd)}, now {made_with[odd]}): use another folder"
             )
-    path.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+    publish_json(path, made_with, indent=1)

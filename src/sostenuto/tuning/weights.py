@@ -59,9 +59,8 @@ def probed_reuses(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
 def probe(lab: Lab, measured: Measurement) -> Weights:
     """Measure the weights, a short run of generations for each."""
     kinds, steps = tuple(measured.runs), probed_steps(measured.num_steps)
-    found: dict[tuple[Kind, int], dict[int, float]] = {}
-    for kind, order in probed_reuses(kinds):
-        if len(measured.reach[kind].gaps[order]):
-            able = [step for step in steps if step > order]
-            found[kind, order] = {step: lab.response(kind, order, step) for step in able}
+    reuses = [(kind, order) for kind, order in probed_reuses(kinds) if len(measured.reach[kind].gaps[order])]
+    able = {reuse: [step for step in steps if step > reuse[1]] for reuse in reuses}
+    lab.respond([(*reuse, step) for reuse in reuses for step in able[reuse]])
+    found = {reuse: {step: lab.response(*reuse, step) for step in able[reuse]} for reuse in reuses}
     return Weights({key: known for key, known in found.items() if known}, measured.num_steps)

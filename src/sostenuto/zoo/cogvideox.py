@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sostenuto.compat import diffusers_name
+from sostenuto.source import accepts
 from sostenuto.zoo.tiny import TinyModel
 
 _BATCH = 2
@@ -113,7 +115,10 @@ def _token_inputs(timestep: float, generator: torch.Generator) -> dict[str, Any]
 
 
 def _qwen_image_inputs(timestep: float, generator: torch.Generator) -> dict[str, Any]:
-    return _token_inputs(timestep, generator) | {"img_shapes": [[(1, _SIDE, _SIDE)]] * _BATCH}
+    shapes: dict[str, Any] = {"img_shapes": [[(1, _SIDE, _SIDE)]] * _BATCH}
+    if accepts(diffusers_name("QwenImageTransformer2DModel"), "txt_seq_lens"):  # as it needed them at first
+        shapes["txt_seq_lens"] = [_TEXT_TOKENS] * _BATCH
+    return _token_inputs(timestep, generator) | shapes
 
 
 def _qwen_image21_inputs(timestep: float, generator: torch.Generator) -> dict[str, Any]:

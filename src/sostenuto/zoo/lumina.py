@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sostenuto.compat import diffusers_name
 from sostenuto.zoo.tiny import TinyModel
 
 _BATCH = 2
@@ -47,7 +48,7 @@ def _lumina2(timestep: float, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _lumina_next(timestep: float, generator: torch.Generator) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+    get_2d_rotary_pos_embed_lumina = diffusers_name("get_2d_rotary_pos_embed_lumina", "models.embeddings")
 
     return {
         "hidden_states": _images(generator),
@@ -108,7 +109,7 @@ def _ace_step(timestep: float, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _stable_audio(timestep: float, generator: torch.Generator) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+    get_1d_rotary_pos_embed = diffusers_name("get_1d_rotary_pos_embed", "models.embeddings")
 
     return {
         "hidden_states": _audio(generator),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sostenuto.compat import diffusers_package, diffusers_version
 from sostenuto.zoo import UNBUILT
 from sostenuto.zoo.check import Support
 
@@ -15,9 +16,9 @@ _HEADER = (
 
 def exported() -> list[str]:
     """Names of the transformer classes that the installed diffusers exports."""
-    import diffusers
     from torch import nn
 
+    diffusers = diffusers_package()
     found = []
     for name in dir(diffusers):
         value = getattr(diffusers, name, None)
@@ -39,13 +40,11 @@ def row(support: Support) -> str:
 
 def markdown(supported: Iterable[Support]) -> str:
     """The matrix as a page."""
-    import diffusers
-
     rows = "\n".join(row(support) for support in sorted(supported, key=lambda support: support.model))
     unbuilt = "\n".join(f"| {name} | {reason} |" for name, reason in sorted(UNBUILT.items()))
     return f"""# Networks
 
-Every transformer class that diffusers {diffusers.__version__} exports, as proved by
+Every transformer class that diffusers {diffusers_version()} exports, as proved by
 
 ```bash
 sostenuto models --check --output docs/models.md

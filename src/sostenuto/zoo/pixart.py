@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sostenuto.compat import diffusers_name
 from sostenuto.zoo.tiny import TinyModel
 
 _BATCH = 2
@@ -109,7 +110,7 @@ def _sana_world(timestep: float, generator: torch.Generator) -> dict[str, Any]:
 
 
 def _sana_refiner(timestep: float, generator: torch.Generator) -> dict[str, Any]:
-    from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
+    SanaWMRefinerKVCache = diffusers_name("SanaWMRefinerKVCache", "models.transformers.transformer_sana_wm_refiner")
 
     tokens, width = 4, 16
 

@@ -19,13 +19,11 @@ def flow_sampler(tiny: TinyModel) -> tuple[nn.Module, Callable[..., torch.Tensor
     """The network, a ``sample`` that takes its prediction for a flow, and the scheduler of that.
 
     Raises:
-        ImportError: the installed diffusers has no such class.
+        DependencyError: the installed diffusers has no such class.
         InputError: the network's latents are not one tensor.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     network = tiny.build().requires_grad_(False)
-    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    scheduler = compat.diffusers_name("FlowMatchEulerDiscreteScheduler")()
     name = Reader(network).latents
     if not isinstance(tiny.inputs(900.0, torch.Generator().manual_seed(0))[name], torch.Tensor):
         raise InputError(f"the latents of {tiny.name} are not one tensor: its path can't be kept")

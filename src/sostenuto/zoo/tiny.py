@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sostenuto.compat import diffusers_name, diffusers_version
+from sostenuto.errors import DependencyError
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -29,16 +32,15 @@ class TinyModel:
         """The network in evaluation mode; random weights, none of them zero (as gates at their initialisation are).
 
         Raises:
-            ImportError: the installed diffusers has no such class.
+            DependencyError: the installed diffusers has no such class, or the class takes no such arguments yet.
         """
-        import diffusers
-
-        model_class = getattr(diffusers, self.name, None)
-        if model_class is None:
-            raise ImportError(f"diffusers {diffusers.__version__} has no {self.name}")
+        model_class = diffusers_name(self.name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = model_class(**self.config)
+            try:
+                model = model_class(**self.config)
+            except TypeError as error:
+                raise DependencyError(f"{self.name} of diffusers {diffusers_version()} is too old: {error}") from error
             with torch.no_grad():
                 for parameter in model.parameters():
                     if not parameter.any():

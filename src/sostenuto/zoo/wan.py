@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .tiny import TinyModel
+from sostenuto.compat import diffusers_name
+from sostenuto.zoo.tiny import TinyModel
 
 _BATCH = 2
 _HEADS, _HEAD_WIDTH = 2, 16
@@ -90,7 +91,7 @@ def _animate(timestep: float, generator: torch.Generator) -> dict[str, Any]:
 
 def _animate_2(timestep: float, generator: torch.Generator) -> dict[str, Any]:
     """A pass over lists of samples; the first call compiles its mask, unless the stance is ``force_eager``."""
-    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+    WanAnimate2KVCache = diffusers_name("WanAnimate2KVCache", "models.transformers.transformer_wan_animate_2")
 
     cache = WanAnimate2KVCache(3)
     for layer in cache.layer_caches:
