@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sostenuto.errors import InputError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,6 @@ class ModelChoice:
         if name is not None:
             import diffusers
 
-            from sostenuto.errors import InputError
-
             scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
             if scheduler is None:
                 raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
@@ -53,6 +56,11 @@ class ModelChoice:
             from sostenuto.demo.pipeline import load_trained_pipeline
 
             return load_trained_pipeline(self.model)
+        if not Path(self.model).is_dir() and not _HUB_ID.fullmatch(self.model):
+            raise InputError(
+                f"there is no folder {self.model!r}, and it is no hub id such as 'owner/name': name a folder that "
+                "pipe.save_pretrained wrote, or demo"
+            )
         from diffusers import DiffusionPipeline
 
         from sostenuto.measured import read_json, table_file
@@ -70,7 +78,7 @@ class ModelChoice:
         """The method with its table."""
         from sostenuto.calibrations import available_calibrations
         from sostenuto.config import load_config
-        from sostenuto.errors import InputError, MethodError
+        from sostenuto.errors import MethodError
         from sostenuto.methods import available_methods, by_name
 
         if self.config is not None:

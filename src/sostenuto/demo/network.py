@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -20,8 +24,6 @@ CLASS_NAMES = (
 NUM_CLASSES = len(CLASS_NAMES)
 NULL_CLASS = NUM_CLASSES  # the label that stands for "no label" in classifier-free guidance
 IMAGE_SIZE = 28
-
-
 HEAD_DIM = 48
 
 
@@ -34,6 +36,8 @@ def build_denoiser(num_layers: int = 8, num_heads: int = 4) -> DiTTransformer2DM
         num_layers: blocks.
         num_heads: heads of 48 channels, which make the width.
     """
+    from diffusers import DiTTransformer2DModel
+
     denoiser = DiTTransformer2DModel(
         num_attention_heads=num_heads,
         attention_head_dim=HEAD_DIM,
@@ -56,4 +60,6 @@ def build_denoiser(num_layers: int = 8, num_heads: int = 4) -> DiTTransformer2DM
 
 def build_scheduler() -> DDPMScheduler:
     """The noise schedule that the demo denoiser is trained on: 1000 steps, linear β from 1e-4 to 0.02, ε-prediction."""
+    from diffusers import DDPMScheduler
+
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", clip_sample=True)
