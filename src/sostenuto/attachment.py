@@ -89,7 +89,8 @@ class Attachment:
 
     def step_aside(self) -> bool:
         """Let the modules run as if nothing was attached, until :meth:`step_in`; returns whether all could."""
-        return all([standing.replaced.step_aside() for standing in reversed(self._standing)])
+        asked = [standing.replaced.step_aside() for standing in reversed(self._standing)]  # every one of them
+        return all(asked)
 
     def step_in(self) -> None:
         """Stand in again."""
