@@ -370,3 +370,66 @@ def test_verify_proves_the_tiny_model_and_names_a_site_whose_anatomy_is_wrong(ti
     with pytest.raises(sostenuto.AnatomyError, match="no submodule"):
         sostenuto.verify(tiny, NoCache(), sample, scheduler=scheduler)
     assert leftovers(tiny) == []
+
+
+# --- a step that computes everything and keeps nothing ----------------------------------------------------------------
+
+IDLE_STEPS = EBCache(CacheTable((StepState.COMPUTE,) * 4 + (StepState.REUSE_BOTH,) * 2))  # the fourth one is read
+
+
+def test_a_step_that_computes_everything_and_keeps_nothing_runs_the_modules_own_forward(tiny, scheduler):
+    branch, replaced = tiny.transformer_blocks[1].ff, []
+    expected = cached(tiny, scheduler)
+    branch.net.register_forward_pre_hook(lambda *_: None)  # of a module within, so that nothing is around the branch
+    tiny.pos_embed.register_forward_pre_hook(lambda *_: replaced.append("forward" in vars(branch)))
+    with sostenuto.enable(tiny, IDLE_STEPS, scheduler=scheduler):
+        assert torch.equal(sample_loop(tiny, scheduler)[0], expected)
+        sample_loop(tiny, scheduler)
+        # The first call of a generation tells which sites are reached; from the fourth on outputs are kept and reused.
+        # What is decided is carried out before the network begins.
+        assert replaced == [True, False, False, True, True, True] * 2
+    assert "forward" not in vars(branch)
+
+
+def cached(model, scheduler):
+    """The latents where every tap stands at every step."""
+    naive, table = copy.deepcopy(model), IDLE_STEPS
+    with sostenuto.enable(naive, table, scheduler=scheduler) as handle:
+        handle._executor._step_aside = lambda: None
+        handle._executor._staying = handle._taps
+        return sample_loop(naive, scheduler)[0]
+
+
+def test_meanwhile_a_call_that_the_engine_does_not_see_is_an_error_and_a_copy_refused(tiny, scheduler):
+    with sostenuto.enable(tiny, "none", scheduler=scheduler) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            sample_loop(tiny, scheduler, stop_at=3)
+        with pytest.raises(EngineError, match="outside of a denoiser call"):
+            tiny.forward(torch.randn(2, 2, 8, 8), torch.tensor([1, 1]), torch.tensor([0, 1]))
+        with pytest.raises(EngineError, match="copied"):
+            copy.deepcopy(tiny)
+        assert handle.stats.macs == handle.stats.macs_uncached > 0
+    assert all("forward" not in vars(module) for module in tiny.modules())
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_forward_that_somebody_replaces_meanwhile_is_kept_and_taken_in_by_the_next_generation(tiny, scheduler, again):
+    expected, calls = cached(tiny, scheduler), []
+    branch = tiny.transformer_blocks[1].ff
+    own = branch.forward
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    with sostenuto.enable(tiny, IDLE_STEPS, scheduler=scheduler):
+        with pytest.raises(KeyboardInterrupt):
+            sample_loop(tiny, scheduler, stop_at=3)
+        branch.forward = theirs
+        if again:
+            assert torch.equal(sample_loop(tiny, scheduler)[0], expected)
+            assert len(calls) == 4  # not where the branch is reused
+        else:
+            with torch.no_grad(), pytest.raises(EngineError, match="between generations"):
+                tiny(torch.randn(2, 2, 8, 8), scheduler.timesteps[3].expand(2), torch.tensor([0, 1]))
+    assert branch.forward is theirs

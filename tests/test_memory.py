@@ -14,7 +14,24 @@ import memory_checks
 import sostenuto
 from conftest import build_tiny, sample_loop
 from memory_checks import METHODS, STEPS, build_wide, generate, growth, live_tensors
-from sostenuto import FORA, Anatomy, BlockList, Branch, DBCache, EBCache, SiteKind, TeaCache, ToCa
+from sostenuto import (
+    FORA,
+    PAB,
+    Anatomy,
+    BlockList,
+    Branch,
+    CacheTable,
+    DBCache,
+    DeltaDiT,
+    DuCa,
+    EBCache,
+    MagCache,
+    SiteKind,
+    StepState,
+    TaylorSeer,
+    TeaCache,
+    ToCa,
+)
 from sostenuto.families import ANATOMIES
 
 
@@ -195,3 +212,62 @@ def test_a_larger_pass_of_a_generation_keeps_to_the_limit_too(scheduler):
         assert max(sizes.values()) <= 6 * one
         assert [op.action.value for op in plan[1][3].ops] == ["reuse"] * 6
         assert [op.action.value for op in plan[3][3].ops] == ["reuse"] * 3 + ["compute"] * 3
+
+
+# --- one tensor where one is read, no longer than it is read ----------------------------------------------------------
+
+C, A, M, B = StepState
+ONE_OUTPUT = {
+    "FORA": lambda: FORA(3),
+    "FORA, from the first step on": lambda: FORA(3, anchor="start"),
+    "PAB": lambda: PAB(spatial_range=2),
+    "EB-Cache": lambda: EBCache(CacheTable((C, B, A, C, M, B, C, C))),
+    "EB-Cache, one residual": lambda: EBCache(CacheTable((C, B, B, A, C, C, B, C), fill="stack")),
+    "Δ-DiT": lambda: DeltaDiT(2, 3, 2),
+    "ToCa": lambda: ToCa(interval=3, fresh_ratio=0.25, middle_interval=None, selection="random"),
+    "DuCa": lambda: DuCa(interval=3, fresh_ratio=0.25, selection="random"),
+    "MagCache": lambda: MagCache(ratios=(1.0,) * 8, threshold=0.2, max_consecutive=2),
+}
+
+
+def _watched(network, method, scheduler, steps):
+    """After every step the addresses of each site's kept outputs; and the statistics."""
+    after: list[list[list[int]]] = []
+    with torch.no_grad(), sostenuto.enable(network, method, scheduler=scheduler) as handle:
+        scheduler.set_timesteps(steps)
+        for index, timestep in enumerate(scheduler.timesteps):
+            network(torch.randn(2, 2, 8, 8), timestep.expand(2), torch.tensor([0, 1]))
+            (state,) = handle._passes.values()
+            after.append([[slot.data_ptr() for slot in slots if slot is not None] for slots in state.slots])
+            assert index + 1 == len(after)
+        return after, handle.stats
+
+
+@pytest.mark.parametrize("name", ONE_OUTPUT)
+def test_a_site_keeps_one_output_from_the_first_that_is_read_to_the_last_that_reads(name, scheduler):
+    steps = 8
+    after, stats = _watched(build_tiny(), ONE_OUTPUT[name](), scheduler, steps)
+    assert any(action in ("reuse", "partial") for row in stats.plan for action in row)
+    for site in range(len(stats.sites)):
+        column = [row[site] for row in stats.plan]
+        reads = [step for step, action in enumerate(column) if action in ("reuse", "partial")]
+        first = max((step for step in range(reads[0]) if column[step] == "compute"), default=0) if reads else steps
+        for step in range(steps):
+            is_kept = first <= step < max(reads, default=0)
+            assert len(after[step][site]) == is_kept, (stats.sites[site], step)
+        for step in range(1, steps):  # refreshed in place
+            if after[step][site] and after[step - 1][site]:
+                assert after[step][site] == after[step - 1][site]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_forecast_keeps_order_plus_one_outputs_and_none_after_the_last_one(order, scheduler):
+    steps, first = 8, 3
+    after, stats = _watched(build_tiny(), TaylorSeer(2, order, first), scheduler, steps)
+    for site in range(len(stats.sites)):
+        column = [row[site] for row in stats.plan]
+        last = max(step for step, action in enumerate(column) if action == "forecast")
+        assert max(len(kept[site]) for kept in after) == order + 1
+        assert all(not kept[site] for kept in after[last:])
+        memory = {address for kept in after for address in kept[site]}
+        assert len(memory) == order + 1  # written over in turn

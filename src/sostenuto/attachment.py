@@ -63,7 +63,7 @@ class _Standing:
 
     @property
     def stands(self) -> bool:
-        return self.entry.leads_to(self.replacement.forward)
+        return not self.replaced.is_aside and self.entry.leads_to(self.replacement.forward)
 
 
 class Attachment:
@@ -89,8 +89,7 @@ class Attachment:
 
     def step_aside(self) -> bool:
         """Let the modules run as if nothing was attached, until :meth:`step_in`; returns whether all could."""
-        asked = [standing.replaced.step_aside() for standing in reversed(self._standing)]  # every one of them
-        return all(asked)
+        return all(standing.replaced.step_aside() for standing in reversed(self._standing))
 
     def step_in(self) -> None:
         """Stand in again."""

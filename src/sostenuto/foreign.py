@@ -67,32 +67,35 @@ class Replaced:
         place: where its calls go through.
         name: under which name there.
         function: what is put there.
+
+    Attributes:
+        is_aside: whether it has stepped aside.
     """
 
     def __init__(self, module: nn.Module, place: dict[str, Any], name: str, function: Callable[..., Any]) -> None:
         self._module, self._place, self._name, self._function = module, place, name, function
         self._own = place.get(name)  # a class's ``forward`` isn't there
         self._before = module.forward if self._own is None else self._own
-        self._is_aside = False
+        self.is_aside = False
         place[name] = function
 
     def step_aside(self) -> bool:
         """Let the module run what it would without the function; refused where somebody's hook has come around it."""
         if self._place.get(self._name) is not self._function:
             return False
-        self._is_aside = True
+        self.is_aside = True
         self._put_before()
         return True
 
     def step_in(self) -> None:
         """Take the place again; where somebody has put a hook there meanwhile the function stays out, and is missed."""
-        if self._is_aside and self._place.get(self._name) is self._own:
-            self._is_aside = False
+        if self.is_aside and self._place.get(self._name) is self._own:
+            self.is_aside = False
             self._place[self._name] = self._function
 
     def restore(self) -> None:
         """Take the function away for good."""
-        if self._is_aside:
+        if self.is_aside:
             return
         if self._place.get(self._name) is self._function:
             self._put_before()
