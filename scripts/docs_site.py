@@ -19,17 +19,18 @@ def _methods() -> str:
     from sostenuto.methods import available_methods
 
     lines = [
+        "---\nhide: [toc]\n---",  # the table takes the whole width
         "# Methods",
         "",
         "What `sostenuto methods` prints: every method by the name that `sostenuto.enable` takes.",
         "",
-        "| name | class | paper | what it does | calibration | compiled | keeps | for |",
-        "|---|---|---|---|---|---|---|---|",
+        "| name, class | paper | what it does | calibration | compiled | keeps | for |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, kind in available_methods().items():
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", kind.paper)
         lines.append(
-            f"| `{name}` | `{kind.__name__}` | {paper} | {kind.summary} | {'needed' if kind.calibrated else '–'} | "
+            f"| `{name}`<br>`{kind.__name__}` | {paper} | {kind.summary} | {'needed' if kind.calibrated else '–'} | "
             f"{'yes' if kind.compiles else 'no'} | {kind.state} | {kind.denoisers} |"
         )
     return "\n".join(lines) + "\n"
@@ -85,3 +86,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Formulas, the presets, and links from docs to files outside of it as plain text."""
     markdown = _formulas(markdown.replace("<!-- presets -->", _presets()))
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:examples|src|benchmarks|tests|CHANGELOG|README)[^)]*\)", r"\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """References in docstrings as the plain name of what they refer to."""
+    html = re.sub(r":(?:func|class|meth|mod|attr|data):\s*(<code>)", r"\1", html)
+    return re.sub(r"<code>~(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)

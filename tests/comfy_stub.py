@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import uuid
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ class WrapperExecutor:
 
 class CONST:
     """Flow matching: the network is given the noise level itself."""
+
+    def percent_to_sigma(self, percent):
+        return 1 - percent
 
     def timestep(self, sigma):
         return sigma
@@ -130,12 +134,22 @@ class Guider:
         options = copy.deepcopy(self.model_patcher.model_options)
         options["transformer_options"]["sample_sigmas"] = sigmas
         wrappers = [w for keyed in self.model_patcher.wrappers.get("sampler_sample", {}).values() for w in keyed]
-        executor = WrapperExecutor(sampler, sampler, wrappers)
+        executor = WrapperExecutor(sampler.sample, sampler, wrappers)
         with torch.inference_mode():
             return executor(self, sigmas, {"model_options": options}, None, noise, None, None, True)
 
 
-def sample_euler(guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+class KSAMPLER:
+    """What the menu's samplers are: a function and its options."""
+
+    def __init__(self, sampler_function, extra_options=None):
+        self.sampler_function, self.extra_options = sampler_function, extra_options or {}
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar):
+        return self.sampler_function(guider, sigmas, extra_args, callback, noise, **self.extra_options)
+
+
+def sample_euler(guider, sigmas, extra_args, callback, noise):
     x = noise * sigmas[0]
     for i in range(len(sigmas) - 1):
         denoised = guider(x, sigmas[i] * x.new_ones(x.shape[0]), **extra_args)
@@ -145,7 +159,7 @@ def sample_euler(guider, sigmas, extra_args, callback, noise, latent_image=None,
     return x
 
 
-def sample_heun(guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+def sample_heun(guider, sigmas, extra_args, callback, noise):
     x = noise * sigmas[0]
     for i in range(len(sigmas) - 1):
         slope = (x - guider(x, sigmas[i] * x.new_ones(x.shape[0]), **extra_args)) / sigmas[i]
@@ -156,6 +170,29 @@ def sample_heun(guider, sigmas, extra_args, callback, noise, latent_image=None, 
             slope = (slope + again) / 2
         x = x + slope * step
     return x
+
+
+def sampler_between(name, between):
+    """A sampler that calls the model a second time at a level between those of a step, and goes on with what that gave.
+
+    Args:
+        name: as ComfyUI's menu has it.
+        between: the level, of the levels that a step begins and ends with, in closed form.
+    """
+
+    def sample(guider, sigmas, extra_args, callback, noise, **options):
+        x = noise * sigmas[0]
+        for begin, end in pairwise(sigmas):
+            slope = (x - guider(x, begin * x.new_ones(x.shape[0]), **extra_args)) / begin
+            if end > 0:
+                middle = torch.as_tensor(between(begin, end, **options)).float()
+                ahead = x + slope * (middle - begin)
+                slope = (ahead - guider(ahead, middle * x.new_ones(x.shape[0]), **extra_args)) / middle
+            x = x + slope * (end - begin)
+        return x
+
+    sample.__name__ = f"sample_{name}"
+    return sample
 
 
 # --- what is sampled ------------------------------------------------------------------------------------------------
@@ -328,11 +365,11 @@ def conditionings(network_class=Flux):
     return made
 
 
-def generate(patcher, sampler=sample_euler, num_steps=8, seed=0, sigmas=None, **options):
+def generate(patcher, sampler=sample_euler, num_steps=8, seed=0, sigmas=None, sampler_options=None, **options):
     """A generation of one image, and the guider that called the network."""
     kind = type(patcher.model.diffusion_model)
     guider = Guider(patcher, *conditionings(kind), **options)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     if sigmas is None:
         sigmas = torch.linspace(1, 0, num_steps + 1)
-    return guider.sample(noise, sampler, sigmas), guider
+    return guider.sample(noise, KSAMPLER(sampler, sampler_options), sigmas), guider

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,3 +192,24 @@ def test_shards_share_the_work(tmp_path, monkeypatch):
 def test_settings_without_meaning_are_refused(wrong):
     with pytest.raises(ValueError, match=r"needs|shard"):
         Settings(**wrong)
+
+
+def test_a_model_that_is_nowhere_is_told_without_asking_the_hub(capsys):
+    assert main(["inspect", "--model", "models/that/is/nowhere"]) == 1
+    assert "there is no folder 'models/that/is/nowhere', and it is no hub id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "words"),
+    [
+        ("tyro", ["methods"], "the command line needs tyro: pip install 'sostenuto[cli]'"),
+        ("diffusers", ["inspect"], "this needs the package diffusers: pip install 'sostenuto[demo]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(missing, command, words):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None; from sostenuto.cli import main; sys.exit(main({command!r}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(f"sostenuto: {words}")

@@ -11,14 +11,27 @@ from torch import nn
 
 import comfy_stub
 import sostenuto
-from comfy_stub import CONST, EPS, BaseModel, Flux, ModelPatcher, WanModel, build, generate, sample_heun
+from comfy_stub import (
+    CONST,
+    EPS,
+    BaseModel,
+    Flux,
+    ModelPatcher,
+    WanModel,
+    build,
+    generate,
+    sample_heun,
+    sampler_between,
+)
 from sostenuto import BlockList
 from sostenuto.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-from sostenuto.comfyui.caching import caching_of, patched
+from sostenuto.comfyui.caching import Caching, patched, wrapper_of
 from sostenuto.comfyui.networks import teach
 
 PACK = Path(__file__).parents[1] / "comfyui" / "comfyui-sostenuto"
-CACHE, CONFIG, REPORT = (NODE_CLASS_MAPPINGS[f"Sostenuto{name}"]() for name in ("Cache", "Config", "Report"))
+CACHE, CONFIG, CALIBRATE, REPORT = (
+    NODE_CLASS_MAPPINGS[f"Sostenuto{name}"]() for name in ("Cache", "Config", "Calibrate", "Report")
+)
 
 
 def cached(model, method, limit=0, **parameters):
@@ -137,15 +150,17 @@ class Stale(nn.Module):
         return tuple(out) if len(out) > 1 else out[0]
 
 
-def stale_flux(skipped, num_steps=8):
-    model = build(Flux)
-    sigmas = torch.linspace(1, 0, num_steps + 1)
+def stale_flux(skipped, model_sampling=CONST, calls_each=None):
+    """Flux by hand, which is stale at some of its steps: told from eight noise levels, or by counting calls."""
+    model = build(Flux, model_sampling)
+    sigmas, calls = torch.linspace(1, 0, 9), []
 
     def clock(sigma):
-        return int((sigmas - sigma[0]).abs().argmin())
+        return int((sigmas - sigma[0]).abs().argmin()) if calls_each is None else (len(calls) - 1) // calls_each
 
     clock.skipped = skipped
     network = model.model.diffusion_model
+    network.register_forward_pre_hook(lambda *_: calls.append(None))
     for name in ("double_blocks", "single_blocks"):
         setattr(network, name, nn.ModuleList(Stale(block, clock) for block in getattr(network, name)))
     return model
@@ -176,7 +191,7 @@ def test_what_a_controlnet_adds_between_blocks_is_that_of_the_step():
 def test_nothing_changes_with_no_method_and_nothing_is_left_behind():
     model = build(Flux)
     stock, _ = generate(model)
-    idle = patched(model, sostenuto.Config(sostenuto.NoCache()))
+    idle = patched(model, Caching(sostenuto.Config(sostenuto.NoCache())))
     assert torch.equal(generate(idle)[0], stock)
     caching = cached(model, "fora")
     assert not torch.equal(generate(caching)[0], stock)
@@ -302,11 +317,85 @@ class HalfNoise(WanModel):
         return build(HalfNoise, EPS)
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_a_sampler_with_several_calls_a_step_is_refused_in_words(batched):
+def odds_between(begin, end, ratio=0.5):
+    """The level of a flow whose odds of noise lie between those of two, geometrically."""
+    odds = (begin / (1 - begin)) ** (1 - ratio) * (end / (1 - end)) ** ratio
+    return odds / (1 + odds)
+
+
+def begun_below_one(begin, end, r=0.5):
+    return odds_between(begin.clamp(max=0.9999), end, r)
+
+
+# Of an ancestral step with η = 1 from σ to σ′ the level that it goes down to is σ′² / σ.
+SECOND = {
+    "heun": (None, lambda begin, end: end),
+    "dpm_2": (None, lambda begin, end: (begin * end) ** 0.5),
+    "dpm_2_ancestral": (None, lambda begin, end: end),
+    "dpmpp_2s_ancestral": (EPS, lambda begin, end: end),
+    "dpmpp_2s_ancestral of a flow": (
+        CONST,
+        lambda begin, end: 0.9999 if begin == 1 else odds_between(begin, end**2 / begin),
+    ),
+    "dpm_2_ancestral, η = 0": (None, lambda begin, end, eta: (begin * end) ** 0.5),
+    "dpmpp_sde_gpu": (EPS, lambda begin, end, r: begin ** (1 - r) * end**r),
+    "dpmpp_sde of a flow": (CONST, begun_below_one),
+}
+OPTIONS = {"dpm_2_ancestral, η = 0": {"eta": 0.0}, "dpmpp_sde_gpu": {"r": 0.25}}
+FLOW_SIGMAS = torch.linspace(1, 0, 7)
+GRID_SIGMAS = torch.cat((EPS.grid[[999, 700, 500, 300, 200, 100]], torch.zeros(1)))
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["one-batch", "one-by-one"])
+@pytest.mark.parametrize("model_sampling", [CONST, EPS])
+@pytest.mark.parametrize("name", SECOND)
+def test_of_a_sampler_of_second_order_each_call_of_the_model_is_a_step(name, model_sampling, batched):
+    only, between = SECOND[name]
+    if only not in (None, model_sampling):
+        pytest.skip("of the other kind of noise levels")
+    sampler = sampler_between(name.partition(" ")[0].strip(","), between)
+    sigmas = FLOW_SIGMAS if model_sampling is CONST else GRID_SIGMAS
+    if name == "dpmpp_sde of a flow":  # the sampler itself begins a little lower; its caller doesn't know
+        inner, sampler = sampler, None
+
+        def sampler(guider, sigmas, *args, **options):
+            return inner(guider, torch.cat((torch.tensor([0.9999]), sigmas[1:])), *args, **options)
+
+        sampler.__name__ = "sample_dpmpp_sde"
+    options = dict(sigmas=sigmas, batched=batched, sampler_options=OPTIONS.get(name))
+    model = cached(build(Flux, model_sampling), "fora", interval=2, anchor="start")
+    result, guider = generate(model, sampler, **options)
+    assert guider.calls == 11 * (2 - batched)
+    assert report_of(model).startswith("11 steps")
+    expected, _ = generate(stale_flux({1, 3, 5, 7, 9}, model_sampling, 2 - batched), sampler, **options)
+    torch.testing.assert_close(result, expected)
+    assert is_untouched(model)
+
+
+def test_heun_itself_is_cached():
+    model = cached(build(Flux), "fora", interval=2, anchor="start")
+    result, guider = generate(model, sample_heun)
+    expected, _ = generate(stale_flux({*range(1, 15, 2)}, calls_each=1), sample_heun)
+    torch.testing.assert_close(result, expected)
+    assert guider.calls == 15
+
+
+def test_a_sampler_that_begins_a_little_below_the_first_level_is_followed():
+    def sample(guider, sigmas, *args):
+        return comfy_stub.sample_euler(guider, torch.cat((torch.tensor([0.9999]), sigmas[1:])), *args)
+
+    sample.__name__ = "sample_dpmpp_2m_sde_gpu"
     model = cached(build(Flux), "fora")
-    with pytest.raises(sostenuto.ClockError, match=r"samplers that call the model once .* euler"):
-        generate(model, sample_heun, batched=batched)
+    generate(model, sample)
+    assert report_of(model).startswith("8 steps")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_sampler_whose_calls_cannot_be_foreseen_is_refused_in_words(batched):
+    model = cached(build(Flux), "fora")
+    unknown = sampler_between("someone_s_own", lambda begin, end: (begin + end) / 2)
+    with pytest.raises(sostenuto.ClockError, match=r"Samplers that will do: .*euler.*heun"):
+        generate(model, unknown, batched=batched)
     assert is_untouched(model)
 
 
@@ -341,10 +430,10 @@ def test_a_limit_of_memory_holds():
     # What the blocks add for both halves, in float32: 2 blocks with an image and a text stream, 3 with both in one.
     needed = 2 * 32 * 4 * (2 * (16 + 5) + 3 * (16 + 5))
     for limit, kept in ((None, needed), (needed, needed), (needed // 2, 2 * 32 * 4 * 2 * (16 + 5))):
-        model = patched(build(Flux), sostenuto.Config(sostenuto.FORA(2), limit))
+        model = patched(build(Flux), Caching(sostenuto.Config(sostenuto.FORA(2), limit)))
         generate(model, num_steps=4)
-        assert caching_of(model).stats.cache_bytes_peak == kept
-    assert caching_of(cached(build(Flux), "fora", limit=3)).config.max_cache_bytes == 3 * 2**20
+        assert wrapper_of(model).stats.cache_bytes_peak == kept
+    assert wrapper_of(cached(build(Flux), "fora", limit=3)).config.max_cache_bytes == 3 * 2**20
 
 
 def test_what_cannot_work_is_refused_in_words_and_nothing_is_attached():
@@ -366,6 +455,86 @@ def test_what_cannot_work_is_refused_in_words_and_nothing_is_attached():
         cached(comfy_stub.ModelPatcher(object()), "fora")
     assert report_of(build(Flux)) == "this model has no sostenuto node"
     assert report_of(cached(build(Flux), "fora")) == "nothing was sampled with this model yet"
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [Flux, WanModel])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("smoothcache", {"alpha": 0.5, "max_lag": 1}),
+        ("magcache", {}),
+        ("teacache", {"degree": 1, "target_skipped": 0.4}),
+        ("eb", {"target_fraction": 0.75}),
+        ("feb", {}),
+    ],
+)
+def test_what_a_sampling_measured_is_sampled_with_by_its_file(network, method, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stock, _ = generate(build(network))
+    model = CALIBRATE.apply(build(network), method, json.dumps(options), 4, "mine")[0]
+    result, guider = generate(model)
+    if method in ("smoothcache", "magcache", "teacache"):  # the others measure on what they chose so far
+        assert torch.equal(result, stock)
+        assert guider.calls == 2 * 8  # two generations of two rows
+    assert is_untouched(model)
+    path = Path("sostenuto") / "mine.json"
+    assert report_of(model) == f"{method} measured over 8 calls of the model: {path}"
+    model = CONFIG.apply(build(network), str(path))[0]
+    cached_result, _ = generate(model)
+    assert sostenuto.load_config(path).method.name == method
+    gap = (cached_result - stock).abs().mean() / stock.abs().mean()
+    assert 0 < gap < 0.5
+    if method in ("smoothcache", "eb", "feb"):  # a table is of its steps
+        with pytest.raises(sostenuto.TableError, match="has 8 steps, the sampler runs 6"):
+            generate(model, num_steps=6)
+
+
+def test_the_second_generation_of_a_calibration_has_noise_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noises = []
+
+    def sample(guider, sigmas, extra_args, callback, noise):
+        noises.append(noise)
+        return comfy_stub.sample_euler(guider, sigmas, extra_args, callback, noise)
+
+    generate(CALIBRATE.apply(build(Flux), "magcache", "{}", 4, "mine.json")[0], sample, seed=5)
+    assert torch.equal(noises[0], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+    assert len(noises) == 2
+    assert not torch.equal(*noises)
+    assert [path.name for path in Path("sostenuto").iterdir() if path.name == "mine.json"] == ["mine.json"]
+
+
+@pytest.mark.parametrize(
+    ("widgets", "words"),
+    [
+        (("eb", "{", 1, "a"), "no JSON"),
+        (("magcache", '{"alpha": 1}', 1, "a"), "no option 'alpha'"),
+        (("smoothcache", '{"alpha": -1}', 1, "a"), "alpha"),
+        (("l2c", "{}", 1, "a"), "isn't calibrated here; smoothcache"),
+        (("eb", "{}", 1, "../a"), "no plain file name"),
+        (("eb", "{}", 1, "a/b"), "no plain file name"),
+        (("eb", "{}", 1, ""), "no plain file name"),
+        (("eb", "{}", 1, "a.py"), "no plain file name"),
+    ],
+)
+def test_wrong_widgets_of_a_calibration_are_told_before_anything_runs(widgets, words):
+    assert words in CALIBRATE.VALIDATE_INPUTS(*widgets)
+    with pytest.raises(sostenuto.SostenutoError, match=words):
+        CALIBRATE.apply(build(), *widgets)
+    assert CALIBRATE.VALIDATE_INPUTS("eb", "", 1, "a") is True
+
+
+def test_a_calibration_that_is_switched_off_samples_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = CALIBRATE.apply(build(Flux), "magcache", "{}", 1, "mine")[0]
+    assert report_of(model) == "nothing was sampled with this model yet"
+    monkeypatch.setenv("SOSTENUTO_DISABLE", "1")
+    assert torch.equal(generate(model)[0], generate(build(Flux))[0])
+    assert report_of(model) == "nothing was measured: SOSTENUTO_DISABLE is set"
+    assert not Path("sostenuto").exists()
 
 
 def test_the_emergency_switch_reaches_comfyui(monkeypatch):

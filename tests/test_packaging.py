@@ -166,6 +166,21 @@ def test_every_module_of_the_core_imports_without_anything_optional():
     assert "sostenuto.comfyui.nodes" in core
 
 
+@pytest.mark.parametrize("command", ["sostenuto", "sostenuto.demo.train", "sostenuto.demo.train_classifier"])
+def test_help_is_told_without_loading_what_only_the_command_itself_needs(command):
+    told = run(
+        f"""
+        import contextlib, io, runpy, sys
+        sys.argv = ["{command}", "--help"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            runpy.run_module("{command}", run_name="__main__")
+        heavy = {{"diffusers", "transformers", "matplotlib", "peft"}}
+        print(sorted({{name.partition(".")[0] for name in sys.modules}} & heavy))
+        """
+    )
+    assert told == "[]"
+
+
 def test_the_extras_are_documented():
     text = (ROOT / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]

@@ -101,6 +101,22 @@ def test_relative_l1_by_hand():
     assert relative_l1(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
 
 
+def test_the_error_of_several_streams_is_that_of_all_of_them():
+    image, text = torch.tensor([[1.0, 2.0]]), torch.tensor([[[5.0], [0.0]]])
+    assert relative_l1((image, text), (image + 1, text + 2)).item() == pytest.approx((2 + 4) / (5 + 9))
+
+
+def test_a_branch_that_is_attention_and_mlp_in_one_is_reused_when_its_own_error_allows():
+    errors = {"double.attn": [[9.0] * 3], "double.ff": [[9.0] * 3], "single": [[0.01] * 3]}
+    kinds = {"double.attn": "joint-attention", "double.ff": "mlp", "single": "fused"}
+    calibration = {"errors": errors, "kinds": kinds, "macs_share": dict.fromkeys(errors, 0.3)}
+    steps = (StepState.COMPUTE,) * 4
+    some = SmoothCache.from_errors(CacheTable(steps, calibration=calibration), 0.1).table
+    assert some.actions[1] == {"double.attn": Action.COMPUTE, "double.ff": Action.COMPUTE, "single": Action.REUSE}
+    alone = {name: {"single": values["single"]} for name, values in calibration.items()}
+    assert SmoothCache.from_errors(CacheTable(steps, calibration=alone), 0.1).table.actions[1] is StepState.REUSE_BOTH
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_errors_are_those_of_a_plain_run(model, separate):
     def guided(model, generator, num_inference_steps):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,8 +22,7 @@ _VALUES = (torch.Tensor, bool, int, float, complex, str)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What one call was given.
 
     Attributes:

@@ -55,10 +55,10 @@ class _Standing:
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self.entry = Entry(module)
         self.replacement = Replacement(function, self.entry.function)
-        self._restore = self.entry.replace(self.replacement.forward)
+        self.replaced = self.entry.replace(self.replacement.forward)
 
     def restore(self) -> None:
-        self._restore()
+        self.replaced.restore()
         self.replacement.detached = True
 
     @property
@@ -86,6 +86,16 @@ class Attachment:
         """Take every replacement away, last first."""
         while self._standing:
             self._standing.pop().restore()
+
+    def step_aside(self) -> bool:
+        """Let the modules run as if nothing was attached, until :meth:`step_in`; returns whether all could."""
+        asked = [standing.replaced.step_aside() for standing in reversed(self._standing)]  # every one of them
+        return all(asked)
+
+    def step_in(self) -> None:
+        """Stand in again."""
+        for standing in self._standing:
+            standing.replaced.step_in()
 
     @property
     def stands(self) -> bool:

@@ -71,7 +71,7 @@ class Clock:
         self._backward = 0  # generations of one step so far, each of which begins before the one before
         self._levels: Levels | None = None  # of the last call
         self._latents: tuple[torch.Tensor, ...] = ()
-        self._passes: list[tuple[_Snapshot, ...]] = []  # the conditioning of each pass
+        self._passes: list[_Conditioning] = []  # that of each pass
         self._called: set[int] = set()  # the passes called at this step
 
     @property
@@ -132,8 +132,7 @@ class Clock:
         if pass_index is None:
             pass_index = self._new_pass(conditioning)
         self._called.add(pass_index)
-        # Clones: the sampler may write in place.
-        self._step, self._latents = step, tuple(tensor.detach().clone() for tensor in tensors)
+        self._step, self._latents = step, tuple(map(_copy, tensors))
         self._levels = levels
         listed = self._timesteps.values
         return Tick(step, pass_index, len(listed), listed, fresh)
@@ -151,11 +150,8 @@ class Clock:
 
     def _known(self, conditioning: Sequence[Any]) -> list[int]:
         """The passes with this conditioning."""
-        return [
-            index
-            for index, known in enumerate(self._passes)
-            if len(known) == len(conditioning) and all(s.holds(t) for s, t in zip(known, conditioning, strict=True))
-        ]
+        plain, tensors = _parted(conditioning)
+        return [index for index, known in enumerate(self._passes) if known.holds(plain, tensors)]
 
     def _new_pass(self, conditioning: Sequence[Any]) -> int:
         """A pass not seen before, which begins by computing."""
@@ -164,7 +160,7 @@ class Clock:
                 f"this call's conditioning matches none of the {_MOST_PASSES} passes seen in this generation: conditioning "
                 "that changes from step to step can't be told from another pass, and nothing could be reused"
             )
-        self._passes.append(tuple(_Snapshot(value) for value in conditioning))
+        self._passes.append(_Conditioning(*_parted(conditioning)))
         return len(self._passes) - 1
 
 
@@ -212,21 +208,46 @@ def _timesteps(scheduler: Any) -> Any:
     return getattr(scheduler, "timesteps", None)
 
 
+Plain = list[tuple[int, type, Any]]
+
+
+def _parted(conditioning: Sequence[Any]) -> tuple[Plain, list[torch.Tensor]]:
+    """Plain values, each with its place and type (``1 == True``), and tensors."""
+    plain = [(i, type(value), value) for i, value in enumerate(conditioning) if not isinstance(value, torch.Tensor)]
+    return plain, [value for value in conditioning if isinstance(value, torch.Tensor)]
+
+
+class _Conditioning:
+    """The conditioning of a pass, as it was."""
+
+    def __init__(self, plain: Plain, tensors: list[torch.Tensor]) -> None:
+        self._plain, self._tensors = plain, [_Snapshot(tensor) for tensor in tensors]
+
+    def holds(self, plain: Plain, tensors: list[torch.Tensor]) -> bool:
+        """Whether another is equal to it."""
+        return (
+            self._plain == plain
+            and len(self._tensors) == len(tensors)
+            and all(known.holds(tensor) for known, tensor in zip(self._tensors, tensors, strict=True))
+        )
+
+
 class _Snapshot:
-    """A value as it was, of a tensor with a quick answer while nobody wrote into it."""
+    """A tensor as it was, with a quick answer while nobody wrote into it."""
 
-    def __init__(self, value: Any) -> None:
-        self._tensor, self._version, self._copy = value, None, value
-        if isinstance(value, torch.Tensor):
-            self._version, self._copy = _version(value), value.detach().clone()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version, self._copy = tensor, _version(tensor), _copy(tensor)
 
-    def holds(self, other: Any) -> bool:
-        """Whether the other value equals that of then."""
-        if not isinstance(other, torch.Tensor) or not isinstance(self._copy, torch.Tensor):
-            return type(other) is type(self._copy) and bool(other == self._copy)
+    def holds(self, other: torch.Tensor) -> bool:
+        """Whether the other tensor equals that of then."""
         if other is self._tensor and self._version is not None and _version(other) == self._version:
             return True
         return _equal(self._copy, other)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is now: the sampler may write in place."""
+    return tensor.detach().clone() if tensor.requires_grad else tensor.clone()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

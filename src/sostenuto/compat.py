@@ -102,7 +102,8 @@ def intercept_calls(
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module go through ``torch.compile``, by either of its forms."""
-    return hasattr(module, "_orig_mod") or getattr(module, CALL_SLOT, None) is not None
+    # As a network with many modules is asked this for each of them: nn.Module is slow to tell that it lacks an attribute.
+    return "_orig_mod" in module._modules or getattr(module, CALL_SLOT, None) is not None
 
 
 def in_backward() -> bool:

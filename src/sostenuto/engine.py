@@ -26,7 +26,7 @@ from sostenuto.features import Feature, leaves
 from sostenuto.finite import FiniteCheck
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
-from sostenuto.plan import Action, Op, Plan, Program, Row, lower
+from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
 from sostenuto.probe import Prober
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
@@ -120,6 +120,8 @@ class Handle:
         Within a generation a tap that is displaced shows by a site that isn't reached, but in a compiled graph.
         """
         stand = self._surroundings.stand(between)
+        if between:
+            self._executor.step_in()
         if between or self._executor.in_graph:
             stand = stand and all(tap.stands for tap in self._attached)
         if stand:
@@ -132,6 +134,7 @@ class Handle:
         self._record, self._dry_runs, self._signatures = None, [], {}
 
     def _detach_taps(self) -> None:
+        self._executor.step_in()
         for tap in reversed(self._attached):
             tap.detach()
 
@@ -243,6 +246,7 @@ class Handle:
         with self._taps_in_use:
             other = handle_of(self._denoiser)
             if self.enabled:
+                self._executor.step_in()
                 yield
                 return
             if other is not None:
@@ -292,8 +296,6 @@ class Handle:
                 agree(self.method, self._plan, self._observes, tick.timesteps, tick.step, self._noise_scale)
             if len(self._dry_runs) > _MOST_DRY_RUNS:  # nothing is read of generations before this one
                 self._record, self._dry_runs, self._signatures = None, [], {}
-        else:
-            self._settle(between=False)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
         if tick.new_generation:
@@ -391,10 +393,8 @@ class Handle:
             return PassState(self._program(plan, tick.step), sites, plan.num_slots, selector=selector)
         policy = None if self.driver is not None else self._budget().policy(call.signature)
         num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
-        # One row serves every step: a policy decides, or nothing is ever skipped.
-        row = (Op.COMPUTE if policy is None else Op.DECIDE,) * sites
-        program = Program((row,) * tick.num_steps, ((),) * tick.num_steps, (-1,) * sites, (-1,) * sites)
-        return PassState(program, sites, num_slots, policy, selector)
+        op = Op.COMPUTE if policy is None else Op.DECIDE  # nothing is ever skipped, or the policy decides
+        return PassState(uniform(op, sites, tick.num_steps), sites, num_slots, policy, selector)
 
     def _program(self, plan: Plan, start: int) -> Program:
         """The plan lowered; kept, as passes and generations follow the same one as a rule."""
@@ -415,6 +415,8 @@ class Handle:
                     self._record.note_bytes(sum(state.num_bytes for state in self._passes.values()))
                 self._record.ended = time.monotonic()
 
+        if not row.is_plain:
+            self._settle(between=False)
         try:
             return self._executor.execute(
                 tick.step,

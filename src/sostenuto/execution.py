@@ -25,6 +25,8 @@ from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.tap import Observer, Tap
 
+_OUTSIDE = int(Op.OUTSIDE)
+
 
 class Executor:
     """Carries out denoiser calls with the taps of one handle.
@@ -48,6 +50,8 @@ class Executor:
         self._denoiser, self._finite = denoiser, finite
         self._sites, self._taps, self._observers = sites, taps, observers
         self.in_graph = False  # whether any tap runs within a compiled graph
+        self._is_aside = False
+        self._staying: list[Tap] = []  # taps that stay in place meanwhile
         self._output = next((tap for tap in taps if tap.site.kind is SiteKind.OUTPUT), None)
         self._observed_at = [  # the site that each observed module belongs to
             next((i for i, site in enumerate(sites) if f"{observer.path}.".startswith(f"{site.id}.")), None)
@@ -83,6 +87,10 @@ class Executor:
             NotFiniteError: a feature holds NaN or infinity, where that is looked for.
         """
         ops, taps = row.ops, self._taps
+        # The first call of a pass tells which sites are reached, so there everything is watched.
+        if row.is_plain and state.last_step >= 0 and self._finite is None and not self.in_graph:
+            return self._run_plain(state, call, ops, note)
+        self.step_in()
         if row.shares_guidance:
             check_guidance_halves(next(leaves(call.latents)))
         # Taps in a compiled graph are given their memory beforehand. Before the taps are set: a dry run resets them.
@@ -91,7 +99,8 @@ class Executor:
         num_tokens = self._choose_tokens(step, state, row, plan) if row.partial else ()
         for tap, op in zip(taps, row.numbers, strict=True):
             tap.begin(op)
-        for index in row.stateful if known is None else range(len(ops)):
+        touched = row.stateful if known is None else range(len(ops))
+        for index in touched:
             tap, op = taps[index], ops[index]
             if index in state.absent:
                 op = Op.COMPUTE  # this pass leaves it out; should it come up after all, it is right to compute it
@@ -137,12 +146,40 @@ class Executor:
             as_planned = not (row.decides or row.partial or state.absent)
             carried = ops if as_planned else tuple(Op(tap.op) for tap in taps)
             for tap in taps:
-                tap.reset()
+                tap.op = _OUTSIDE
+            for index in touched:
+                taps[index].reset()
             for observer in self._observers:
                 observer.hear = None
             if self._finite is not None:
                 self._finite.leave()
             note(Carried(carried, tuple(num_tokens), row.decides, scoring))
+
+    def _run_plain(self, state: PassState, call: Call, ops: tuple[Op, ...], note: Callable[[Carried], None]) -> Any:
+        """A call that computes everything and keeps nothing: the network runs as if nothing was attached to it."""
+        self._step_aside()
+        for tap in self._staying:
+            tap.begin(Op.COMPUTE)
+        try:
+            return self._run(state, call)
+        finally:
+            for tap in self._staying:
+                tap.op = _OUTSIDE
+            note(Carried(ops))
+
+    def _step_aside(self) -> None:
+        """Take the taps out of the way; the first one stays, to notice a call that the engine doesn't see."""
+        if not self._is_aside:
+            self._is_aside = True
+            moved = [tap for tap in reversed(self._taps[1:]) if tap.step_aside()]
+            self._staying = [tap for tap in self._taps if tap not in moved]
+
+    def step_in(self) -> None:
+        """Put the taps back into their places."""
+        if self._is_aside:
+            self._is_aside = False
+            for tap in self._taps[1:]:
+                tap.step_in()
 
     def _allocate(self, state: PassState, cost: Cost, index: int) -> bool:
         """Give a compiled denoiser's tap its memory beforehand; returns whether the call reaches the site."""

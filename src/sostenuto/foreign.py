@@ -42,20 +42,9 @@ class Entry:
         """What the module runs now."""
         return self._place.get(self._name, self.module.forward)
 
-    def replace(self, function: Callable[..., Any]) -> Callable[[], None]:
-        """Put a function there; returns the one that restores what was there."""
-        had_own, before = self._name in self._place, self.function
-        self._place[self._name] = function
-
-        def restore() -> None:
-            if self._place.get(self._name) is not function:
-                _splice(self.module, function, before)
-            elif had_own:
-                self._place[self._name] = before
-            else:
-                del self._place[self._name]
-
-        return restore
+    def replace(self, function: Callable[..., Any]) -> Replaced:
+        """Put a function there."""
+        return Replaced(self.module, self._place, self._name, function)
 
     def leads_to(self, function: Callable[..., Any]) -> bool:
         """Whether the module still runs the function, as far as can be told."""
@@ -68,6 +57,53 @@ class Entry:
             return False
         places = list(_places(self.module))
         return not places or any(_wraps(place[name], function) for place, name in places)
+
+
+class Replaced:
+    """A function that stands where the calls of a module go through, and may step aside for a while.
+
+    Args:
+        module: the module.
+        place: where its calls go through.
+        name: under which name there.
+        function: what is put there.
+    """
+
+    def __init__(self, module: nn.Module, place: dict[str, Any], name: str, function: Callable[..., Any]) -> None:
+        self._module, self._place, self._name, self._function = module, place, name, function
+        self._own = place.get(name)  # a class's ``forward`` isn't there
+        self._before = module.forward if self._own is None else self._own
+        self._is_aside = False
+        place[name] = function
+
+    def step_aside(self) -> bool:
+        """Let the module run what it would without the function; refused where somebody's hook has come around it."""
+        if self._place.get(self._name) is not self._function:
+            return False
+        self._is_aside = True
+        self._put_before()
+        return True
+
+    def step_in(self) -> None:
+        """Take the place again; where somebody has put a hook there meanwhile the function stays out, and is missed."""
+        if self._is_aside and self._place.get(self._name) is self._own:
+            self._is_aside = False
+            self._place[self._name] = self._function
+
+    def restore(self) -> None:
+        """Take the function away for good."""
+        if self._is_aside:
+            return
+        if self._place.get(self._name) is self._function:
+            self._put_before()
+        else:
+            _splice(self._module, self._function, self._before)
+
+    def _put_before(self) -> None:
+        if self._own is None:
+            del self._place[self._name]
+        else:
+            self._place[self._name] = self._own
 
 
 def _wraps(outer: Any, function: Callable[..., Any]) -> bool:

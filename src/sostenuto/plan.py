@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from sostenuto.forecast import lagrange_weights
 
@@ -119,6 +119,14 @@ class Plan:
         return self.forecast_order[step] if isinstance(self.forecast_order, tuple) else self.forecast_order
 
 
+# Members of an enum are slow to combine and compare, and a row asks this of every site.
+_FILLS = int(Op.REUSE | Op.FORECAST | Op.PARTIAL | Op.SKIP | Op.DECIDE | Op.WINDOW | Op.SHARE)
+_KEEPS = int(Op.STORE | Op.RESIDUAL | Op.DECIDE)
+_STATELESS = (int(Op.COMPUTE), int(Op.SKIP))
+_HANDS_OUT = (int(Op.REUSE), int(Op.PARTIAL))
+_PARTIAL, _SHARE, _DECIDE = int(Op.PARTIAL), int(Op.SHARE), int(Op.DECIDE)
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """The ops of one step, and what follows from them, told once and not at every call.
@@ -137,39 +145,47 @@ class Row:
         return tuple(map(int, self.ops))
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether every site is computed and nothing is kept of any."""
+        return not any(self.numbers)
+
+    @cached_property
     def stateful(self) -> tuple[int, ...]:
         """The sites that read or write what is kept."""
-        return tuple(site for site, op in enumerate(self.ops) if op not in (Op.COMPUTE, Op.SKIP))
+        return self._sites_of(lambda op: op not in _STATELESS)
 
     @cached_property
     def read(self) -> tuple[int, ...]:
         """The sites that hand out the very memory that is kept."""
-        return tuple(site for site, op in enumerate(self.ops) if op in (Op.REUSE, Op.PARTIAL))
-
-    @cached_property
-    def keeps(self) -> bool:
-        """Whether memory may be taken."""
-        return any(op & (Op.STORE | Op.RESIDUAL | Op.DECIDE) for op in self.ops)
-
-    @cached_property
-    def skips(self) -> bool:
-        """Whether anything is, or may be, left out."""
-        return any(op.action is not Action.COMPUTE or op == Op.DECIDE for op in self.ops)
-
-    @cached_property
-    def shares_guidance(self) -> bool:
-        """Whether the unconditional half of a batch is given what the conditional one has."""
-        return any(op & Op.SHARE for op in self.ops)
+        return self._sites_of(lambda op: op in _HANDS_OUT)
 
     @cached_property
     def partial(self) -> tuple[int, ...]:
         """The sites that run for some tokens."""
-        return tuple(site for site, op in enumerate(self.ops) if op == Op.PARTIAL)
+        return self._sites_of(lambda op: op == _PARTIAL)
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether memory may be taken."""
+        return any(op & _KEEPS for op in self.numbers)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether anything is, or may be, left out."""
+        return any(op & _FILLS for op in self.numbers)
+
+    @cached_property
+    def shares_guidance(self) -> bool:
+        """Whether the unconditional half of a batch is given what the conditional one has."""
+        return any(op & _SHARE for op in self.numbers)
 
     @cached_property
     def decides(self) -> bool:
         """Whether a policy is asked."""
-        return Op.DECIDE in self.ops
+        return _DECIDE in self.numbers
+
+    def _sites_of(self, fits: Callable[[int], bool]) -> tuple[int, ...]:
+        return tuple(site for site, op in enumerate(self.numbers) if fits(op))
 
 
 @dataclass(frozen=True)
@@ -192,8 +208,29 @@ class Program:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Ops and history of every step."""
-        return tuple(map(Row, self.ops, self.history))
+        """Ops and history of every step; steps that are alike share one row."""
+        made: dict[tuple[tuple[Op, ...], tuple[tuple[int, ...], ...]], Row] = {}
+        alike = zip(self.ops, self.history, strict=True)
+        return tuple(made.setdefault(key, Row(*key)) for key in alike)
+
+    def freed_after(self, step: int) -> tuple[Sequence[int], Sequence[int]]:
+        """The sites whose kept outputs, and those whose residual, nobody reads after this step."""
+        return self._freed.get(step, ((), ()))
+
+    @cached_property
+    def _freed(self) -> dict[int, tuple[list[int], list[int]]]:
+        freed: dict[int, tuple[list[int], list[int]]] = {}
+        for kind, readers in enumerate((self.last_reader, self.last_residual_reader)):
+            for site, step in enumerate(readers):
+                freed.setdefault(step, ([], []))[kind].append(site)
+        return freed
+
+
+@lru_cache
+def uniform(op: Op, num_sites: int, num_steps: int) -> Program:
+    """The program of a generation without a plan: every site does the same at every step, and nothing is freed."""
+    never = (-1,) * num_sites
+    return Program(((op,) * num_sites,) * num_steps, (((),) * num_sites,) * num_steps, never, never)
 
 
 def lower(plan: Plan, start: int = 0) -> Program:

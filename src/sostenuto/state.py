@@ -115,11 +115,11 @@ class PassState:
 
     def free(self, step: int) -> None:
         """Free what no step after this one reads; in place, since the taps hold the same lists."""
-        program = self.program
-        for readers, kept in ((program.last_reader, self.slots), (program.last_residual_reader, self.residuals)):
-            for last, slots in zip(readers, kept, strict=True):
-                if last == step:
-                    slots[:] = [None] * len(slots)
+        slots, residuals = self.program.freed_after(step)
+        for site in slots:
+            self.slots[site][:] = [None] * len(self.slots[site])
+        for site in residuals:
+            self.residuals[site][:] = [None]
 
 
 def allocate(slots: Slots, output: Any) -> None:

@@ -38,10 +38,14 @@ class StepState(Enum):
         return _GROUPS[self]
 
     def skips(self, site: Site) -> bool:
-        """Whether the branch at ``site`` is skipped in this state; a fused one is both."""
-        if site.kind is SiteKind.FUSED:
+        """Whether the branch at ``site`` is skipped in this state."""
+        return self.skips_kind(site.kind)
+
+    def skips_kind(self, kind: SiteKind) -> bool:
+        """Whether branches of this kind are skipped in this state; a fused one is both."""
+        if kind is SiteKind.FUSED:
             return self is StepState.REUSE_BOTH
-        return ("attention" if site.kind.is_attention else "mlp") in self.groups
+        return ("attention" if kind.is_attention else "mlp") in self.groups
 
 
 _GROUPS = {

@@ -15,6 +15,7 @@ from sostenuto.cost import Cost
 from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
+from sostenuto.features import Feature, leaves
 from sostenuto.methods import NoCache, SmoothCache
 from sostenuto.methods.smoothcache import GroupBy, ReuseErrors, check_options
 from sostenuto.plan import Op
@@ -179,10 +180,15 @@ class ErrorMeter:
         return output
 
 
-def relative_l1(stale: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """``‖stale − fresh‖₁ / ‖fresh‖₁``, the mean over the rows of ``[rows, …]``; 0 where both are all zeros."""
-    stale, fresh = stale.flatten(1).float(), fresh.flatten(1).float()
-    return ((stale - fresh).abs().sum(1) / fresh.abs().sum(1).clamp_min(1e-30)).mean()
+def relative_l1(stale: Feature, fresh: Feature) -> torch.Tensor:
+    """``‖stale − fresh‖₁ / ‖fresh‖₁``, the mean over the rows of ``[rows, …]``; 0 where both are all zeros.
+
+    Of features with several streams (image and text) both norms are over all of them.
+    """
+    pairs = [(s.flatten(1).float(), f.flatten(1).float()) for s, f in zip(leaves(stale), leaves(fresh), strict=True)]
+    gap = torch.stack([(s - f).abs().sum(1) for s, f in pairs]).sum(0)
+    size = torch.stack([f.abs().sum(1) for _, f in pairs]).sum(0)
+    return (gap / size.clamp_min(1e-30)).mean()
 
 
 def _rounded(value: float) -> float:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import traceback
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:  # here and not in main: the commands' own files need it as well
+    sys.exit("sostenuto: the command line needs tyro: pip install 'sostenuto[cli]', or 'sostenuto[demo]' for all of it")
 
 from sostenuto.cli.analyze import Analyze
 from sostenuto.cli.bench import Bench
@@ -20,6 +23,7 @@ from sostenuto.cli.models import Models
 from sostenuto.cli.studio import Studio
 from sostenuto.cli.tune import Advise, Tune
 from sostenuto.distributed.world import apart, joined
+from sostenuto.errors import SostenutoError
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
 
@@ -66,6 +70,8 @@ def main(args: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and not isinstance(error, SostenutoError):
+            reason = f"this needs the package {error.name}: pip install 'sostenuto[demo]' brings what most commands use"
         print(f"sostenuto: {reason}", file=sys.stderr)
         return 1
     return 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sostenuto.errors import InputError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,6 @@ class ModelChoice:
         name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
             from sostenuto.compat import diffusers_name
-            from sostenuto.errors import InputError
 
             if not name.endswith("Scheduler"):
                 raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
@@ -50,6 +54,11 @@ class ModelChoice:
             from sostenuto.demo.pipeline import load_trained_pipeline
 
             return load_trained_pipeline(self.model)
+        if not Path(self.model).is_dir() and not _HUB_ID.fullmatch(self.model):
+            raise InputError(
+                f"there is no folder {self.model!r}, and it is no hub id such as 'owner/name': name a folder that "
+                "pipe.save_pretrained wrote, or demo"
+            )
         from sostenuto.compat import diffusers_name
         from sostenuto.measured import read_json, table_file
 
@@ -67,7 +76,7 @@ class ModelChoice:
         """The method with its table."""
         from sostenuto.calibrations import available_calibrations
         from sostenuto.config import load_config
-        from sostenuto.errors import InputError, MethodError
+        from sostenuto.errors import MethodError
         from sostenuto.methods import available_methods, by_name
 
         if self.config is not None:

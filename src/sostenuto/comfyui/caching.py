@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,10 @@ from sostenuto.switch import DisabledHandle, is_switched_off
 KEY = "sostenuto"
 SAMPLER_SAMPLE = "sampler_sample"  # the value of comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
 
-_ONE_CALL = "euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim, lcm, res_multistep, deis, ipndm"
+_SAMPLERS = (
+    "one call a step: euler, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, ddim, lcm, res_multistep, deis, ipndm; "
+    "two: heun, dpm_2, dpm_2_ancestral, dpmpp_2s_ancestral, dpmpp_sde"
+)
 
 
 class Caching:
@@ -63,7 +67,7 @@ class Caching:
             kwargs: the same, by name.
 
         Raises:
-            ClockError: the sampler calls the model more than once a step, or between its noise levels.
+            ClockError: the sampler calls the model at noise levels that its own don't tell.
             MethodError, TableError: the method doesn't fit this model and these steps.
         """
         if is_switched_off():
@@ -71,20 +75,33 @@ class Caching:
             return executor(guider, sigmas, *args, **kwargs)
         if len(sigmas) < 2:
             return executor(guider, sigmas, *args, **kwargs)
-        model = guider.inner_model
-        network = model.diffusion_model
-        teach(network)
-        schedule = SigmaSchedule(sigmas, model.model_sampling)
+        network, schedule = network_and_schedule(executor, guider, sigmas)
         limit = self.config.max_cache_bytes
         with enable(network, self.config.method, scheduler=schedule, max_cache_bytes=limit) as handle:
-            try:
+            with sampler_told():
                 samples = executor(guider, sigmas, *args, **kwargs)
-            except ClockError as error:
-                raise ClockError(
-                    f"{error}. Caching is for samplers that call the model once for each noise level, such as {_ONE_CALL}"
-                ) from error
             self._last = handle
         return samples
+
+
+def network_and_schedule(executor: Any, guider: Any, sigmas: torch.Tensor) -> tuple[torch.nn.Module, SigmaSchedule]:
+    """The network that a sampling calls, with its anatomy known, and at which noise levels.
+
+    Raises:
+        AnatomyError: no argument of the network has the name of a timestep.
+    """
+    model = guider.inner_model
+    teach(model.diffusion_model)
+    return model.diffusion_model, SigmaSchedule(sigmas, model.model_sampling, getattr(executor, "class_obj", None))
+
+
+@contextmanager
+def sampler_told() -> Iterator[None]:
+    """Say which samplers will do, where a call is at no noise level that was foreseen."""
+    try:
+        yield
+    except ClockError as error:
+        raise ClockError(f"{error}. Samplers that will do: {_SAMPLERS}") from error
 
 
 def _told(stats: Statistics) -> str:
@@ -97,11 +114,24 @@ def _told(stats: Statistics) -> str:
     )
 
 
-def patched(model: Any, config: Config) -> Any:
-    """A clone of a ``MODEL`` that is sampled with caching.
+class Wrapper(Protocol):
+    """What samples in the place of ComfyUI's own sampler, and tells of it."""
+
+    @property
+    def report(self) -> str:
+        """What the last sampling did, in a line."""
+        ...
+
+    def sample(self, executor: Callable[..., Any], guider: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI's ``SAMPLER_SAMPLE`` wrapper."""
+        ...
+
+
+def patched(model: Any, wrapper: Wrapper) -> Any:
+    """A clone of a ``MODEL`` that is sampled with caching, or calibrated.
 
     Raises:
-        MethodError: the model is sampled with caching already, or this ComfyUI has no wrappers.
+        MethodError: the model has such a wrapper already, or this ComfyUI has no wrappers.
         AnatomyError: the model has no network.
     """
     if not hasattr(model, "add_wrapper_with_key"):
@@ -110,14 +140,14 @@ def patched(model: Any, config: Config) -> Any:
         )
     if not isinstance(getattr(getattr(model, "model", None), "diffusion_model", None), torch.nn.Module):
         raise AnatomyError(f"this {type(model).__name__} has no diffusion_model to cache")
-    if caching_of(model) is not None:
+    if wrapper_of(model) is not None:
         raise MethodError("this model has a sostenuto node already: name both methods in one configuration")
     clone = model.clone()
-    clone.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, Caching(config).sample)
+    clone.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, wrapper.sample)
     return clone
 
 
-def caching_of(model: Any) -> Caching | None:
-    """The caching of a patched model."""
+def wrapper_of(model: Any) -> Any:
+    """The :class:`Wrapper` of a patched model, ``None`` of another."""
     wrappers = model.get_wrappers(SAMPLER_SAMPLE, KEY)
     return getattr(wrappers[0], "__self__", None) if wrappers else None

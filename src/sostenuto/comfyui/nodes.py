@@ -1,4 +1,4 @@
-"""The nodes: a method by its name, a method by its configuration file, and what a sampling did."""
+"""The nodes: a method by its name or by its configuration file, a calibration that makes one, and what a sampling did."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sostenuto.comfyui.caching import caching_of, patched
+from sostenuto.comfyui.caching import Caching, patched, wrapper_of
+from sostenuto.comfyui.calibrating import METHODS, Calibrating
 from sostenuto.config import Config, load_config, parse_method
 from sostenuto.errors import ConfigError, SostenutoError
 from sostenuto.methods import available_methods
@@ -54,7 +55,7 @@ class SostenutoCache:
         Raises:
             ConfigError, MethodError, TableError: the parameters are wrong.
         """
-        return (patched(model, _config(method, parameters, max_cache_mib)),)
+        return (patched(model, Caching(_config(method, parameters, max_cache_mib))),)
 
 
 class SostenutoConfig:
@@ -92,7 +93,50 @@ class SostenutoConfig:
         Raises:
             ConfigError, MethodError, TableError: the file is wrong.
         """
-        return (patched(model, load_config(path)),)
+        return (patched(model, Caching(load_config(path))),)
+
+
+class SostenutoCalibrate:
+    """A model whose next sampling measures what a method needs, and writes it as a configuration file."""
+
+    CATEGORY: ClassVar[str] = _CATEGORY
+    FUNCTION: ClassVar[str] = "apply"
+    RETURN_TYPES: ClassVar[tuple[str, ...]] = ("MODEL",)
+    DESCRIPTION: ClassVar[str] = (
+        "The sampling behind it measures what the method needs, for Sostenuto Cache (from a file)."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """The sockets and widgets, as ComfyUI asks for them."""
+        options = {"default": "{}", "multiline": True, "tooltip": 'The options as JSON, such as {"alpha": 0.1}.'}
+        samples = {"default": 1, "min": 1, "max": 64, "tooltip": "Rows to measure on, of noise of their own."}
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "method": ([*METHODS], {"default": METHODS[0]}),
+                "options": ("STRING", options),
+                "samples": ("INT", samples),
+                "name": ("STRING", {"default": "calibrated", "tooltip": "Of the file in the folder sostenuto."}),
+            }
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, method: str, options: str, samples: int, name: str) -> bool | str:
+        """True, or what is wrong with the widgets."""
+        try:
+            Calibrating(method, _object(options), samples, name)
+        except SostenutoError as error:
+            return str(error)
+        return True
+
+    def apply(self, model: Any, method: str, options: str, samples: int, name: str) -> tuple[Any]:
+        """The patched model.
+
+        Raises:
+            ConfigError, MethodError: an option or the name is wrong.
+        """
+        return (patched(model, Calibrating(method, _object(options), samples, name)),)
 
 
 class SostenutoReport:
@@ -111,25 +155,28 @@ class SostenutoReport:
 
     def report(self, model: Any, samples: Any) -> tuple[Any, str]:
         """The latent unchanged, and the report."""
-        caching = caching_of(model)
-        return samples, "this model has no sostenuto node" if caching is None else caching.report
+        wrapper = wrapper_of(model)
+        return samples, "this model has no sostenuto node" if wrapper is None else wrapper.report
 
 
 def _config(method: str, parameters: str, max_cache_mib: int) -> Config:
+    return Config(parse_method({**_object(parameters), "name": method}, Path.cwd()), max_cache_mib * _MIB or None)
+
+
+def _object(text: str) -> dict[str, Any]:
     try:
-        given = json.loads(parameters.strip() or "{}")
+        given = json.loads(text.strip() or "{}")
     except ValueError as error:
         raise ConfigError(f'the parameters are no JSON, such as {{"interval": 3}}: {error}') from None
     if not isinstance(given, dict) or "name" in given:
-        raise ConfigError(
-            f'the parameters are a JSON object of parameters, such as {{"interval": 3}}, not {parameters}'
-        )
-    return Config(parse_method({**given, "name": method}, Path.cwd()), max_cache_mib * _MIB or None)
+        raise ConfigError(f'the parameters are a JSON object of parameters, such as {{"interval": 3}}, not {text}')
+    return given
 
 
 NODE_CLASS_MAPPINGS = {
     "SostenutoCache": SostenutoCache,
     "SostenutoConfig": SostenutoConfig,
+    "SostenutoCalibrate": SostenutoCalibrate,
     "SostenutoReport": SostenutoReport,
 }
 """The nodes by the names that workflows hold."""
@@ -137,6 +184,7 @@ NODE_CLASS_MAPPINGS = {
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SostenutoCache": "Sostenuto Cache",
     "SostenutoConfig": "Sostenuto Cache (from a file)",
+    "SostenutoCalibrate": "Sostenuto Calibrate",
     "SostenutoReport": "Sostenuto Report",
 }
 """What users see of them."""

@@ -10,8 +10,6 @@ from sostenuto.compat import diffusers_name
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DiTTransformer2DModel
-else:
-    DDPMScheduler, DiTTransformer2DModel = map(diffusers_name, ("DDPMScheduler", "DiTTransformer2DModel"))
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -28,8 +26,6 @@ CLASS_NAMES = (
 NUM_CLASSES = len(CLASS_NAMES)
 NULL_CLASS = NUM_CLASSES  # the label that stands for "no label" in classifier-free guidance
 IMAGE_SIZE = 28
-
-
 HEAD_DIM = 48
 
 
@@ -42,7 +38,7 @@ def build_denoiser(num_layers: int = 8, num_heads: int = 4) -> DiTTransformer2DM
         num_layers: blocks.
         num_heads: heads of 48 channels, which make the width.
     """
-    denoiser = DiTTransformer2DModel(
+    denoiser = diffusers_name("DiTTransformer2DModel")(
         num_attention_heads=num_heads,
         attention_head_dim=HEAD_DIM,
         in_channels=1,
@@ -64,4 +60,6 @@ def build_denoiser(num_layers: int = 8, num_heads: int = 4) -> DiTTransformer2DM
 
 def build_scheduler() -> DDPMScheduler:
     """The noise schedule that the demo denoiser is trained on: 1000 steps, linear β from 1e-4 to 0.02, ε-prediction."""
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", clip_sample=True)
+    return diffusers_name("DDPMScheduler")(
+        num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon", clip_sample=True
+    )

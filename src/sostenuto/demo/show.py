@@ -10,10 +10,11 @@ import torch
 
 from sostenuto.demo.batches import batch_file, read_batch
 from sostenuto.demo.network import CLASS_NAMES
-from sostenuto.report.figures import png, poster
+from sostenuto.report.figures import headline_figure, png, poster
 from sostenuto.report.page import render
 
 GRID_COLUMNS = 20
+HEADLINE = ("uncached", "EB-Cache 1.5×", "EB-Cache 2.5×", "FORA N=3")
 _HEADINGS = ("row", "steps", "speed-up", "ideal", "distance", "score", "accuracy", "precision", "recall", "PSNR")
 
 
@@ -58,12 +59,17 @@ def terminal_table(results: dict[str, Any]) -> str:
 
 
 def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
-    """Write ``demo.png`` and ``demo.html`` into the folder of a finished comparison."""
+    """Write ``demo.png``, ``demo.html`` and ``same-noise.png`` into the folder of a finished comparison."""
     names = [row["name"] for row in results["rows"]]
     images = torch.stack([_first_images(folder, name, results["seed"]) for name in names])
     columns: Sequence[str] = [CLASS_NAMES[i % len(CLASS_NAMES)].split("/")[0] for i in range(images.shape[1])]
     picture, page = folder / "demo.png", folder / "demo.html"
     picture.write_bytes(png(poster(results, images, names, columns)))
+    first = [names.index(name) for name in HEADLINE]
+    headline = headline_figure(
+        [results["rows"][i] for i in first], images[first, : len(CLASS_NAMES)], columns[: len(CLASS_NAMES)]
+    )
+    (folder / "same-noise.png").write_bytes(png(headline))
     page.write_text(render(results, images, names, columns), encoding="utf-8")
     return picture, page
 

@@ -223,10 +223,9 @@ _FAR = 0.05  # of the multiply-accumulates
 
 
 def _actions(skipped: Mapping[str, bool], kinds: Mapping[str, str]) -> StepActions:
-    """One state where all attention and all MLP branches agree, otherwise site by site."""
-    groups = {site: "mlp" if kinds[site] == SiteKind.MLP.value else "attention" for site in skipped}
+    """The state that skips just these, where there is one, otherwise site by site."""
     for state in StepState:
-        if all((groups[site] in state.groups) == skip for site, skip in skipped.items()):
+        if all(state.skips_kind(SiteKind(kinds[site])) == skip for site, skip in skipped.items()):
             return state
     return {site: Action.REUSE if skip else Action.COMPUTE for site, skip in skipped.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from matplotlib.ticker import FormatStrFormatter
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
 INK, MUTED, ACCENT, WARM = "#1f2430", "#8a90a0", "#2f6fdb", "#d9822b"
-_SHADES = {"compute": "#2f6fdb", "reuse": "#e8ecf5", "forecast": "#f3cf9f", "partial": "#9cc3a5", "skip": "#f7f8fb"}
+# Of different lightness, so that they are told apart in grey; what lies in a larger site that is skipped is nearly white.
+_SHADES = {"compute": "#1d4f9e", "reuse": "#9dbbe6", "forecast": "#e3a65b", "partial": "#7fb38c", "skip": "#eef0f5"}
 _KINDS = {"self-attention": "attention", "mlp": "MLP", "blocks": "all blocks"}
 
 
@@ -72,18 +74,13 @@ def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], kinds: Sequence[str], t
 
 def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> None:
     """Distance against measured speed-up; down and to the right is better."""
-    for row in rows:
+    points = [(row["speedup"], row["frechet_distance"]) for row in rows]
+    for row, point, (offset, side) in zip(rows, points, _label_places(rows, points), strict=True):
         cached = row["ideal_speedup"] > 1 and row["method"] not in ("none", "epsilon-scaling")
         color = ACCENT if row["method"] == "eb" else WARM if cached else MUTED
-        axes.scatter(row["speedup"], row["frechet_distance"], s=42, color=color, zorder=3)
+        axes.scatter(*point, s=42, color=color, zorder=3)
         axes.annotate(
-            row["name"],
-            (row["speedup"], row["frechet_distance"]),
-            textcoords="offset points",
-            xytext=(5, 5),
-            fontsize=7,
-            rotation=20,
-            color=INK,
+            row["name"], point, textcoords="offset points", xytext=offset, fontsize=7, ha=side, va="center", color=INK
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
@@ -94,9 +91,57 @@ def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> N
     axes.set_title(f"quality against speed   (real images: {floor:.2f})", fontsize=9, loc="left", color=INK)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.2)
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.15, y=0.12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _label_places(
+    rows: Sequence[dict[str, Any]], points: Sequence[tuple[float, float]]
+) -> list[tuple[tuple[float, float], str]]:
+    """For each point the offset in points and the side of its label, such that labels cover neither dots nor each other."""
+    width, height = 380.0, 250.0  # of the axes, about
+    spans = [(min(values), max(max(values), min(values) + 1e-9)) for values in zip(*points, strict=True)]
+    (left, right), (low, high) = spans[0], [math.log(value) for value in spans[1]]
+    at = [
+        ((x - left) / (right - left) * width, (math.log(y) - low) / max(high - low, 1e-9) * height) for x, y in points
+    ]
+    taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in at]
+    places = []
+    for row, (x, y) in zip(rows, at, strict=True):
+        size = 3.9 * len(row["name"])
+        tries = [((6.0 * way, up), "left" if way > 0 else "right") for up in (0, 8, -8, 15, -15) for way in (1, -1)]
+        boxes = [
+            (
+                x + dx - (size if side == "right" else 0),
+                x + dx + (size if side == "left" else 0),
+                y + dy - 4,
+                y + dy + 4,
+            )
+            for (dx, dy), side in tries
+        ]
+        crossed = [
+            sum(a < d and c < b and e < h and g < f for c, d, g, h in taken) + (a < -45 or b > width + 60)
+            for a, b, e, f in boxes
+        ]
+        best = crossed.index(min(crossed))
+        taken.append(boxes[best])
+        places.append(tries[best])
+    return places
+
+
+def headline_figure(rows: Sequence[dict[str, Any]], images: torch.Tensor, column_labels: Sequence[str]) -> Figure:
+    """A few rows from the same noise, each with its measured speed-up and distance beside it: the front page's picture."""
+    figure = Figure(figsize=(11, 0.84 * len(rows) + 0.35))
+    axes = figure.add_axes((0.1, 0.02, 0.77, 0.9))
+    draw_grid(axes, images, [row["name"] for row in rows], column_labels)
+    right, height = axes.get_xlim()[1], images.shape[3] + 2
+    for line, row in enumerate(rows):
+        text = f"{row['wall_s']:.1f} s, {row['speedup']:.2f}×\ndistance {row['frechet_distance']:.2f}"
+        axes.annotate(
+            text, (right, line * height + height / 2), (8, 0), textcoords="offset points", fontsize=9, va="center"
+        )
+    return figure
 
 
 def grid_figure(images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
