@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest diffusers that is supported, in an environment of its own, and the tests that need no network it hasn't yet.
+OLDEST := .venv-oldest
+CORE := $(patsubst %,tests/test_%.py,ab calibrate cli clock correct coverage dbcache delta_dit discovery distributed ecosystem engine \
+	faults_of_peers fora forecast model_based numbers pab pipeline plan promises schedulers scheduler_clock smoothcache table \
+	taylorseer teacache time_shift toca two_denoisers versions ways_of_calling wrong_anatomy)
 
-.PHONY: install demo test test-all lint format bench evidence docs build release-check clean
+.PHONY: install demo test test-all test-oldest lint format bench evidence docs build release-check clean
 
 install: $(STAMP)
 
@@ -23,6 +28,17 @@ test: install
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "slow or not slow"
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --oldest $(CORE)
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	awk -F== 'NR == FNR { old[$$1] } NR == FNR || !($$1 in old)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e ".[demo,yaml]" \
+		hypothesis peft psutil pytest pytest-timeout pytest-xdist transformers
+	touch $@
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -49,4 +65,4 @@ release-check: install
 	$(BIN)/python scripts/release_check.py
 
 clean:
-	rm -rf $(VENV) demo-output runs dist
+	rm -rf $(VENV) $(OLDEST) demo-output runs dist

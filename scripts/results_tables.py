@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", RESULTS / "README.md")
+PAGES = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "reliability.md")
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -144,6 +144,35 @@ _GROWTH: dict[str, Show] = {
     **_STATE,
 }
 
+_DONE = {
+    "sampling": ("random sequences", "{steps} states, {denoiser calls compared} calls of the denoiser compared"),
+    "compiled": ("the same, compiled", "{steps} states, {denoiser calls compared} calls compared"),
+    "inputs": ("hostile inputs", "{inputs} inputs"),
+    "kills": ("processes killed", "{kills} kills in {runs} runs"),
+    "interrupts": ("generations interrupted", "{interrupts} interrupts"),
+    "full disks": ("disks that fill up", "{full_disks} full disks"),
+    "memory": ("memory", "{generations} generations of each kind of method"),
+}
+
+
+def reliability(results: dict[str, Any]) -> str:
+    """What was done in each part, and found; the sums last."""
+    lines = ["| part | what was done | differences and losses |", "|---|---|---|"]
+    for name, (title, done) in _DONE.items():
+        if name in results["parts"]:
+            part = results["parts"][name]
+            found = sum(part.get(kind, 0) for kind in ("differences", "lost", "faults"))
+            lines.append(f"| {title} | {done.format_map(part)} | {found} |")
+    total = results["summary"]
+    lines += [
+        f"| states explored | {total['states_explored']} | |",
+        f"| inputs fuzzed | {total['inputs_fuzzed']} | |",
+        f"| faults injected (kills, interrupts, exceptions, full disks) | {total['faults_injected']} | |",
+        f"| **differences and losses found** | | **{total['differences_and_losses']}** |",
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo-evidence.json": comparison,
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
@@ -154,6 +183,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
     "flux-like.json": bench({**_NAME, **_SPEED, **_STEPS, **_STATE, **_ERROR}, _COUNTED),
     "growth.json": bench(_GROWTH),
+    "reliability.json": reliability,
 }
 
 

@@ -25,9 +25,12 @@ from safetensors.torch import save_file
 import sostenuto
 from conftest import build_tiny
 from sostenuto import cli
+from sostenuto.bench.rows import Row, read_results
+from sostenuto.config import load_config
 from sostenuto.demo.batches import read_batch
 from sostenuto.errors import InputError, SostenutoError, TableError
 from sostenuto.methods.base import Facts
+from sostenuto.report.bench_table import terminal_table
 
 COUNTS: Counter[str] = Counter()
 """Inputs so far, by what read them."""
@@ -307,6 +310,46 @@ def batches() -> Callable[[], None]:
     return test
 
 
+def configurations() -> Callable[[], None]:
+    """Of the form that ``enable`` takes; a path in one may lead to a table that lies."""
+    valid = {
+        "format": "sostenuto-config",
+        "version": 1,
+        "method": {"name": "fora", "interval": 3},
+        "max_cache_bytes": 9,
+    }
+    combined = valid | {"method": [{"name": "eb", "table": "table.json"}, {"name": "epsilon-scaling", "scale": 1.01}]}
+
+    @given(st.one_of(_texts(valid), _texts(combined)), st.sampled_from([".json", ".yaml"]))
+    @example(b"method: !!python/object/apply:os.getcwd []", ".yaml")
+    @example(b"a: &a [x, x]\nb: &b [*a, *a]\nmethod: [*b, *b]", ".yaml")
+    def test(content: bytes, ending: str) -> None:
+        config = _reads("configuration", FOLDER / f"config{ending}", content, load_config, SostenutoError)
+        if config is not None:
+            _used(lambda: _plans(config.method, 4))
+
+    return test
+
+
+def benchmarks() -> Callable[[], None]:
+    row = Row(key="k", name="n", method="fora", model="demo", num_inference_steps=3, wall_s=1.0, step_s=[0.1, 0.2])
+    header = {"format": "sostenuto-bench", "version": 1, "machine": {"processor": "p", "threads": 1}}
+
+    def lines(*contents: Any) -> bytes:
+        return b"".join(json.dumps(content).encode() + b"\n" for content in contents)
+
+    changed = st.builds(lines, _changed(header) | JSONS, _changed(row.as_dict()) | JSONS)
+    kept = st.builds(lines, st.just(header), _changed(row.as_dict()))
+
+    @given(st.one_of(changed, kept, _damaged(lines(header, row.as_dict()))))
+    def test(content: bytes) -> None:
+        found = _reads("results of a benchmark", FOLDER / "results.jsonl", content, read_results, InputError)
+        if found is not None and found[1]:
+            terminal_table(found[1], found[0]["machine"])
+
+    return test
+
+
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 _ARGUMENTS = st.one_of(
@@ -423,6 +466,8 @@ TARGETS: dict[str, tuple[Callable[[], Callable[[], None]], float]] = {
     "router": (routers, 1.0),
     "ratios and fits": (measured, 1.0),
     "batch of results": (batches, 1.0),
+    "configuration": (configurations, 0.5),
+    "results of a benchmark": (benchmarks, 0.5),
     "parameters of methods": (parameters, 1.0),
     "arguments of enable": (options, 0.25),
     "command line": (command_lines, 0.1),

@@ -6,11 +6,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sostenuto.errors import InputError
+from sostenuto.measured import is_number, parse_json
 
 FORMAT, VERSION = "sostenuto-bench", 1
 
@@ -115,11 +116,15 @@ class Row:
         """The row of plain data.
 
         Raises:
-            InputError: a column is unknown or missing.
+            InputError: a column is unknown or missing, or its value is of another kind.
         """
-        names = {column.name for column in fields(cls)}
-        if not isinstance(content, Mapping) or not {"key", "name", "method", "model"} <= content.keys() <= names:
+        kinds = {column.name: str(column.type) for column in fields(cls)}
+        needed = {column.name for column in fields(cls) if column.default is column.default_factory is MISSING}
+        if not isinstance(content, Mapping) or not needed <= content.keys() <= kinds.keys():
             raise InputError(f"this is no row of a benchmark: {str(content)[:80]}")
+        odd = next((name for name, value in content.items() if not _is_of(kinds[name], value)), None)
+        if odd is not None:
+            raise InputError(f"{odd} of a row is {str(content[odd])[:40]!r}, which is no {kinds[odd]}")
         return cls(**content)
 
 
@@ -181,8 +186,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        header = json.loads(lines[0])
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        header = parse_json(lines[0])
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is no results file of sostenuto bench: use another --output") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("machine"), dict):
         raise InputError(f"{path} is no results file of sostenuto bench: use another --output")
@@ -193,12 +198,28 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Row]]:
     rows: dict[str, Row] = {}
     for number, line in enumerate(lines[1:-1], 2):  # what is behind the last newline was cut off, or is empty
         try:
-            row = Row.from_dict(json.loads(line))
-        except (json.JSONDecodeError, InputError) as error:
+            row = Row.from_dict(parse_json(line))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} of {path} is damaged ({error}): delete it, or use --fresh") from None
         rows.pop(row.key, None)
         rows[row.key] = row
     return header, list(rows.values())
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value of a file is what a column's type says."""
+    if value is None:
+        return kind.endswith(" | None")
+    kind = kind.removesuffix(" | None")
+    if kind.startswith("Mapping"):
+        return isinstance(value, dict) and (
+            kind.endswith("Any]") or all(_is_of(kind[13:-1], v) for v in value.values())
+        )
+    if kind.startswith("list"):
+        return isinstance(value, list) and all(_is_of(kind[5:-1], item) for item in value)
+    if kind == "str":
+        return isinstance(value, str)
+    return is_number(value) and (kind == "float" or isinstance(value, int))
 
 
 def _append(path: Path, line: str) -> None:

@@ -51,7 +51,7 @@ def _value(name: str, text: str, scale: float = 1.0) -> Callable[[Row], str]:
 def _range(name: str, text: str) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         value, low, high = (getattr(row, name + end) for end in ("", "_min", "_max"))
-        return "" if value is None else f"{text.format(value)} ({text.format(low)} … {text.format(high)})"
+        return "" if None in (value, low, high) else f"{text.format(value)} ({text.format(low)} … {text.format(high)})"
 
     return show
 
