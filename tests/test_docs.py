@@ -63,4 +63,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     formulas = (tmp_path / "theory" / "index.html").read_text(encoding="utf-8")
     assert "<math" in formulas
     assert "$" not in re.sub(r"<script.*?</script>", "", formulas, flags=re.DOTALL)
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    assert [path for path, html in pages.items() if re.search(r"<p>[^<]*\n(- |\d+\. )|:(func|class|meth):", html)] == []
     assert "TaylorSeer.flux_dev" in (tmp_path / "how-to" / "families" / "index.html").read_text(encoding="utf-8")
