@@ -12,6 +12,13 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+WIDE = (
+    "methods/index.md",
+    "models.md",
+    "peers.md",
+    "results/README.md",
+    "schedulers.md",
+)  # their tables take the margin
 
 
 def _methods() -> str:
@@ -19,7 +26,6 @@ def _methods() -> str:
     from sostenuto.methods import available_methods
 
     lines = [
-        "---\nhide: [toc]\n---",  # the table takes the whole width
         "# Methods",
         "",
         "What `sostenuto methods` prints: every method by the name that `sostenuto.enable` takes.",
@@ -82,9 +88,21 @@ def _formulas(markdown: str) -> str:
     return "".join(parts)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Formulas, the presets, and links from docs to files outside of it as plain text."""
-    markdown = _formulas(markdown.replace("<!-- presets -->", _presets()))
+def _lists(markdown: str) -> str:
+    """A blank line between a paragraph and the list that follows it, which GitHub does without."""
+    parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
+    for index in range(0, len(parts), 2):
+        parts[index] = re.sub(
+            r"^((?![-*] |\d+\. |[#|>]|<!--)\S.*\n)(?=[-*] |\d+\. )", r"\1\n", parts[index], flags=re.MULTILINE
+        )
+    return "".join(parts)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Formulas, lists, the presets, and links from docs to files outside of it as plain text."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    markdown = _formulas(_lists(markdown.replace("<!-- presets -->", _presets())))
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:examples|src|benchmarks|tests|CHANGELOG|README)[^)]*\)", r"\1", markdown)
 
 

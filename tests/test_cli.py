@@ -149,6 +149,7 @@ def test_demo_page_is_self_contained_and_holds_the_numbers(demo_run):
     assert json.loads(embedded.replace("\\u003c", "<"))["rows"] == results["rows"]
     assert page.count("data:image/png;base64,") == 3
     assert (folder / "demo.png").stat().st_size > 20_000
+    assert (folder / "same-noise.png").stat().st_size > 5_000
 
 
 def test_an_interrupted_demo_goes_on_with_the_same_images(demo_run, tmp_path):

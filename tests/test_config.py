@@ -115,7 +115,7 @@ def test_the_limit_of_a_file_holds_unless_one_is_given(tmp_path):
             sostenuto.ConfigError,
             "name it as the table of a method",
         ),
-        ({"method": "forra"}, sostenuto.MethodError, "no method 'forra'; there are ab, "),
+        ({"method": "forra"}, sostenuto.MethodError, r"no method 'forra' \(did you mean 'fora'\?\); there are ab, "),
         ({"method": {"interval": 3}}, sostenuto.MethodError, "no method None"),
         (
             {"method": {"name": "fora", "n": 3}},

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-GUIDES = ["docs/index.md", "docs/how-to/calibrate.md"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import bench_tables
+import results_tables
+
+ROOT = results_tables.ROOT
+GUIDES = {"README.md": [], "docs/index.md": ["table.json"], "docs/how-to/calibrate.md": ["table.json"]}
 
 
 def test_measured_tables_are_those_of_the_result_files():
@@ -25,7 +29,26 @@ def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch):
     names = {"__name__": "guide"}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, guide, "exec", dont_inherit=True), names)
-    assert (tmp_path / "table.json").is_file()
+    assert {name for name in GUIDES[guide] if not (tmp_path / name).is_file()} == set()
+
+
+def test_a_table_whose_results_are_not_there_yet_is_left_as_it_is():
+    page = "before\n<!-- table: of-another-day.json -->\nNot in yet.\n<!-- end -->\nafter"
+    assert results_tables.filled(page) == page
+
+
+def test_rows_of_other_libraries_are_shown_with_what_was_measured_and_why_not():
+    measured = dict(
+        speedup=1.5, speedup_min=1.4, speedup_max=1.6, ideal_speedup=1.75, psnr=30.25, cache_bytes_peak=2**20
+    )
+    rows = [
+        {"name": "a", "peer": "other 1.0", "error": "refused: no such block"},
+        {"name": "b", "peer": None, "error": None, **measured},
+    ]
+    assert bench_tables.peers({"rows": rows}).splitlines()[2:] == [
+        "| b | sostenuto | 1.50× (1.40 … 1.60) | 1.75 | – | 30.2 | 1.00 MiB |",
+        "| a | other 1.0 | not measured: refused: no such block | | | | |",
+    ]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -41,4 +64,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     formulas = (tmp_path / "theory" / "index.html").read_text(encoding="utf-8")
     assert "<math" in formulas
     assert "$" not in re.sub(r"<script.*?</script>", "", formulas, flags=re.DOTALL)
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    assert [path for path, html in pages.items() if re.search(r"<p>[^<]*\n(- |\d+\. )|:(func|class|meth):", html)] == []
     assert "TaylorSeer.flux_dev" in (tmp_path / "how-to" / "families" / "index.html").read_text(encoding="utf-8")

@@ -215,7 +215,9 @@ class Nothing(torch.nn.Module):
     [
         (lambda m: Nothing(), "none", AnatomyError, "register_anatomy"),
         (lambda m: object(), "none", AnatomyError, "no transformer"),
-        (lambda m: m, "nonsense", MethodError, "no method 'nonsense'"),
+        (lambda m: m, "nonsense", MethodError, "no method 'nonsense'; there are"),
+        (lambda m: m, "EBCache", MethodError, r"no method 'EBCache' \(did you mean 'eb'\?\)"),
+        (lambda m: m, sostenuto.FORA, MethodError, r"make one, FORA\(\)"),
         (lambda m: m, 3, MethodError, "method object"),
         (lambda m: m, "eb", MethodError, "calibrate"),
         (

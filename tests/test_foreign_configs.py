@@ -1,6 +1,8 @@
 """``sostenuto.enable`` with diffusers' own configurations: what each is mapped to, and what is refused."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 
 import sostenuto
 from conftest import build_tiny
-from sostenuto import PAB, DBCache, MagCache, MethodError, TaylorSeer
+from sostenuto import PAB, DBCache, MagCache, MethodError, TaylorSeer, foreign_configs
 from sostenuto.foreign_configs import translated
 
 STEPS = 24
@@ -167,7 +169,7 @@ def test_what_a_configuration_became_is_logged_and_readable_on_the_handle(caplog
         (theirs.TextKVCacheConfig(), "use it by itself"),
         (
             theirs.LayerSkipConfig(indices=[0]),
-            "LayerSkipConfig has no equivalent here; there are FirstBlockCacheConfig",
+            r"LayerSkipConfig has no equivalent here \(it is guidance, no cache\).*; there are FirstBlockCacheConfig",
         ),
         (theirs.FirstBlockCacheConfig(threshold=1.5), "threshold is 1.5"),
         (theirs.FirstBlockCacheConfig(threshold=float("nan")), "threshold"),
@@ -193,6 +195,15 @@ def test_what_has_no_equivalent_is_refused_in_words_and_nothing_is_attached(conf
     with pytest.raises(MethodError, match=reason):
         sostenuto.enable(model, config, scheduler=DDIMScheduler())
     assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
+
+
+def test_every_configuration_of_diffusers_hooks_is_mapped_or_refused_with_a_reason():
+    folder = Path(theirs.__file__).parent
+    named = {
+        name for file in folder.glob("*.py") for name in re.findall(r"^class (\w+Config)\b", file.read_text(), re.M)
+    }
+    assert {"FirstBlockCacheConfig", "SmoothedEnergyGuidanceConfig"} < named
+    assert named - foreign_configs._MAPPED.keys() - foreign_configs._REFUSED.keys() == set()
 
 
 def test_what_is_no_configuration_of_diffusers_is_refused_as_before():

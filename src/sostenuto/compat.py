@@ -156,8 +156,9 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
     if not found:
         parts = {**getattr(target, "components", {}), **getattr(target, "__dict__", {})}
         modules = [f"{name} ({type(part).__name__})" for name, part in parts.items() if isinstance(part, nn.Module)]
+        what = f"only {', '.join(modules)}" if modules else "nor any other network"
         raise AnatomyError(
-            f"{type(target).__name__} has no transformer or unet to cache, only {', '.join(modules) or 'no network at all'}: "
+            f"{type(target).__name__} has no transformer or unet to cache, {what}: "
             "pass a diffusers pipeline that has one, or the denoiser itself with its scheduler, "
             "enable(denoiser, method, scheduler=…)"
         )

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from sostenuto.errors import ConfigError, MethodError, MissingPackageError, SostenutoError
 from sostenuto.files import publish_text
-from sostenuto.methods import available_methods
+from sostenuto.methods import available_methods, no_method
 from sostenuto.methods.base import Method, parts
 from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.router import Router
@@ -176,8 +176,8 @@ def _check_keys(where: str, given: Mapping[Any, Any], known: Sequence[str]) -> N
 
 def _parsed(value: Mapping[Any, Any], folder: Path) -> Method:
     name, methods = value.get("name"), available_methods()
-    if not isinstance(name, str) or name not in methods:
-        raise MethodError(f"there is no method {name!r}; there are {', '.join(sorted(methods))}")
+    if name not in methods:
+        raise no_method(name)
     make: Any = methods[name]
     known = {field.name: str(field.type) for field in fields(make)}
     given = {key: item for key, item in value.items() if key != "name"}

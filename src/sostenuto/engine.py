@@ -466,7 +466,9 @@ def attach(
     if isinstance(method, str):
         method = by_name(method)
     if not isinstance(method, Method):
-        raise MethodError(f"a method is a name or a method object, not {method!r}: see sostenuto.available_methods()")
+        is_class = isinstance(method, type) and issubclass(method, Method)
+        remedy = f"make one, {method.__name__}()" if is_class else "see sostenuto.available_methods()"
+        raise MethodError(f"a method is a name or a method object, not {method!r}: {remedy}")
     check_max_cache_bytes(max_cache_bytes)
     if not isinstance(check_finite, bool):
         raise MethodError(f"check_finite is true or false, not {check_finite!r}")

@@ -132,5 +132,8 @@ _REFUSED = {
         "sostenuto.PAB(spatial_range=2, window=…) reuses attention in the same steps"
     ),
     "SeaCacheConfig": " (it decides by filtered latents): sostenuto.TeaCache and sostenuto.DBCache decide by features",
+    "LayerSkipConfig": " (it is guidance, no cache): give it to diffusers, and skip steps with a method of sostenuto",
+    "SmoothedEnergyGuidanceConfig": " (it is guidance, no cache): give it to diffusers",
+    "GroupOffloadingConfig": " (it moves weights, no cache): give it to diffusers before sostenuto.enable",
     "TextKVCacheConfig": " (it keeps the text's keys and values, which is exact): use it by itself, without sostenuto",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from sostenuto.errors import MethodError
 from sostenuto.methods.ab import ABCache
 from sostenuto.methods.base import Combination, Method
@@ -92,5 +94,14 @@ def by_name(name: str) -> Method:
     """
     methods = available_methods()
     if name not in methods:
-        raise MethodError(f"there is no method {name!r}; there are {', '.join(sorted(methods))}")
+        raise no_method(name)
     return methods[name]()
+
+
+def no_method(name: object) -> MethodError:
+    """The error for a name that no method has, with the one that is meant most likely and all that there are."""
+    methods = available_methods()
+    meant = {text.lower(): known for known, kind in methods.items() for text in (known, kind.__name__)}
+    near = get_close_matches(str(name).lower(), meant, 1, 0.7)
+    guess = f" (did you mean {meant[near[0]]!r}?)" if near else ""
+    return MethodError(f"there is no method {name!r}{guess}; there are {', '.join(sorted(methods))}")

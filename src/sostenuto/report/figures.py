@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
@@ -42,9 +42,14 @@ def draw_grid(axes: Axes, images: torch.Tensor, names: Sequence[str], column_lab
 
 
 def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], kinds: Sequence[str], title: str) -> None:
-    """The actions carried out, one column per step, one line per site; sites of a kind together, block 0 at the top."""
+    """The actions carried out, one column per step, one line per site; sites of a kind together, block 0 at the top.
+
+    A kind of few sites (all blocks as one) has higher lines, so that it can be seen.
+    """
     codes = list(_SHADES)
-    order = sorted(range(len(kinds)), key=lambda site: list(dict.fromkeys(kinds)).index(kinds[site]))
+    members = {kind: [site for site in range(len(kinds)) if kinds[site] == kind] for kind in dict.fromkeys(kinds)}
+    most = max(map(len, members.values()))
+    order = [site for sites in members.values() for site in sites for _ in range(max(1, most // (3 * len(sites))))]
     matrix = [[codes.index(step[site]) for step in plan] for site in order]
     palette = ListedColormap([_SHADES[code] for code in codes])
     axes.pcolormesh(matrix, cmap=palette, vmin=-0.5, vmax=len(codes) - 0.5, edgecolors="white", linewidth=0.3)
@@ -57,6 +62,7 @@ def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], kinds: Sequence[str], t
     axes.set_yticks(list(ticks.values()), list(ticks), fontsize=8, color=INK)
     axes.set_title(title, fontsize=9, loc="left", color=INK)
     axes.set_xlabel("step (noise → image)", fontsize=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8, length=0)
     used = sorted({action for step in plan for action in step}, key=codes.index)
     axes.legend(

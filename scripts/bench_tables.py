@@ -1,0 +1,190 @@
+"""Tables of the benchmark: speed and state of methods and other libraries, and which networks each gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+from quality_tables import cell
+
+Show = Callable[[dict[str, Any]], str]
+
+
+def _number(name: str, text: str, scale: float = 1.0) -> Show:
+    """A column's value, or a dash."""
+    return lambda row: "–" if row.get(name) is None else text.format(row[name] * scale)
+
+
+def _range(name: str, digits: int) -> Show:
+    ends = [_number(name + end, f"{{:.{digits}f}}") for end in ("", "_min", "_max")]
+    return lambda row: "–" if row.get(name) is None else "{} ({} … {})".format(*(end(row) for end in ends))
+
+
+def _graphs(row: dict[str, Any]) -> str:
+    if row.get("graphs") is None:
+        return "–"
+    return f"{row['graphs']} / {row['graph_breaks']} / {row['recompiles']}"
+
+
+def _step(seconds: str, macs: str, which: Callable[[Sequence[int]], int]) -> Show:
+    """Milliseconds of the steps with the most or the fewest multiply-accumulates."""
+
+    def show(row: dict[str, Any]) -> str:
+        chosen = [s for s, n in zip(row[seconds], row[macs], strict=True) if n == which(row[macs])]
+        return f"{median(chosen) * 1e3:.1f}"
+
+    return show
+
+
+def _per_row(name: str) -> Show:
+    """10¹² multiply-accumulates of one row of the batch, as papers print them: one image, one half of the guidance."""
+    return lambda row: f"{row[name] / row['batch_size'] / 1e12:.2f}"
+
+
+def _printed(name: str, scale: float = 1.0) -> Show:
+    return lambda row: "–" if name not in row["printed"] else f"{row['printed'][name] * scale:.2f}"
+
+
+_NAME: dict[str, Show] = {"row": lambda row: row["name"]}
+_SPEED: dict[str, Show] = {
+    "speed-up (min … max)": _range("speedup", 3),
+    "by MACs": _number("ideal_speedup", "{:.3f}"),
+    "efficiency": _number("efficiency", "{:.3f}"),
+}
+_STEPS: dict[str, Show] = {
+    "computed step": _number("computed_step_overhead", "{:+.2f} %", 100),
+    "in µs": _number("computed_step_overhead_s", "{:+.0f}", 1e6),
+    "skipped step": _number("skipped_step_share", "{:.2f} %", 100),
+}
+_STATE: dict[str, Show] = {"MiB kept": _number("cache_bytes_peak", "{:.2f}", 2**-20)}
+_ERROR: dict[str, Show] = {"relative error": _number("relative_error", "{:.1e}")}
+
+
+def bench(columns: dict[str, Show], counted: dict[str, Show] | None = None) -> Callable[[dict[str, Any]], str]:
+    """What makes the tables of a suite of ``sostenuto bench``: measured rows, counted ones, and why there are no others.
+
+    Args:
+        columns: of rows that were measured, by their heads.
+        counted: of rows that were only counted.
+    """
+
+    def table(rows: Sequence[dict[str, Any]], columns: dict[str, Show]) -> str:
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        return "\n".join([*lines, *(f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows)])
+
+    def tables(results: dict[str, Any]) -> str:
+        good = [row for row in results["rows"] if row.get("error") is None]
+        measured = [row for row in good if row.get("speedup") is not None]
+        others = [row for row in good if row.get("speedup") is None]
+        parts = [table(measured, columns)] if measured else []
+        parts += [table(others, counted)] if others and counted else []
+        failed = [f"- {row['name']}: {row['error']}" for row in results["rows"] if row.get("error") is not None]
+        parts += ["Not measured:\n\n" + "\n".join(failed)] if failed else []
+        machine = results["machine"]
+        facts = [
+            machine["processor"],
+            f"threads: {machine['threads']}",
+            f"torch {machine['torch']}",
+            f"diffusers {machine['diffusers']}",
+        ]
+        facts += [f"{name}: {machine[name]}" for name in ("device", "dtype", "malloc") if name in machine]
+        return "\n\n".join([*parts, f"({', '.join(facts)})"])
+
+    return tables
+
+
+_COUNTED: dict[str, Show] = {
+    **_NAME,
+    "T-MACs, counted": _per_row("macs"),
+    "printed": _printed("macs", 1e-12),
+    "speed-up by MACs, counted": _number("ideal_speedup", "{:.2f}×"),
+    "speed-up, printed": _printed("speedup"),
+    "seconds, printed": _printed("wall_s"),
+    "GiB kept": _number("cache_bytes_peak", "{:.2f}", 2**-30),
+}
+_GROWTH: dict[str, Show] = {
+    **_NAME,
+    "ms of a step uncached": _step("baseline_step_s", "baseline_step_macs", max),
+    "ms computed": _step("step_s", "step_macs", max),
+    "ms skipped": _step("step_s", "step_macs", min),
+    **_STATE,
+}
+
+
+_LIBRARIES = {
+    "diffusers-first-block-cache": "diffusers FirstBlockCache",
+    "diffusers-magcache": "diffusers MagCache",
+    "diffusers-taylorseer": "diffusers TaylorSeer",
+    "diffusers-pab": "diffusers PAB",
+    "diffusers-fastercache": "diffusers FasterCache, attention alone",
+    "diffusers-seacache": "diffusers SeaCache",
+    "cache-dit": "cache-dit",
+    "cache-dit-taylorseer": "cache-dit, TaylorSeer",
+    "dit-smoothcache": "dit-smoothcache",
+    "para-attn": "ParaAttention",
+}
+
+
+def support(results: dict[str, Any]) -> str:
+    """On how many networks each library's cache reproduces the output for identical inputs."""
+    lines = [
+        "| | version | right | another output | fails in its first calls | refused | skips nothing |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for setting, version in results["versions"].items():
+        name, _, options = setting.partition(":")
+        told = [network[setting]["result"] for network in results["networks"].values()]
+        which = _LIBRARIES[name] + (", told its modules" if "modules=" in options else "")
+        counts = " | ".join(
+            str(told.count(result)) for result in ("works", "wrong", "fails", "refused", "skips nothing")
+        )
+        lines.append(f"| {which} | {version} | {counts} |")
+    return "\n".join(lines)
+
+
+def peers(results: dict[str, Any]) -> str:
+    """Methods and other libraries on the same models, a line a row; those without a measurement last."""
+    lines = [
+        "| row | library | speed-up (min … max) | by MACs | Fréchet distance | PSNR | state |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(results["rows"], key=lambda row: row.get("error") is not None):
+        library = row.get("peer") or "sostenuto"
+        if row.get("error") is not None:
+            lines.append(f"| {row['name']} | {library} | not measured: {row['error']} | | | | |")
+            continue
+        state = row.get("cache_bytes_peak")
+        spread = f" ({row['speedup_min']:.2f} … {row['speedup_max']:.2f})" if row.get("speedup_min") else ""
+        speed = "–" if row.get("speedup") is None else f"{row['speedup']:.2f}×{spread}"
+        lines.append(
+            f"| {row['name']} | {library} | {speed} | {cell(row.get('ideal_speedup'), 2)} | "
+            f"{cell(row.get('frechet_distance'), 3)} | {cell(row.get('psnr'), 1)} | "
+            f"{'–' if state is None else f'{state / 2**20:.2f} MiB'} |"
+        )
+    return "\n".join(lines)
+
+
+def efficiency(results: dict[str, Any]) -> str:
+    """Measured over ideal speed-up, a line a row."""
+    lines = ["| mode | row | speed-up (min … max) | by MACs | efficiency |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['mode']} | {row['name']} | {row['speedup']:.3f} ({row['speedup_min']:.3f} … {row['speedup_max']:.3f}) | "
+            f"{row['ideal_speedup']:.3f} | {row['efficiency']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
+    "efficiency.json": bench({"mode": lambda row: row["mode"], **_NAME, **_SPEED}),
+    "peers.json steps": bench(
+        {**_NAME, "library": lambda row: row.get("peer") or "sostenuto", **_SPEED, **_STEPS, **_STATE, **_ERROR}
+    ),
+    "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
+    "flux-like.json": bench({**_NAME, **_SPEED, **_STEPS, **_STATE, **_ERROR}, _COUNTED),
+    "growth.json": bench(_GROWTH),
+    "peers.json": peers,
+    "peer-support.json": support,
+}
