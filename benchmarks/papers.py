@@ -22,6 +22,7 @@ import sostenuto
 from sostenuto.calibrations import EBCalibration, FEBCalibration
 from sostenuto.demo.compare import SHIPPED, Entry, Settings, demo_sample, run_entries, with_solver
 from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.record import record
 from sostenuto.demo.show import terminal_table
 from sostenuto.methods import (
     FORA,
@@ -42,14 +43,15 @@ LIGHT = CacheTable.load(SHIPPED / "demo-ddpm50-1.5x.json")
 STRONG = CacheTable.load(SHIPPED / "demo-ddpm50-2.5x.json")
 FEB = CacheTable.load(SHIPPED / "demo-ddpm50-feb-1.5x.json")
 SCALE = fmean(LIGHT.eps_scale)
+CALIBRATION_SEED = 900_001  # none of the noise that the rows are judged on
 SHARE = 0.64  # of the multiply-accumulates, where tables are compared at equal cost
 
 
 class Tables:
     """Tables that are calibrated for a row, kept in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self._folder, self._dtype = folder, dtype
 
     def eb(
         self, name: str, options: EBCalibration | FEBCalibration, steps: int = 50, solver: str = "ddpm"
@@ -58,13 +60,14 @@ class Tables:
         path = self._folder / f"{name}.json"
         if not path.exists():
             pipe = load_demo_pipeline()
-            with with_solver(pipe, solver):
+            reduced = torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == "bfloat16")
+            with with_solver(pipe, solver), reduced:
                 table = sostenuto.calibrate(
                     pipe,
                     options,
                     demo_sample(8),
                     num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(0),
+                    generator=torch.Generator().manual_seed(CALIBRATION_SEED),
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             table.save(path)
@@ -225,13 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = options.output / options.table
-    entries = TABLES[options.table](Tables(folder / "tables"))
+    entries = TABLES[options.table](Tables(folder / "tables", options.dtype))
     part = (options.shard[0], options.shard[1])
     settings = Settings(options.num_images, options.batch_size, tuple(options.seeds), shard=part, dtype=options.dtype)
     results = run_entries(folder, entries, settings)
     if not results["rows"]:
         print(f"this part is done; {results['missing']} batches of other parts are missing")
         return
+    results = record(folder, entries, settings, results)
     print(terminal_table(results))
     if len(options.seeds) > 1:
         for row in results["rows"]:

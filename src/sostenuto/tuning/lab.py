@@ -61,7 +61,7 @@ class Lab:
     def __init__(
         self, settings: Settings, folder: Path | None, trial_samples: int, spent: Callable[[float], object]
     ) -> None:
-        self.settings, self._folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
+        self.settings, self.folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
         self.work = 0.0
         """What was done so far, in uncached generations of one row; what was found in the folder counts too."""
         self._counted: set[str] = set()
@@ -81,9 +81,9 @@ class Lab:
         return self._try("scored", table)
 
     def _try(self, bench: str, table: CacheTable | None) -> Trial:
-        key = f"{bench} {'uncached' if table is None else _key(table)}"
+        key = f"{bench} {'uncached' if table is None else key_of(table)}"
         if key in self._trials:
-            self._count(self._trials[key].work, key)
+            self.count(self._trials[key].work, key)
             return self._trials[key]
         run = self._run(bench, NoCache() if table is None else EBCache(table))
         latents, settings = torch.cat(run.latents), self.settings
@@ -92,7 +92,7 @@ class Lab:
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
         work = run.rows * (1.0 if table is None or table.macs_fraction is None else table.macs_fraction)
-        self._count(work, key)
+        self.count(work, key)
         trial = Trial(self._error(bench, latents), score, norms, work, run.seconds / run.rows)
         self._trials[key] = trial
         self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
@@ -101,7 +101,7 @@ class Lab:
     def _error(self, bench: str, latents: torch.Tensor) -> float:
         if bench not in self._final:  # an earlier run of this folder noted what it found, not the latents
             again = self._run(bench, NoCache())
-            self._count(again.rows, f"{bench} again")
+            self.count(again.rows, f"{bench} again")
             self._final[bench] = torch.cat(again.latents)
         final = self._final[bench]
         return float((latents - final).square().mean() / final.var().clamp_min(1e-30))
@@ -116,7 +116,7 @@ class Lab:
     # --- what is kept --------------------------------------------------------------------------------------------
 
     def _load(self, name: str) -> dict[str, Any]:
-        path = None if self._folder is None else self._folder / name
+        path = None if self.folder is None else self.folder / name
         if path is None or not path.exists():
             return {}
         try:
@@ -125,19 +125,19 @@ class Lab:
             raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
-        if self._folder is not None:
-            partial = self._folder / f"{name}.partial"  # an interrupted write must not cost what was there
+        if self.folder is not None:
+            partial = self.folder / f"{name}.partial"  # an interrupted write must not cost what was there
             partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self._folder / name)
+            partial.replace(self.folder / name)
 
     # --- measurements --------------------------------------------------------------------------------------------
 
     def measure(self, kinds: tuple[Kind, ...]) -> Measurement:
         """The instrumented run."""
-        path = None if self._folder is None else self._folder / "measurement.npz"
+        path = None if self.folder is None else self.folder / "measurement.npz"
         if path is not None and path.exists():
             measured = Measurement.load(path)
-            self._count(measured.work, "measurement")
+            self.count(measured.work, "measurement")
             return measured
         instruments: list[Instrument] = []
         identity: dict[str, Any] = {}
@@ -150,7 +150,7 @@ class Lab:
 
         run = generate(self.settings, 0, _tapped(kinds), drive)
         work = run.rows * instruments[0].share
-        self._count(work, "measurement")
+        self.count(work, "measurement")
         pause = float(np.median(run.pauses))
         measured = replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
         if path is not None:
@@ -165,12 +165,12 @@ class Lab:
         """
         name = f"{kind.value} {order} {step}"
         if name in self._responses:
-            self._count(self._responses[name]["work"], name)
+            self.count(self._responses[name]["work"], name)
             return self._responses[name]["left"]
         probing = replace(self.settings, num_samples=max(1, self.settings.num_samples // 4))
         if self._probed is None:
             run = generate(probing, 0, NoCache())
-            self._count(run.rows, "probed")
+            self.count(run.rows, "probed")
             self._probed = torch.cat(run.latents)
         caused: list[tuple[float, int]] = []
         drive = _perturb_at(step, kind, order, caused)
@@ -178,13 +178,13 @@ class Lab:
         left = float((torch.cat(run.latents) - self._probed).square().mean())
         error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
         self._responses[name] = {"left": left / max(error, 1e-30), "work": float(run.rows)}
-        self._count(run.rows, name)
+        self.count(run.rows, name)
         self._save("response.json", self._responses)
         return self._responses[name]["left"]
 
     # --- generations ---------------------------------------------------------------------------------------------
 
-    def _count(self, work: float, what: str) -> None:
+    def count(self, work: float, what: str) -> None:
         """Count what was done, however often it is asked for."""
         if what not in self._counted:
             self._counted.add(what)
@@ -214,7 +214,7 @@ def _perturb_at(
     return drive
 
 
-def _key(table: CacheTable) -> str:
+def key_of(table: CacheTable) -> str:
     """Names what a table does."""
     does = [
         state.value if isinstance(state, StepState) else sorted((s, a.value) for s, a in state.items())
