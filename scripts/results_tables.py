@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from claims import CLAIMS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", RESULTS / "README.md")
+PAGES = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "papers.md")
+_SURE = 1.96  # standard errors
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -51,9 +55,95 @@ def efficiency(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality(results: dict[str, Any]) -> str:
+    """Quality on both axes with its uncertainty, a line a row, and what it was measured on."""
+    floor = f"{results['floor']:.3f}"
+    lines = [
+        f"| row | by MACs | Fréchet distance (real {floor}) | against {results['rows'][0]['name']} | score | class accuracy | "
+        "precision | recall | PSNR |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = results["rows"][0]["frechet_distance"]
+    for row in results["rows"]:
+        error = row["difference_error"]
+        difference = "–" if error is None else f"{row['frechet_distance'] - base:+.3f} ± {_SURE * error:.3f}"
+        lines.append(
+            f"| {row['name'].replace('|', '+')} | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.3f} | {difference} | "
+            f"{row['inception_score']:.2f} | {row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | "
+            f"{_cell(row['psnr'], 1)} |"
+        )
+    seeds, machine = results["seeds"], results["machine"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"n = {results['n']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, {machine['dtype']}, "
+            f"{machine['processor']}, torch {machine['torch']}; ± is 95 % by the delta method, over images of the same noise.",
+        ]
+    )
+
+
+def reproduced(results: dict[str, Any]) -> str:
+    """One of the papers' tables, and each of its claims beside what this model shows."""
+    rows = {row["name"]: row for row in results["rows"]}
+    lines = [quality(results), "", "| the paper says | here | so |", "|---|---|---|"]
+    for claim, better, worse in CLAIMS[results["table"]]:
+        one, other = rows[better], rows[worse]
+        difference = one["frechet_distance"] - other["frechet_distance"]
+        noise = _SURE * math.hypot(one["difference_error"] or 0.0, other["difference_error"] or 0.0)
+        so = (
+            "no difference beyond the noise"
+            if abs(difference) <= noise
+            else "true"
+            if difference < 0
+            else "the other way"
+        )
+        here = f"{one['frechet_distance']:.3f} against {other['frechet_distance']:.3f} (± {noise:.3f})"
+        lines.append(f"| {claim} | {here} | {so} |")
+    return "\n".join(lines)
+
+
+def tuned(results: dict[str, Any]) -> str:
+    """The tuned plans against all others: the whole table, and before it who is ahead at each speed."""
+    targets: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        target, colon, _ = row["name"].partition("x: ")
+        if colon:
+            targets.setdefault(target, []).append(row)
+    lines = [
+        "| target | distance: tuned by score | best of the others | PSNR: tuned by nearness | best of the others |",
+        "|---|---|---|---|---|",
+    ]
+    for target, rows in targets.items():
+        own = {row["name"].partition("tuned by ")[2]: row for row in rows if "tuned by" in row["name"]}
+        others = [row for row in rows if "tuned by" not in row["name"]]
+        first = min(others, key=lambda row: row["frechet_distance"])
+        nearest = max((row for row in others if row["psnr"] is not None), key=lambda row: row["psnr"])
+        cells = (
+            _marked(own["score"], first, "frechet_distance", 3),
+            f"{_marked(first, own['score'], 'frechet_distance', 3)}, {_plain(first)}",
+            _marked(own["nearness"], nearest, "psnr", 1),
+            f"{_marked(nearest, own['nearness'], 'psnr', 1)}, {_plain(nearest)}",
+        )
+        lines.append(f"| {target}× | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", quality(results)])
+
+
+def _marked(one: dict[str, Any], other: dict[str, Any], name: str, digits: int) -> str:
+    """A number, in bold where it is the better one."""
+    ahead = one[name] > other[name] if name == "psnr" else one[name] < other[name]
+    return f"**{one[name]:.{digits}f}**" if ahead else f"{one[name]:.{digits}f}"
+
+
+def _plain(row: dict[str, Any]) -> str:
+    return f"{row['name'].partition('x: ')[2]} ({row['ideal_speedup']:.2f}×)"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo-evidence.json": comparison,
     "efficiency.json": efficiency,
+    **{f"papers-{name}.json": reproduced for name in CLAIMS},
+    **{f"tune-{name}.json": tuned for name in ("ddpm50", "dpm20", "second-ddpm50", "second-dpm20")},
 }
 
 
@@ -61,6 +151,8 @@ def filled(page: str) -> str:
     """A page with every marked table made from its file."""
 
     def fill(match: re.Match[str]) -> str:
+        if not (RESULTS / match[2]).exists():
+            return f"{match[1]}\nNot measured yet.\n\n{match[3]}"
         results = json.loads((RESULTS / match[2]).read_text(encoding="utf-8"))
         return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{match[3]}"
 

@@ -332,3 +332,40 @@ def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
             error = (outputs[step] - fresh[step]).square().mean().item()
             at = measured.reach[kind].gap_index(order, 1)
             assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
+
+
+PUBLISHED = TuneOptions(
+    speedups=(1.5,),
+    trial_samples=2,
+    refinements=0,
+    tilts=(0.0,),
+    kinds=("stack",),
+    published=("eb", "feb", "smoothcache"),
+)
+
+
+def test_a_published_calibration_competes_within_the_cost(model, begun):
+    found = tuned(model, PUBLISHED, speedup=1.5, folder=begun)
+    assert not (begun / "published-feb-1.5x.json").exists()  # it needs the branches
+    plan = CacheTable.load(begun / "published-eb-1.5x.json")
+    assert speedup_of(model, EBCache(plan)) >= 1.5
+    assert set(plan.eps_scale) == {1.0}
+    assert error_of(model, found.point.table) <= error_of(model, plan) * 1.05
+
+
+def test_a_published_plan_that_scores_better_is_taken(model, begun, monkeypatch):
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    odd = CacheTable((c, c, c, c, c, b, b, b, c, b), fill="stack", macs_fraction=0.65)
+    monkeypatch.setattr("sostenuto.tuning.tuner.calibrated", lambda *_: odd)
+    with sostenuto.enable(model, EBCache(odd), scheduler=model.scheduler_for_test):
+        wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations
+
+    def score(images):
+        return (images - wanted).norm().item() - 1000
+
+    found = tuned(model, PUBLISHED, speedup=1.5, folder=begun, score=score)
+    assert found.point.table.actions == odd.actions
+    assert found.point.table.calibration["plan"] == "eb"
+    assert found.point.score == pytest.approx(-1000, abs=1e-5)
+    by_nearness = tuned(model, replace(PUBLISHED, prefer="nearness"), speedup=1.5, folder=begun, score=score)
+    assert by_nearness.point.table.actions != odd.actions

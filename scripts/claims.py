@@ -1,0 +1,61 @@
+"""What the papers' tables say, as pairs of rows of ``benchmarks/papers.py``: the first is said to have the lower distance."""
+
+Claim = tuple[str, str, str]
+"""The claim with the paper's numbers (FID), the row that is said to be better, and the one that is said to be worse."""
+
+CLAIMS: dict[str, tuple[Claim, ...]] = {
+    "table1": (
+        ("EB-Cache at 1.5× is better than uncached: 3.06 against 3.69", "EB-Cache 1.5×", "uncached"),
+        ("… than 33 steps: 4.65", "EB-Cache 1.5×", "33 steps"),
+        ("… than FORA: 8.45", "EB-Cache 1.5×", "FORA N=2"),
+        ("33 steps are better than FORA: 4.65 against 8.45", "33 steps", "FORA N=2"),
+        ("EB-Cache at 2.5× is better than 20 steps: 10.28 against 15.92", "EB-Cache 2.5×", "20 steps"),
+        ("… than ToCa: 13.77", "EB-Cache 2.5×", "ToCa N=3"),
+        ("EB-Cache's scaling helps ToCa: 13.10 against 13.77", "ToCa N=3 | EB scaling", "ToCa N=3"),
+    ),
+    "table1-250": (
+        ("EB-Cache at 1.5× is better than 165 steps: 2.27 against 2.36", "EB-Cache 1.5×", "165 steps"),
+        ("… than FORA: 2.41", "EB-Cache 1.5×", "FORA N=2"),
+        ("EB-Cache at 2.5× is better than 100 steps: 2.40 against 2.57", "EB-Cache 2.5×", "100 steps"),
+        ("… than ToCa: 2.52", "EB-Cache 2.5×", "ToCa N=3"),
+        ("EB-Cache's scaling helps ToCa: 2.43 against 2.52", "ToCa N=3 | EB scaling", "ToCa N=3"),
+    ),
+    "table2": (
+        ("EB-Cache (1.29×) is better than uncached: 3.41 against 3.48", "EB-Cache, b = 0.99", "uncached"),
+        ("… than fewer steps: 4.66", "EB-Cache, b = 0.99", "13 steps"),
+        ("… than L2C: 3.46", "EB-Cache, b = 0.99", "L2C"),
+        ("L2C is better than fewer steps: 3.46 against 4.66", "L2C", "13 steps"),
+    ),
+    "table5": (
+        ("b below 1 helps: best is 0.955 with 3.06 (no caching 3.69)", "b = 0.96", "b = 1"),
+        ("too small a b costs: 0.945 gets 3.35", "b = 0.96", "b = 0.95"),
+    ),
+    "table6": (
+        ("rising with the noise is better than constant: 2.27 against 2.31", "rising with noise", "constant"),
+        ("… than falling: 2.43", "rising with noise", "falling with noise"),
+    ),
+    "table7": (
+        ("0.05 + 0.15 τ is better than (0.10 + 0.05 τ): 2.27 against 2.32", "0.05 + 0.15 τ", "0.15 + 0.05 τ"),
+        ("… than steeper (0 + 0.25 τ): 2.35", "0.05 + 0.15 τ", "0.05 + 0.25 τ"),
+    ),
+    "feb": (
+        ("b(τ) alone helps: 3.61 against 3.69", "b(τ) alone", "uncached"),
+        ("the table alone costs: 4.12 against 3.69", "uncached", "table alone"),
+        ("both together are better than uncached: 3.05", "both", "uncached"),
+        ("… than the table alone", "both", "table alone"),
+        ("separate stages help: 16.67 against 18.19 (DDIM 10)", "table alone", "no stages, b = 1"),
+    ),
+    "duca": (
+        ("conservative steps between aggressive ones help", "DuCa N=4, random", "full and aggressive (FORA N=4)"),
+        (
+            "aggressive steps cost nothing: 2.85 against ToCa's 3.04",
+            "DuCa N=4, random",
+            "full and conservative (ToCa N=4)",
+        ),
+        ("random tokens are as good as important ones", "DuCa N=4, random", "DuCa N=4, attention"),
+    ),
+    "ab": tuple(
+        (f"a combination of two outputs is better than the last one, every {n}", f"k=2, every {n}", f"k=1, every {n}")
+        for n in (2, 3, 4)
+    ),
+}
