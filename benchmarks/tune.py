@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder that demo.train wrote; by default the demo's own model")
     parser.add_argument("--solver", choices=("ddpm", "ddim", "dpm-solver++"), default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0])
     parser.add_argument("--cost", choices=("macs", "time"), default="time")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=50)

@@ -8,6 +8,9 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ("EB-Cache at 1.5× is better than uncached: 3.06 against 3.69", "EB-Cache 1.5×", "uncached"),
         ("… than 33 steps: 4.65", "EB-Cache 1.5×", "33 steps"),
         ("… than FORA: 8.45", "EB-Cache 1.5×", "FORA N=2"),
+        ("… than DiTFastAttn: 5.66", "EB-Cache 1.5×", "DiTFastAttn"),
+        ("… than L2C: 3.73", "EB-Cache 1.5×", "L2C"),
+        ("scaling alone helps: 3.39 against 3.69", "ε-scaling alone", "uncached"),
         ("33 steps are better than FORA: 4.65 against 8.45", "33 steps", "FORA N=2"),
         ("EB-Cache at 2.5× is better than 20 steps: 10.28 against 15.92", "EB-Cache 2.5×", "20 steps"),
         ("… than ToCa: 13.77", "EB-Cache 2.5×", "ToCa N=3"),
@@ -37,6 +40,12 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
     "table7": (
         ("0.05 + 0.15 τ is better than (0.10 + 0.05 τ): 2.27 against 2.32", "0.05 + 0.15 τ", "0.15 + 0.05 τ"),
         ("… than steeper (0 + 0.25 τ): 2.35", "0.05 + 0.15 τ", "0.05 + 0.25 τ"),
+    ),
+    "eb": (
+        ("scaling alone helps (Epsilon Scaling: 3.39 against 3.69)", "scale alone", "uncached"),
+        ("both together are better than uncached: 3.06", "both", "uncached"),
+        ("… than the table alone", "both", "table alone"),
+        ("reuse belongs to the noisy steps", "both", "both, table backwards"),
     ),
     "feb": (
         ("b(τ) alone helps: 3.61 against 3.69", "b(τ) alone", "uncached"),

@@ -34,7 +34,7 @@ class Tune:
     """Local changes that are tried at each point."""
     kinds: tuple[str, ...] | None = None
     """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
-    published: tuple[str, ...] = ("eb", "feb", "smoothcache")
+    published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
     score_images: int = 128
     """On the demo's images: how many a distance is taken of; 0 goes by nearness alone."""

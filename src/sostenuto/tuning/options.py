@@ -33,7 +33,8 @@ class TuneOptions:
         eps_scale_grid: the values of b that are tried where a score decides, beside FEB-Cache's b(τ), a b for the noisy half
             of the time alone, and the factors that restore the norm of the uncached noise.
         published: the calibrations whose plans compete at the speed-up that is asked for: ``"eb"``, ``"feb"``,
-            ``"smoothcache"``; those that ``kinds`` leave out don't.
+            ``"smoothcache"``, and ``"smoothcache-site"``, which plans every branch of every block by itself; those that
+            ``kinds`` leave out don't.
         kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``; by default all that the network
             can. With ``"stack"`` alone the instrumented run keeps one tensor for a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.

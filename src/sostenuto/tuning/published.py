@@ -20,8 +20,8 @@ from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.measurement import Kind
 
-PUBLISHED = ("eb", "feb", "smoothcache")
-"""What can compete."""
+PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")
+"""What can compete; the last makes a plan of its own for every site of every block."""
 
 _NUM_SAMPLES = 8
 _ROUNDS = 8  # of a bisection, at most
@@ -53,7 +53,12 @@ def calibrations(
     }
     if {Kind.BRANCHES, Kind.ATTENTION, Kind.MLP} <= set(kinds):
         able["feb"] = FEBCalibration(**common)  # type: ignore[arg-type]
-        able["smoothcache"] = SmoothCacheCalibration(target_fraction=share - _MARGIN, max_lag=_LONGEST)
+        for name, group in (("smoothcache", "type"), ("smoothcache-site", "site")):
+            able[name] = SmoothCacheCalibration(
+                target_fraction=share - _MARGIN,
+                max_lag=_LONGEST,
+                group_by=group,  # type: ignore[arg-type]
+            )
     return {name: able[name] for name in names if name in able}
 
 

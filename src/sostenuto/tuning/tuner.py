@@ -211,6 +211,8 @@ class _Tuner:
             self.lab.count(work, f"published {name} {target:g}")
             if table is not None and cost_of_table(table, self.costs) <= 1 / target + 1e-9:
                 found.append(Candidate(name, table))
+                if order and not any(table.forecast_orders):  # SmoothCache's plan, but not its fill
+                    found.append(Candidate(f"{name}, forecast", table.filled(order)))
         return found
 
     # --- tables --------------------------------------------------------------------------------------------------
