@@ -74,13 +74,16 @@ class Chooser:
         self._can_spend, self._table_of = can_spend, table_of
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The best plan: the nearest to the uncached images, or of the nearest ones that with the best score."""
+        """The best plan: the nearest to the uncached images, or of a shortlist that with the best score."""
         nearest = self.nearest(candidates)
         if not self._by_score or len(nearest) == 1:
             return nearest[0]
         cost = self._lab.scored(None).work * nearest[0].share
         room = (self._options.max_work - self._lab.work) / cost - _LEFT_FOR_SCALE
-        shortlist = nearest[: max(1, min(_SHORTLIST, int(room)))]
+        size = max(1, min(_SHORTLIST, int(room)))
+        published = [candidate for candidate in nearest[size:] if candidate.planned is None]
+        # A plan that is farther off may still score better: one of those that were made in another way is always heard.
+        shortlist = [*nearest[: size - 1], published[0]] if published and size > 1 else nearest[:size]
         if len(shortlist) == 1:
             return shortlist[0]
         return min(shortlist, key=lambda candidate: merit(self._lab.scored(candidate.table)))
