@@ -13,7 +13,7 @@ from sostenuto.table import StepState
 from sostenuto.tuning.lab import Lab
 
 STEPS = 10
-QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",))
+QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",), published=())
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,10 @@ def whole():
     torch.set_num_threads(1)
     model = build_tiny()
     model.scheduler_for_test = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    options = TuneOptions(speedups=(1.3, 1.6, 2.5), trial_samples=2, refinements=1, tilts=(0.0, 2.0))
+    published = ("smoothcache", "smoothcache-site")
+    options = TuneOptions(
+        speedups=(1.3, 1.6, 2.5), trial_samples=2, refinements=1, tilts=(0.0, 2.0), published=published
+    )
     return model, tuned(model, options)
 
 
@@ -226,7 +229,7 @@ def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(mod
 
 @pytest.mark.parametrize("best", [0.98, 1.01])
 def test_the_score_chooses_b_on_either_side_of_one(model, begun, best):
-    options = TuneOptions(speedups=(1.5,), trial_samples=2, refinements=0, tilts=(0.0,), kinds=("stack",))
+    options = replace(QUICK, speedups=(1.5,), refinements=0)
     plain = tuned(model, options, speedup=1.5, folder=begun).point.table
     with sostenuto.enable(model, EBCache(plain, eps_scale=best), scheduler=model.scheduler_for_test):
         wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations

@@ -29,33 +29,30 @@ _MARGIN = 0.01  # a bisection ends within so much of its target
 _LONGEST = 5  # run of reuse
 
 
-def calibrations(
-    names: Sequence[str], share: float, kinds: Sequence[Kind], forecast_order: int
-) -> dict[str, Calibration]:
+def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> dict[str, Calibration]:
     """The calibrations of these names that can be made with these kinds of reuse.
 
     Args:
         names: of :data:`PUBLISHED`.
         share: of the uncached multiply-accumulates, that no plan may cost more than.
         kinds: what may be reused.
-        forecast_order: of EB-Cache's and FEB-Cache's forecasts.
     """
     if share <= 2 * _MARGIN:
         return {}
-    common = dict(target_fraction=share - _MARGIN, forecast_order=forecast_order)
+    target = share - _MARGIN
     both, attention = StepState.REUSE_BOTH, StepState.REUSE_ATTENTION
     able: dict[str, Calibration] = {
         "eb": EBCalibration(
-            **common,  # type: ignore[arg-type]
+            target_fraction=target,
             fill="stack" if Kind.STACK in kinds else "branches",
             candidates=(both, attention) if Kind.ATTENTION in kinds else (both,),
         )
     }
     if {Kind.BRANCHES, Kind.ATTENTION, Kind.MLP} <= set(kinds):
-        able["feb"] = FEBCalibration(**common)  # type: ignore[arg-type]
+        able["feb"] = FEBCalibration(target_fraction=target)
         for name, group in (("smoothcache", "type"), ("smoothcache-site", "site")):
             able[name] = SmoothCacheCalibration(
-                target_fraction=share - _MARGIN,
+                target_fraction=target,
                 max_lag=_LONGEST,
                 group_by=group,  # type: ignore[arg-type]
             )

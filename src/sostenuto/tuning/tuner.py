@@ -201,8 +201,7 @@ class _Tuner:
         ):  # the share of multiply-accumulates of a plan that takes this share of the time
             relative = {name: cost / self.costs["compute"] for name, cost in self.costs.items()}
             share = 1 - (1 - share) * (1 - measured.macs[whole]) / max(1e-9, 1 - relative[whole])
-        order = int(measured.forecast_gain <= 1)
-        for name, calibration in calibrations(self.options.published, share, tuple(measured.runs), order).items():
+        for name, calibration in calibrations(self.options.published, share, tuple(measured.runs)).items():
             work, settings = work_of(calibration, measured.macs), self.lab.settings
             if not self._can_spend(work):
                 break
@@ -211,8 +210,8 @@ class _Tuner:
             self.lab.count(work, f"published {name} {target:g}")
             if table is not None and cost_of_table(table, self.costs) <= 1 / target + 1e-9:
                 found.append(Candidate(name, table))
-                if order and not any(table.forecast_orders):  # SmoothCache's plan, but not its fill
-                    found.append(Candidate(f"{name}, forecast", table.filled(order)))
+                other = int(not any(table.forecast_orders))  # forecasts in place of last values, or the other way round
+                found.append(Candidate(f"{name}, order {other}", table.filled(other)))
         return found
 
     # --- tables --------------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ class _Tuner:
         work = self._least_work(kinds)
         tried = 6 + options.refinements
         work += options.trial_samples * (1 + sum(shares) * tried + 6 * len(options.tilts) / self.speedup)
-        work += sum(work_of(one, {}) for one in calibrations(options.published, 1 / self.speedup, kinds, 1).values())
+        work += sum(work_of(one, {}) for one in calibrations(options.published, 1 / self.speedup, kinds).values())
         if self.scored:
             rows = self.lab.scored(None).work
             work += rows * (1 + sum(shares) + 14 / self.speedup * self.by_score)
