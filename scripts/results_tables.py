@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -64,8 +63,9 @@ def quality(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     base = results["rows"][0]["frechet_distance"]
-    for row in results["rows"]:
-        error = row["difference_error"]
+    errors = results["difference_errors"]
+    for index, row in enumerate(results["rows"]):
+        error = errors[0][index] if errors and index else None
         difference = "–" if error is None else f"{row['frechet_distance'] - base:+.3f} ± {_SURE * error:.3f}"
         lines.append(
             f"| {row['name'].replace('|', '+')} | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.3f} | {difference} | "
@@ -85,12 +85,13 @@ def quality(results: dict[str, Any]) -> str:
 
 def reproduced(results: dict[str, Any]) -> str:
     """One of the papers' tables, and each of its claims beside what this model shows."""
-    rows = {row["name"]: row for row in results["rows"]}
+    names = [row["name"] for row in results["rows"]]
     lines = [quality(results), "", "| the paper says | here | so |", "|---|---|---|"]
     for claim, better, worse in CLAIMS[results["table"]]:
-        one, other = rows[better], rows[worse]
+        i, j = names.index(better), names.index(worse)
+        one, other = results["rows"][i], results["rows"][j]
         difference = one["frechet_distance"] - other["frechet_distance"]
-        noise = _SURE * math.hypot(one["difference_error"] or 0.0, other["difference_error"] or 0.0)
+        noise = _SURE * results["difference_errors"][i][j]
         so = (
             "no difference beyond the noise"
             if abs(difference) <= noise

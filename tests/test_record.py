@@ -35,16 +35,16 @@ def test_differences_are_paired_by_the_noise_and_few_images_have_no_error(tmp_pa
     scale = [0.98] * 50
     rows = [{"name": entry.name, "plan": [["compute"]], "eps_scale": scale} for entry in entries]
     found = record(tmp_path, entries, settings, {"rows": rows, "n": n})
-    first, same, another = found["rows"]
+    first, _, another = found["rows"]
     assert found["n"] == n
     assert (first["plan"], first["eps_scale"]) == ("c", 0.98)
-    assert first["difference_error"] is None
     if n == 100:
-        assert another["frechet_distance_error"] is another["difference_error"] is None
+        assert another["frechet_distance_error"] is found["difference_errors"] is None
         return
     judge = Judge()
     seen = judge.network.extract((images(1, n) * 255).round().to(torch.uint8)).features
     alone = spread.of_frechet_distance(seen, judge.training_set)
     assert another["frechet_distance_error"] == pytest.approx(alone)
-    assert same["difference_error"] == 0
-    assert another["difference_error"] > alone  # nothing in common: the noise of both
+    errors = found["difference_errors"]
+    assert errors[0][1] == errors[1][0] == 0
+    assert errors[0][2] == errors[2][1] > alone  # nothing in common: the noise of both

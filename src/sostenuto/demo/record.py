@@ -16,13 +16,13 @@ _LETTERS = {"compute": "c", "reuse": "r", "forecast": "f", "partial": "p", "skip
 
 
 def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
-    """The results with two numbers more in every row, and with short plans.
+    """The results with standard errors, and with short plans.
 
-    ``frechet_distance_error`` is the standard error of the distance over images, ``difference_error`` that of its
-    difference to the first row's, whose images have the same noise and labels: both by the delta method, and ``None`` with
-    fewer than 256 images. ``plan`` has a word a step with a letter a site, c computed, r reused, f forecast, p some tokens
-    computed; one letter where all sites do the same; "?" for anything else. Noise scales that are the same at every step
-    become one number.
+    A row's ``frechet_distance_error`` is the standard error of its distance over images. ``difference_errors`` of the results
+    is that of the difference of any two rows' distances ``[row][row]``, whose images have the same noise and labels. Both are
+    by the delta method, and ``None`` with fewer than 256 images. ``plan`` has a word a step with a letter a site, c computed,
+    r reused, f forecast, p some tokens computed; one letter where all sites do the same; "?" for anything else. Noise scales
+    that are the same at every step become one number.
 
     Args:
         folder: of the comparison, with its batches.
@@ -31,21 +31,21 @@ def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: 
         results: what :func:`~sostenuto.demo.compare.run_entries` returned.
     """
     judge = Judge()
-    rows, first = [], None
-    for entry, row in zip(entries, results["rows"], strict=True):
-        own = _influence(judge, images_of(folder, entry, settings))
-        first = own if first is None else first
+    parts = [_influence(judge, images_of(folder, entry, settings)) for entry in entries]
+    rows = []
+    for part, row in zip(parts, results["rows"], strict=True):
         scale = row["eps_scale"]
         rows.append(
             row
             | {
-                "frechet_distance_error": None if own is None else spread.of_mean(own),
-                "difference_error": None if own is None or first is None or not rows else spread.of_mean(own - first),
+                "frechet_distance_error": None if part is None else spread.of_mean(part),
                 "plan": concise(row["plan"]),
                 "eps_scale": scale[0] if len(set(scale)) == 1 else [round(value, 5) for value in scale],
             }
         )
-    return results | {"rows": rows}
+    known = [part for part in parts if part is not None]
+    errors = [[round(spread.of_mean(one - other) or 0.0, 5) for other in known] for one in known]
+    return results | {"rows": rows, "difference_errors": errors or None}
 
 
 def concise(plan: Sequence[Sequence[str]]) -> str:
