@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0])
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
@@ -91,10 +92,11 @@ def main() -> None:
     pipe = load_demo_pipeline()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     timed = []
-    for name, method in tqdm(list(settings_of_every_method(pipe)), desc="time"):
-        seconds(pipe, method, 16)  # warm-up
-        pairs = [(seconds(pipe, None, 16), seconds(pipe, method, 16)) for _ in range(options.pairs)]
-        timed.append((name, method, median(a / b for a, b in pairs)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        for name, method in tqdm(list(settings_of_every_method(pipe)), desc="time"):
+            seconds(pipe, method, 16)  # warm-up
+            pairs = [(seconds(pipe, None, 16), seconds(pipe, method, 16)) for _ in range(options.pairs)]
+            timed.append((name, method, median(a / b for a, b in pairs)))
 
     entries = [Entry("uncached", sostenuto.NoCache(), STEPS, "ddim")]
     for target in options.speedups:
@@ -105,7 +107,9 @@ def main() -> None:
             method, speed = min(own, key=lambda pair: abs(math.log(pair[1] / target)))
             if abs(math.log(speed / target)) < math.log(1.15):
                 entries.append(Entry(f"{target:g}x: {name}", method, STEPS, "ddim"))
-    results = run_entries(options.output, entries, Settings(options.num_images, options.batch_size))
+    results = run_entries(
+        options.output, entries, Settings(options.num_images, options.batch_size, dtype=options.dtype)
+    )
     results["settings"] = {entry.name: repr(entry.method)[:200] for entry in entries}
     print(terminal_table(results))
     if options.json:

@@ -3,8 +3,8 @@
     python benchmarks/papers.py ab --num-images 1000 --seeds 0 1 2 --json docs/results/papers-ab.json
 
 ``table1`` (DDPM, 50 steps) and ``table1-250``, ``table2`` (DDIM, 20), ``table5`` (the noise scale), ``table6`` and ``table7``
-(form and parameters of the threshold) are EB-Cache's (arXiv 2503.07120); ``feb``, ``duca`` and ``ab`` the ablations of
-FEB-Cache, DuCa and AB-Cache. What an interrupted run has done is kept in the output folder.
+(form and parameters of the threshold) are EB-Cache's (arXiv 2503.07120); ``eb``, ``feb``, ``duca`` and ``ab`` the ablations of
+EB-Cache, FEB-Cache, DuCa and AB-Cache. What an interrupted run has done is kept in the output folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from statistics import fmean, stdev
 import torch
 
 import sostenuto
-from sostenuto.calibrations import EBCalibration, FEBCalibration
+from sostenuto.calibrations import DiTFastAttnCalibration, EBCalibration, FEBCalibration
 from sostenuto.demo.compare import SHIPPED, Entry, Settings, demo_sample, run_entries, with_solver
 from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.record import record
 from sostenuto.demo.show import terminal_table
 from sostenuto.methods import (
     FORA,
     L2C,
     ABCache,
     DeltaDiT,
+    DiTFastAttn,
     DuCa,
     EBCache,
     EpsilonScaling,
@@ -36,35 +38,44 @@ from sostenuto.methods import (
     TaylorSeer,
     ToCa,
 )
+from sostenuto.router import Router
 from sostenuto.table import CacheTable
 
 LIGHT = CacheTable.load(SHIPPED / "demo-ddpm50-1.5x.json")
 STRONG = CacheTable.load(SHIPPED / "demo-ddpm50-2.5x.json")
 FEB = CacheTable.load(SHIPPED / "demo-ddpm50-feb-1.5x.json")
+ROUTER = replace(Router.load(SHIPPED / "demo-ddim50-l2c.safetensors").to_table(), scheduler={})
+"""L2C's, trained for DDIM."""
 SCALE = fmean(LIGHT.eps_scale)
+CALIBRATION_SEED = 900_001  # none of the noise that the rows are judged on
 SHARE = 0.64  # of the multiply-accumulates, where tables are compared at equal cost
 
 
 class Tables:
     """Tables that are calibrated for a row, kept in a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self._folder, self._dtype = folder, dtype
 
-    def eb(
-        self, name: str, options: EBCalibration | FEBCalibration, steps: int = 50, solver: str = "ddpm"
+    def made(
+        self,
+        name: str,
+        options: EBCalibration | FEBCalibration | DiTFastAttnCalibration,
+        steps: int = 50,
+        solver: str = "ddpm",
     ) -> CacheTable:
         """The table of that name, calibrated on 8 samples where it isn't there yet."""
         path = self._folder / f"{name}.json"
         if not path.exists():
             pipe = load_demo_pipeline()
-            with with_solver(pipe, solver):
+            reduced = torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == "bfloat16")
+            with with_solver(pipe, solver), reduced:
                 table = sostenuto.calibrate(
                     pipe,
                     options,
                     demo_sample(8),
                     num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(0),
+                    generator=torch.Generator().manual_seed(CALIBRATION_SEED),
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             table.save(path)
@@ -87,8 +98,11 @@ def table1(tables: Tables) -> list[Entry]:
         uncached(),
         fewer(33),
         Entry("FORA N=2", FORA(2)),
+        Entry("DiTFastAttn", DiTFastAttn(tables.made("ditfastattn", DiTFastAttnCalibration()))),
+        Entry("L2C", EBCache(ROUTER)),
         Entry("ToCa N=2", ToCa(2)),
         Entry("Δ-DiT N=2", DeltaDiT(2)),
+        Entry("ε-scaling alone", EpsilonScaling(1 / SCALE)),
         Entry("EB-Cache 1.5×", EBCache(LIGHT)),
         fewer(20),
         Entry("FORA N=3", FORA(3)),
@@ -121,7 +135,7 @@ def unbound(table: CacheTable) -> CacheTable:
 
 def table2(tables: Tables) -> list[Entry]:
     """DDIM, 20 steps."""
-    light = tables.eb("ddim20", EBCalibration(target_fraction=SHARE, fill="stack"), 20, "ddim")
+    light = tables.made("ddim20", EBCalibration(target_fraction=SHARE, fill="stack"), 20, "ddim")
     rows = [
         Entry("FORA N=2", FORA(2)),
         Entry("L2C", L2C()),
@@ -141,7 +155,7 @@ def table5(tables: Tables) -> list[Entry]:
 def thresholds(tables: Tables, forms: dict[str, tuple[float, float]]) -> list[Entry]:
     """Tables of equal cost from thresholds δ(τ) = intercept + slope · τ."""
     made = {
-        name: tables.eb(
+        name: tables.made(
             f"delta-{delta[0]:g}-{delta[1]:g}", EBCalibration(target_fraction=SHARE, delta=delta, fill="stack")
         )
         for name, delta in forms.items()
@@ -160,6 +174,18 @@ def table7(tables: Tables) -> list[Entry]:
     """The parameters of the threshold; κ brings all tables to the same cost, so that the shape alone differs."""
     forms = ((0.05, 0.05), (0.05, 0.15), (0.05, 0.25), (0.15, 0.05))
     return thresholds(tables, {f"{a:g} + {b:g} τ": (a, b) for a, b in forms})
+
+
+def eb(tables: Tables) -> list[Entry]:
+    """EB-Cache: scale, table, both, and the table read from its other end."""
+    flipped = replace(LIGHT, actions=(LIGHT.actions[0], *LIGHT.actions[:0:-1]))
+    return [
+        uncached(),
+        Entry("scale alone", EpsilonScaling(1 / SCALE)),
+        Entry("table alone", EBCache(LIGHT, eps_scale=1.0)),
+        Entry("both", EBCache(LIGHT)),
+        Entry("both, table backwards", EBCache(flipped)),
+    ]
 
 
 def feb(tables: Tables) -> list[Entry]:
@@ -203,6 +229,7 @@ TABLES: dict[str, Callable[[Tables], Sequence[Entry]]] = {
     "table5": table5,
     "table6": table6,
     "table7": table7,
+    "eb": eb,
     "feb": feb,
     "duca": duca,
     "ab": ab,
@@ -225,13 +252,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = options.output / options.table
-    entries = TABLES[options.table](Tables(folder / "tables"))
+    entries = TABLES[options.table](Tables(folder / "tables", options.dtype))
     part = (options.shard[0], options.shard[1])
     settings = Settings(options.num_images, options.batch_size, tuple(options.seeds), shard=part, dtype=options.dtype)
     results = run_entries(folder, entries, settings)
     if not results["rows"]:
         print(f"this part is done; {results['missing']} batches of other parts are missing")
         return
+    results = record(folder, entries, settings, results)
     print(terminal_table(results))
     if len(options.seeds) > 1:
         for row in results["rows"]:

@@ -3,10 +3,11 @@
     python benchmarks/tune.py --num-images 1000 --seeds 0 1 2 --output runs/tune --json docs/results/tune.json
     python benchmarks/tune.py --model runs/small --solver dpm-solver++ --steps 20 --speedups 1.5 2
 
-Tuning, for each target by itself, and calibrations come first, each kept in the output folder; then every row is sampled
-on the same noise and labels. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time,
-``macs`` at equal multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is
-within 15 %.
+Tuning, for each target by itself, and calibrations come first, each kept in the output folder (``--search-only`` ends there,
+so that ``--shard`` may then share the sampling); then every row is sampled on the same noise and labels, which none of the
+searches has seen. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time, ``macs`` at equal
+multiply-accumulates. Of a method with a choice of settings each target takes the nearest one, if it is within 15 %, slower
+ones too. L2C runs a router that was trained for DDIM with as many steps: that of the demo ships, for another model pass one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,13 +27,16 @@ from tqdm import tqdm
 
 import sostenuto
 from sostenuto.calibrations import EBCalibration, FEBCalibration, SmoothCacheCalibration
-from sostenuto.demo.compare import Entry, Settings, demo_sample, run_entries, with_solver
+from sostenuto.demo.compare import SHIPPED, Entry, Settings, demo_sample, run_entries, with_solver
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import load_demo_pipeline, load_trained_pipeline
+from sostenuto.demo.record import record
 from sostenuto.demo.show import terminal_table
 from sostenuto.methods.base import Method
+from sostenuto.router import Router
 from sostenuto.table import CacheTable
 
+SEARCH_SEED = 900_001  # of every search: none of the noise that the rows are judged on
 FAR = 1.15  # ratio of speeds from which on a setting is no match for a target
 
 
@@ -49,8 +54,8 @@ def intervals() -> Iterator[tuple[str, Method]]:
 class Rivals:
     """The rivals of one model and solver, with the calibrations that they need."""
 
-    def __init__(self, pipe: Any, steps: int, folder: Path, search_images: int) -> None:
-        self._pipe, self._steps, self._folder = pipe, steps, folder
+    def __init__(self, pipe: Any, steps: int, folder: Path, search_images: int, router: Path | None) -> None:
+        self._pipe, self._steps, self._folder, self._router = pipe, steps, folder, router
         self._score = (
             {} if not search_images else {"score": Judge().distance, "score_sample": demo_sample(search_images)}
         )
@@ -73,9 +78,13 @@ class Rivals:
         )
 
     def learned(self) -> Iterator[tuple[str, Method]]:
-        """Learning-to-Cache, where a router ships for this network, solver and number of steps."""
-        for threshold in (0.05, 0.1, 0.3, 0.5):
-            yield "L2C", sostenuto.L2C(threshold=threshold)
+        """Learning-to-Cache, where there is a router for so many steps; its plan is run with any solver."""
+        if self._router is not None and self._router.is_file():
+            router = Router.load(self._router)
+            for threshold in (0.05, 0.1, 0.3, 0.5):
+                plan = router.to_table(threshold)
+                if plan.num_inference_steps == self._steps:
+                    yield "L2C", sostenuto.EBCache(replace(plan, scheduler={}))
 
     def _table(self, name: str, calibration: Callable[[], Any]) -> CacheTable:
         path = self._folder / f"{name}.json"
@@ -87,7 +96,7 @@ class Rivals:
                 options,
                 demo_sample(8),
                 num_inference_steps=self._steps,
-                generator=torch.Generator().manual_seed(0),
+                generator=torch.Generator().manual_seed(SEARCH_SEED),
                 show_progress=True,
                 **extra,
             )
@@ -125,22 +134,27 @@ def rows(options: argparse.Namespace, pipe: Any) -> list[Entry]:
         return pipe(chosen.tolist(), num_inference_steps, generator=generator, output_type="pt").images
 
     def tuned(target: float, prefer: str) -> Method:
+        found = options.output / f"tuned-by-{prefer}" / f"tuned-{target:g}x.json"
+        if found.exists():
+            return sostenuto.EBCache(CacheTable.load(found))
         result = sostenuto.tune(
             pipe,
             sample,
             num_inference_steps=options.steps,
             speedup=target,
-            generator=torch.Generator().manual_seed(0),
+            generator=torch.Generator().manual_seed(SEARCH_SEED),
             score=Judge().distance,
             score_sample=demo_sample(options.score_images),
             folder=options.output / "tuned",
             show_progress=True,
             options=sostenuto.TuneOptions(speedups=(target,), budget=options.cost, prefer=prefer),
         )
-        result.save(options.output / f"tuned-by-{prefer}")
+        found.parent.mkdir(exist_ok=True)
+        result.point.table.save(found)
         return result.method
 
-    rivals = Rivals(pipe, options.steps, folder, options.search_images)
+    shipped = SHIPPED / f"demo-ddim{options.steps}-l2c.safetensors" if options.model is None else None
+    rivals = Rivals(pipe, options.steps, folder, options.search_images, options.router or shipped)
     timed = []
     for name, method in tqdm([*intervals(), *rivals.learned()], desc="cost"):
         own = speed(pipe, method, options.steps, options.cost, options.pairs)
@@ -168,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder that demo.train wrote; by default the demo's own model")
     parser.add_argument("--solver", choices=("ddpm", "ddim", "dpm-solver++"), default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0])
     parser.add_argument("--cost", choices=("macs", "time"), default="time")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=50)
@@ -178,9 +192,11 @@ def main() -> None:
         "--search-images", type=int, default=128, help="images of the rivals' own searches for b; 0: none"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--router", type=Path, help="of L2C, for another model than the demo's")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("PART", "PARTS"))
+    parser.add_argument("--search-only", action="store_true", help="tune and calibrate, sample nothing")
     parser.add_argument("--output", type=Path, default=Path("runs/tune"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -189,6 +205,8 @@ def main() -> None:
     pipe = load_demo_pipeline() if options.model is None else load_trained_pipeline(options.model)
     with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"), with_solver(pipe, options.solver):
         entries = rows(options, pipe)
+    if options.search_only:
+        return
     settings = Settings(
         options.num_images, options.batch_size, tuple(options.seeds), shard=tuple(options.shard), dtype=options.dtype
     )
@@ -196,6 +214,7 @@ def main() -> None:
     if not results["rows"]:
         print(f"{results['missing']} batches are left to the other shards")
         return
+    results = record(options.output, entries, settings, results)
     print(terminal_table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

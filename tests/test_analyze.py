@@ -370,3 +370,19 @@ def test_the_command_runs_on_a_tiny_network(tmp_path, capsys):
     assert found["similarity"]["data"]["maps"]["attention"]["sites"]
     assert "grid" in found["frequency"]["error"]  # packed tokens
     assert "page:" in capsys.readouterr().out
+
+
+def test_the_time_is_told_before_a_long_analysis_and_the_bar_counts_its_work(model, capsys):
+    chosen = ("snr", "consecutive-outputs")
+    sostenuto.analyze(
+        model,
+        sample,
+        only=chosen,
+        num_inference_steps=STEPS,
+        num_samples=1,
+        scheduler=model.scheduler_for_test,
+        show_progress=True,
+    )
+    told = capsys.readouterr().err
+    assert "analyze: about 1 minute on this machine" in told
+    assert "4/4" in told  # of the two instruments' 3.5 and 0.5

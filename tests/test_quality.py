@@ -166,3 +166,21 @@ def test_the_demo_is_judged_as_before_its_network_shared_an_interface():
     assert judge.floor(160) == pytest.approx(3.7733441665617136, rel=1e-5)
     assert paired_psnr(images, images.flip(0)) == pytest.approx(9.130375862121582, rel=1e-5)
     assert paired_ssim(images, images.flip(0)) == pytest.approx(0.023671848699450493, rel=1e-4)
+
+
+def test_standard_error_of_a_difference_of_distances_is_the_spread_over_many_pairs():
+    generator = torch.Generator().manual_seed(7)
+    reference = Gaussian(torch.zeros(4).double(), torch.eye(4).double(), 10**6)
+    pairs = []
+    for _ in range(300):
+        one = torch.randn(400, 4, generator=generator) * 1.2 + 0.3
+        pairs.append((one, one * 0.95 + 0.1 * torch.randn(400, 4, generator=generator)))
+    differences = [frechet_distance(one, reference) - frechet_distance(other, reference) for one, other in pairs]
+    errors = []
+    for one, other in pairs:
+        own, its = (spread.influence_on_frechet_distance(features, reference) for features in (one, other))
+        errors.append(spread.of_mean(own - its))
+    found = torch.tensor(differences).std().item()
+    assert sum(errors) / 300 == pytest.approx(found, rel=0.15)
+    alone = spread.of_frechet_distance(pairs[0][0], reference)
+    assert alone > 3 * found  # the noise that a pair shares is no noise of its difference

@@ -13,7 +13,7 @@ from sostenuto.table import StepState
 from sostenuto.tuning.lab import Lab
 
 STEPS = 10
-QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",))
+QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",), published=())
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,10 @@ def whole():
     torch.set_num_threads(1)
     model = build_tiny()
     model.scheduler_for_test = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
-    options = TuneOptions(speedups=(1.3, 1.6, 2.5), trial_samples=2, refinements=1, tilts=(0.0, 2.0))
+    published = ("smoothcache", "smoothcache-site")
+    options = TuneOptions(
+        speedups=(1.3, 1.6, 2.5), trial_samples=2, refinements=1, tilts=(0.0, 2.0), published=published
+    )
     return model, tuned(model, options)
 
 
@@ -226,7 +229,7 @@ def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(mod
 
 @pytest.mark.parametrize("best", [0.98, 1.01])
 def test_the_score_chooses_b_on_either_side_of_one(model, begun, best):
-    options = TuneOptions(speedups=(1.5,), trial_samples=2, refinements=0, tilts=(0.0,), kinds=("stack",))
+    options = replace(QUICK, speedups=(1.5,), refinements=0)
     plain = tuned(model, options, speedup=1.5, folder=begun).point.table
     with sostenuto.enable(model, EBCache(plain, eps_scale=best), scheduler=model.scheduler_for_test):
         wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations
@@ -332,3 +335,40 @@ def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
             error = (outputs[step] - fresh[step]).square().mean().item()
             at = measured.reach[kind].gap_index(order, 1)
             assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
+
+
+PUBLISHED = TuneOptions(
+    speedups=(1.5,),
+    trial_samples=2,
+    refinements=0,
+    tilts=(0.0,),
+    kinds=("stack",),
+    published=("eb", "feb", "smoothcache"),
+)
+
+
+def test_a_published_calibration_competes_within_the_cost(model, begun):
+    found = tuned(model, PUBLISHED, speedup=1.5, folder=begun)
+    assert not (begun / "published-feb-1.5x.json").exists()  # it needs the branches
+    plan = CacheTable.load(begun / "published-eb-1.5x.json")
+    assert speedup_of(model, EBCache(plan)) >= 1.5
+    assert set(plan.eps_scale) == {1.0}
+    assert error_of(model, found.point.table) <= error_of(model, plan) * 1.05
+
+
+def test_a_published_plan_that_scores_better_is_taken(model, begun, monkeypatch):
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    odd = CacheTable((c, c, c, c, c, b, b, b, c, b), fill="stack", macs_fraction=0.65)
+    monkeypatch.setattr("sostenuto.tuning.tuner.calibrated", lambda *_: odd)
+    with sostenuto.enable(model, EBCache(odd), scheduler=model.scheduler_for_test):
+        wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations
+
+    def score(images):
+        return (images - wanted).norm().item() - 1000
+
+    found = tuned(model, PUBLISHED, speedup=1.5, folder=begun, score=score)
+    assert found.point.table.actions == odd.actions
+    assert found.point.table.calibration["plan"] == "eb"
+    assert found.point.score == pytest.approx(-1000, abs=1e-5)
+    by_nearness = tuned(model, replace(PUBLISHED, prefer="nearness"), speedup=1.5, folder=begun, score=score)
+    assert by_nearness.point.table.actions != odd.actions

@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sostenuto import TuneOptions
 from sostenuto.cli import main
+from sostenuto.cli.tune import Tune
 from sostenuto.demo.network import build_denoiser
 from sostenuto.demo.pipeline import load_trained_pipeline
 from sostenuto.errors import InputError
 from sostenuto.table import CacheTable
+from sostenuto.tuning.published import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +69,16 @@ def test_tune_saves_tables_and_figures_and_goes_on_where_it_was(trained, tmp_pat
     for row in content["frontier"]:
         table = CacheTable.load(tmp_path / f"tuned-{row['target']:g}x.json")
         assert 1 / table.macs_fraction == pytest.approx(row["ideal_speedup"])
-        assert row["plan"] in captured.out
+        assert f"{row['plan']}  {row['origin']}" in captured.out
     for name in ("frontier.png", "frontier.pdf", "plans.png", "plans.pdf"):
         assert (tmp_path / name).stat().st_size > 1000
     trials = (tmp_path / "trials.json").read_text()
     assert main(words) == 0
     assert (tmp_path / "trials.json").read_text() == trials
+
+
+def test_what_may_compete_is_what_the_library_knows():
+    assert Tune().published == TuneOptions().published == PUBLISHED
 
 
 def test_a_speedup_of_one_is_refused_in_a_line(trained, tmp_path, capsys):

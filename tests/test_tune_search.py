@@ -7,9 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sostenuto.table import StepState
+from sostenuto.plan import Action
+from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
-from sostenuto.tuning.search import ErrorModel, Frontier, Segment, cost_of, neighbours, next_gap, table_of, uniform
+from sostenuto.tuning.search import (
+    ErrorModel,
+    Frontier,
+    Segment,
+    cost_of,
+    cost_of_table,
+    neighbours,
+    next_gap,
+    table_of,
+    uniform,
+)
 from sostenuto.tuning.weights import Weights
 
 KINDS = (Kind.STACK, Kind.ATTENTION)
@@ -209,3 +220,14 @@ def test_the_noise_floor_and_the_gain_of_forecasts_are_those_of_features_with_kn
     measured = Measurement(reach, {Kind.STACK: values}, np.ones(10), COSTS, COSTS, 4, {})
     assert measured.noise_share == pytest.approx(2 * noise**2 / (drift**2 + 2 * noise**2))
     assert measured.forecast_gain == pytest.approx((6 * noise**2 / (drift**2 + 2 * noise**2)) ** 0.5)
+
+
+def test_a_table_costs_what_its_steps_do_and_one_that_lists_sites_its_multiply_accumulates():
+    c, a, m, b = StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_MLP, StepState.REUSE_BOTH
+    costs = {"compute": 2.0, "stack": 0.2, "branches": 0.4, "attention": 1.2, "mlp": 1.0}
+    assert cost_of_table(CacheTable((c, b, a, m)), costs) == pytest.approx((2 + 0.4 + 1.2 + 1) / 8)
+    assert cost_of_table(CacheTable((c, b, b, c), fill="stack"), costs) == pytest.approx((2 + 0.2 + 0.2 + 2) / 8)
+    listed = CacheTable((c, {"block.attn": Action.REUSE}), macs_fraction=0.7)
+    assert cost_of_table(listed, costs) == 0.7
+    for schedule in every_schedule(4, KINDS):
+        assert cost_of_table(table_of(schedule), COSTS) == pytest.approx(cost_of(schedule, COSTS))

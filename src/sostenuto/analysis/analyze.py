@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ INSTRUMENTS: dict[str, Instrument] = {
     )
 }
 """All instruments by name, in the order of the page."""
+
+_WORTH_AN_ESTIMATE = 3.0  # uncached generations
 
 FORMATS = ("svg", "pdf", "png")
 
@@ -207,11 +210,15 @@ def analyze(
     subject = Subject(target, sample, scheduler, num_inference_steps, num_samples, seed, real_latents, decode, table)
     denoiser = subject.denoiser
     observations: dict[str, Observation] = {}
-    with progress(len(chosen), "analyze", show_progress) as bar:
+    total, done = sum(instrument.work for instrument in chosen), 0.0
+    if show_progress and total > _WORTH_AN_ESTIMATE:
+        _tell_the_time(subject, total)
+    with progress(round(total), "analyze (uncached generations)", show_progress) as bar:
         for instrument in chosen:
             subject.tell = _teller(bar, instrument.name)
             observations[instrument.name] = _observe(instrument, subject)
-            bar.update()
+            bar.update(round(done + instrument.work) - round(done))
+            done += instrument.work
     sampler = scheduler or target.scheduler
     model = {
         "class": type(denoiser).__name__,
@@ -224,6 +231,14 @@ def analyze(
         "seconds": sum(observation.seconds for observation in observations.values()),
     }
     return Analysis(model, observations)
+
+
+def _tell_the_time(subject: Subject, work: float) -> None:
+    """Say how long it will take, by the uncached path, which most instruments look at."""
+    began = time.perf_counter()
+    _ = subject.uncached
+    minutes = max(1, round((time.perf_counter() - began) * work / 60))
+    print(f"analyze: about {minutes} minute{'s' * (minutes > 1)} on this machine", file=sys.stderr)
 
 
 def _observe(instrument: Instrument, subject: Subject) -> Observation:

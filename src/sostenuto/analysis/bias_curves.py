@@ -113,6 +113,7 @@ def finding(data: Data) -> str:
 
 EXPOSURE_BIAS = Instrument(
     name="exposure-bias",
+    work=7,
     title="Norm of the noise, and exposure bias",
     source="EB-Cache (arXiv 2503.07120v1), figures 3 and 5; Epsilon Scaling (arXiv 2308.15321), figures 2 and 3",
     claim=(

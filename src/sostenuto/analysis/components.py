@@ -141,6 +141,7 @@ def finding(data: Data) -> str:
 
 COMPONENTS = Instrument(
     name="components",
+    work=2,
     title="Work and time by component",
     source="EB-Cache (arXiv 2503.07120v1), table 8",
     claim=(

@@ -90,6 +90,7 @@ def finding(data: Data) -> str:
 
 CONSECUTIVE = Instrument(
     name="consecutive-outputs",
+    work=0.5,
     title="Consecutive outputs, and what they foretell",
     source="AB-Cache (arXiv 2504.10540), from its abstract; the relation of k outputs as derived from Adams–Bashforth",
     claim=(

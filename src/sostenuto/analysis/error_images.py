@@ -135,6 +135,7 @@ def finding(data: Data) -> str:
 
 ERROR_IMAGES = Instrument(
     name="error-images",
+    work=0.5,
     title="Pictures of the error",
     source="EB-Cache (arXiv 2503.07120v1), figure 10",
     claim="EB-Cache's errors are at edges only and small; uniform caching errs in the structure.",

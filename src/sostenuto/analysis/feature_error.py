@@ -154,6 +154,7 @@ def finding(data: Data) -> str:
 
 FEATURE_ERROR = Instrument(
     name="feature-error",
+    work=2.5,
     title="Errors of the features",
     source="EB-Cache (arXiv 2503.07120v1), figure 10",
     claim="Features of uniformly cached paths are far from the uncached ones; those of EB-Cache differ little.",

@@ -120,6 +120,7 @@ def finding(data: Data) -> str:
 
 FREQUENCY = Instrument(
     name="frequency",
+    work=2,
     title="Low and high frequencies with attention or MLP cached",
     source="FEB-Cache (arXiv 2503.07120v3), figure 2",
     claim=(

@@ -20,6 +20,7 @@ class Instrument:
 
     Attributes:
         name: what users type after ``--only``.
+        work: about what it costs, in uncached generations of all samples; what others have sampled already counts there.
         title: of the figure.
         source: the paper and its figure or table.
         claim: what the paper claims.
@@ -30,6 +31,7 @@ class Instrument:
     """
 
     name: str
+    work: float
     title: str
     source: str
     claim: str

@@ -98,6 +98,7 @@ def finding(data: Data) -> str:
 
 SIMILARITY = Instrument(
     name="similarity",
+    work=1.5,
     title="Similarity of attention and of MLPs from step to step",
     source="EB-Cache (arXiv 2503.07120v1), figure 6",
     claim="Outputs of attention are more alike from one step to the next than those of MLPs, in more blocks above 0.8.",

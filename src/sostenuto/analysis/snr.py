@@ -118,6 +118,7 @@ def finding(data: Data) -> str:
 
 SNR = Instrument(
     name="snr",
+    work=3.5,
     title="Signal to noise over the steps",
     source="EB-Cache (arXiv 2503.07120v1), figures 2, 3 and 9; FEB-Cache (v3), figures 1 and 5",
     claim=(

@@ -184,6 +184,7 @@ def finding(data: Data) -> str:
 
 TOKENS = Instrument(
     name="tokens",
+    work=8,
     title="Importance of tokens",
     source="DuCa (arXiv 2412.18911), its two questions",
     claim=(

@@ -37,6 +37,8 @@ class Tune:
     """Local changes that are tried at each point."""
     kinds: tuple[str, ...] | None = None
     """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
+    published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
+    """Calibrations whose plans compete with those that are searched."""
     score_images: int = 128
     """On the demo's images: how many a distance is taken of; 0 goes by nearness alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,6 +71,7 @@ class Tune:
             trial_samples=self.trial_samples,
             refinements=self.refinements,
             kinds=self.kinds,
+            published=self.published,
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"):

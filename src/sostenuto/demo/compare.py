@@ -23,6 +23,7 @@ import torch
 import sostenuto
 from sostenuto.calibrations import EBCalibration, calibrate
 from sostenuto.compat import diffusers_name, diffusers_version
+from sostenuto.correct import check_noise_scale
 from sostenuto.demo.assets import asset
 from sostenuto.demo.batches import batch_file, read_batch, write_batch
 from sostenuto.demo.judge import Judge
@@ -335,6 +336,11 @@ def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
     return _Sampled(stacked.view(len(settings.seeds), settings.num_images, *stacked.shape[1:]), seconds, stats, macs)
 
 
+def images_of(folder: Path, entry: Entry, settings: Settings) -> torch.Tensor:
+    """The images of a row of a finished comparison ``[seeds, n, 1, 28, 28]`` in ``[0, 1]``."""
+    return _read(folder, entry, settings).images
+
+
 def _results(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge) -> dict[str, Any]:
     labels = labels_of(settings.num_images)
     sampled = {entry.name: _read(folder, entry, settings) for entry in todo}
@@ -386,7 +392,7 @@ def _noise_scale(entry: Entry) -> Sequence[float]:
         return [1 / float(entry.method.scale)] * entry.num_inference_steps  # type: ignore[arg-type]
     if isinstance(entry.method, EBCache) and isinstance(entry.method.table, CacheTable):
         fixed = entry.method.eps_scale
-        return entry.method.table.eps_scale if fixed is None else [fixed] * entry.num_inference_steps  # type: ignore[list-item]
+        return entry.method.table.eps_scale if fixed is None else check_noise_scale(fixed, entry.num_inference_steps)
     return [1.0] * entry.num_inference_steps
 
 

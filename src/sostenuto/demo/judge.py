@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sostenuto.demo.assets import asset
 from sostenuto.demo.classifier import NUM_FEATURES, Classifier, extract
 from sostenuto.errors import InputError
-from sostenuto.quality import metrics
+from sostenuto.quality import metrics, spread
 from sostenuto.quality.networks import Features
 from sostenuto.quality.weights import digest
 
@@ -96,6 +96,15 @@ class Judge:
     def distance(self, images: torch.Tensor) -> float:
         """Only the Fréchet distance of images ``[n, 1, 28, 28]`` in ``[0, 1]``."""
         return metrics.frechet_distance(self.network.extract(eight_bits(images)).features, self.training_set)
+
+    def influence(self, images: torch.Tensor) -> torch.Tensor | None:
+        """What each image ``[n, 1, 28, 28]`` adds to the distance ``[n]``; ``None`` with fewer than 256 images.
+
+        See :func:`sostenuto.quality.spread.influence_on_frechet_distance`.
+        """
+        return spread.influence_on_frechet_distance(
+            self.network.extract(eight_bits(images)).features, self.training_set
+        )
 
     def test_logits(self) -> torch.Tensor:
         """What the classifier says of the test images, ``[10000, 10]``."""

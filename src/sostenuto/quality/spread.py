@@ -20,17 +20,18 @@ def of_share(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / (count + 4))
 
 
-def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | None:
-    """Standard error of the Fréchet distance of features ``[n, d]``, the reference taken as it is.
+def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian) -> torch.Tensor | None:
+    """What each of the features ``[n, d]`` adds to the Fréchet distance, up to a constant: ``[n]``; the reference is fixed.
 
     The distance is a smooth function of mean and covariance, so to first order (the delta method) it is a mean of
 
         2(μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ(1 − T)(x − μ₁),    T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^-½ Σ₂^½
 
-    over images. It says nothing of the bias, which the floor shows.
+    over images. It says nothing of the bias, which the floor shows. The distances of two sets whose images belong together in
+    pairs (the same noise) differ by a mean of differences: their standard error is :func:`of_mean` of those.
 
     Returns:
-        The standard error, or ``None`` with fewer than two images per feature, where the covariance is too uncertain.
+        The summands, or ``None`` with fewer than two images per feature, where the covariance is too uncertain.
     """
     if len(features) < 2 * features.shape[1]:
         return None
@@ -40,8 +41,13 @@ def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | 
     root = square_root(reference.cov)
     transport = root @ square_root(root @ centred.T.cov() @ root, inverse=True) @ root
     slope = torch.eye(len(mean), dtype=torch.float64) - transport
-    influence = 2 * centred @ (mean - reference.mean) + ((centred @ slope) * centred).sum(1)
-    return of_mean(influence)
+    return 2 * centred @ (mean - reference.mean) + ((centred @ slope) * centred).sum(1)
+
+
+def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | None:
+    """Standard error of the Fréchet distance of features ``[n, d]``; ``None`` with fewer than two images per feature."""
+    influence = influence_on_frechet_distance(features, reference)
+    return None if influence is None else of_mean(influence)
 
 
 def of_inception_score(logits: torch.Tensor, score: float) -> float | None:

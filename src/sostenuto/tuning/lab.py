@@ -67,7 +67,7 @@ class Lab:
     def __init__(
         self, settings: Settings, folder: Path | None, trial_samples: int, spent: Callable[[float], object]
     ) -> None:
-        self.settings, self._folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
+        self.settings, self.folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
         self.work = 0.0
         """What was done so far, in uncached generations of one row; what was found in the folder counts too."""
         self._counted: set[str] = set()
@@ -97,9 +97,9 @@ class Lab:
         fresh = [table for key, table in wanted.items() if key not in self._trials]
         if bench not in self._final and fresh not in ([], [None]):
             # Nothing is tried before the uncached one; an earlier run of this folder noted what it found, not the latents.
-            self._final[bench] = _shared(lambda table: self._made(bench, table)[1], [None])[0]
+            self._final[bench] = shared(lambda table: self._made(bench, table)[1], [None])[0]
         for part in _rounds(fresh):
-            for table, (trial, latents) in zip(part, _shared(lambda one: self._made(bench, one), part), strict=True):
+            for table, (trial, latents) in zip(part, shared(lambda one: self._made(bench, one), part), strict=True):
                 self._trials[_name(bench, table)] = trial
                 if table is None:
                     self._final[bench] = latents
@@ -108,7 +108,7 @@ class Lab:
     def _try(self, bench: str, table: CacheTable | None) -> Trial:
         self.prepare(bench, [table])
         key = _name(bench, table)
-        self._count(self._trials[key].work, key)
+        self.count(self._trials[key].work, key)
         return self._trials[key]
 
     def _made(self, bench: str, table: CacheTable | None) -> tuple[Trial, torch.Tensor]:
@@ -135,7 +135,7 @@ class Lab:
         return gather(self._read(name))[0]  # the first one's: the others may look when it has begun to write
 
     def _read(self, name: str) -> dict[str, Any]:
-        path = None if self._folder is None else self._folder / name
+        path = None if self.folder is None else self.folder / name
         if path is None or not path.exists():
             return {}
         try:
@@ -144,9 +144,9 @@ class Lab:
             raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
-        if self._folder is not None and world().is_main:
+        if self.folder is not None and world().is_main:
             publish_json(
-                self._folder / name, {**self._read(name), **content}, indent=1
+                self.folder / name, {**self._read(name), **content}, indent=1
             )  # another launch may be at it too
 
     # --- measurements --------------------------------------------------------------------------------------------
@@ -159,14 +159,14 @@ class Lab:
             undisturbed: the first process measures all of them while the others wait: what runs at the same time on one
                 machine disturbs its clock.
         """
-        path = None if self._folder is None else self._folder / "measurement.npz"
+        path = None if self.folder is None else self.folder / "measurement.npz"
         measured = on_main(lambda: Measurement.load(path) if path is not None and path.exists() else None)
         if measured is None:
             groups = [kinds] if undisturbed or world().size == 1 else [(kind,) for kind in kinds]
-            measured = joined_kinds(_shared(lambda group: self._measured(group, kinds), groups))
+            measured = joined_kinds(shared(lambda group: self._measured(group, kinds), groups))
             if path is not None and world().is_main:
                 measured.save(path)
-        self._count(measured.work, "measurement")
+        self.count(measured.work, "measurement")
         return measured
 
     def _measured(self, kinds: tuple[Kind, ...], all_kinds: tuple[Kind, ...]) -> Measurement:
@@ -192,14 +192,14 @@ class Lab:
         """
         self.respond([(kind, order, step)])
         known = self._responses[_response(kind, order, step)]
-        self._count(known["work"], "probed")  # the uncached generation beside it
-        self._count(known["work"], _response(kind, order, step))
+        self.count(known["work"], "probed")  # the uncached generation beside it
+        self.count(known["work"], _response(kind, order, step))
         return known["left"]
 
     def respond(self, reuses: Sequence[tuple[Kind, int, int]]) -> None:
         """Find responses that will be asked for; they count when they are."""
         for part in _rounds([reuse for reuse in reuses if _response(*reuse) not in self._responses]):
-            found = _shared(lambda reuse: self._responded(*reuse), part)
+            found = shared(lambda reuse: self._responded(*reuse), part)
             self._responses |= {_response(*reuse): one for reuse, one in zip(part, found, strict=True)}
             self._save("response.json", self._responses)
 
@@ -216,7 +216,7 @@ class Lab:
 
     # --- generations ---------------------------------------------------------------------------------------------
 
-    def _count(self, work: float, what: str) -> None:
+    def count(self, work: float, what: str) -> None:
         """Count what was done, however often it is asked for."""
         if what not in self._counted:
             self._counted.add(what)
@@ -224,7 +224,7 @@ class Lab:
             self._spent(work)
 
 
-def _shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """A function of all items on every process, each of which does its share alone."""
 
     def alone(item: T) -> R:
@@ -267,10 +267,10 @@ def _perturb_at(
 
 
 def _name(bench: str, table: CacheTable | None) -> str:
-    return f"{bench} {'uncached' if table is None else _key(table)}"
+    return f"{bench} {'uncached' if table is None else key_of(table)}"
 
 
-def _key(table: CacheTable) -> str:
+def key_of(table: CacheTable) -> str:
     """Names what a table does."""
     does = [
         state.value if isinstance(state, StepState) else sorted((s, a.value) for s, a in state.items())

@@ -9,6 +9,7 @@ from sostenuto.correct import check_noise_scale
 from sostenuto.errors import InputError
 from sostenuto.methods.checks import check_choice, is_number
 from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.published import PUBLISHED
 
 MAX_WORK = 50_000 / 30
 """What tuning may cost, in uncached generations of one row: a thirtieth of sampling 50 000 images, as EB-Cache's own table."""
@@ -23,13 +24,17 @@ class TuneOptions:
         budget: what speed is counted in: ``"macs"``, multiply-accumulates, or ``"time"``, what each kind of step took in the
             instrumented run, with what the sampler does between the denoiser's calls.
         prefer: what decides where quality has two sides: the ``"score"``, where one is given (ten times the error must buy a
-            score better by a fifth), or ``"nearness"`` to the uncached images alone.
+            score better by a tenth), or ``"nearness"`` to the uncached images alone.
         trial_samples: rows of every real generation that plans are compared by.
         refinements: local changes that are tried at every point of the frontier.
         tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and
             beyond what was measured, since errors add up in more ways than the model knows. Each is tried, the
             preferred one kept.
-        eps_scale_grid: the values of b that are tried where a score decides.
+        eps_scale_grid: the values of b that are tried where a score decides, beside FEB-Cache's b(τ), a b for the noisy half
+            of the time alone, and the factors that restore the norm of the uncached noise.
+        published: the calibrations whose plans compete at the speed-up that is asked for: ``"eb"``, ``"feb"``,
+            ``"smoothcache"``, and ``"smoothcache-site"``, which plans every branch of every block by itself; those that
+            ``kinds`` leave out don't.
         kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``; by default all that the network
             can. With ``"stack"`` alone the instrumented run keeps one tensor for a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.
@@ -41,7 +46,8 @@ class TuneOptions:
     trial_samples: int = 16
     refinements: int = 4
     tilts: tuple[float, ...] = (-3.0, 0.0, 3.0, 6.0)
-    eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+    eps_scale_grid: tuple[float, ...] = (0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01, 1.02)
+    published: tuple[str, ...] = PUBLISHED
     kinds: tuple[str, ...] | None = None
     max_work: float = MAX_WORK
 
@@ -61,6 +67,8 @@ class TuneOptions:
             raise InputError(
                 "kinds must hold 'stack' or 'branches': without a step that reuses everything little is gained"
             )
+        for name in self.published:
+            check_choice("published", name, PUBLISHED)
         check_noise_scale(self.eps_scale_grid)
 
     def as_dict(self) -> dict[str, Any]:

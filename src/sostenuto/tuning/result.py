@@ -41,6 +41,13 @@ class Point:
         return EBCache(self.table)
 
     @property
+    def origin(self) -> str:
+        """Where plan and noise scale come from, such as ``"searched, b 0.99"``."""
+        how = self.table.calibration
+        scale = how.get("noise_scale", 1.0)
+        return f"{how.get('plan', 'searched')}, {scale if isinstance(scale, str) else f'b {scale:g}'}"
+
+    @property
     def decibels(self) -> float:
         """Signal over error of the final latents, ``−10 log₁₀ error``: higher is nearer to the uncached images."""
         return -10 * math.log10(max(self.error, 1e-12))
@@ -57,6 +64,7 @@ class Point:
             "decibels": self.decibels,
             "score": self.score,
             "plan": self.table.strip(),
+            "origin": self.origin,
             "forecast_order": list(self.table.forecast_orders),
             "eps_scale": scale[0] if len(set(scale)) == 1 else list(scale),
         }
@@ -130,7 +138,7 @@ class Tuned:
             mark = " ←" if point is self.point else ""
             lines.append(
                 f"{point.target:6.2f}× {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {point.decibels:6.1f} dB{score}  "
-                f"{point.table.strip()}{mark}"
+                f"{point.table.strip()}  {point.origin}{mark}"
             )
         if scored:
             lines.append(f"score of the uncached images: {self.uncached_score:.3f}")

@@ -40,6 +40,19 @@ def cost_of(schedule: Schedule, costs: Mapping[str, float]) -> float:
     return spent / (steps * costs["compute"])
 
 
+def cost_of_table(table: CacheTable, costs: Mapping[str, float]) -> float:
+    """Mean cost of a step of a table; by its multiply-accumulates where it lists sites, whose cost apart is not known."""
+    whole = Kind.STACK if table.fill == "stack" else Kind.BRANCHES
+    kinds = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
+    spent = 0.0
+    for state in table.actions:
+        name = "compute" if state is StepState.COMPUTE else kinds[state].value if isinstance(state, StepState) else ""
+        if name not in costs:
+            return 1.0 if table.macs_fraction is None else table.macs_fraction
+        spent += costs[name]
+    return spent / (table.num_inference_steps * costs["compute"])
+
+
 def table_of(schedule: Schedule) -> CacheTable:
     """The schedule as a cache table."""
     states: list[StepState] = []

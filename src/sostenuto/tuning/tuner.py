@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sostenuto import compat
-from sostenuto.calibrations.base import Sample, Score, Settings
+from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
@@ -24,15 +25,16 @@ from sostenuto.progress import progress
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
 from sostenuto.tuning.advice import notes_on
-from sostenuto.tuning.lab import Lab, Trial
+from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
+from sostenuto.tuning.lab import Lab, Trial, shared
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.options import TuneOptions, check_speedup
+from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.result import Point, Tuned, pareto
-from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, neighbours, table_of, uniform
+from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, cost_of_table, table_of, uniform
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
-_NEARNESS = 0.1  # what nearness counts beside the score, in logarithms
 _WHOLES = (Kind.STACK, Kind.BRANCHES)
 _INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
 
@@ -109,13 +111,6 @@ def tune(
     return found
 
 
-class Planned(NamedTuple):
-    """A plan, with what says how much error its changes would make."""
-
-    plan: Schedule
-    model: ErrorModel
-
-
 class _Tuner:
     """One tuning, stage by stage."""
 
@@ -138,14 +133,18 @@ class _Tuner:
         self.weights = probe(self.lab, self.measured)
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
-        tilt = self._choose_tilt(pivot)
-        plan = self._refined(self._planned(pivot, tilt))
-        scale = self._choose_scale(plan)
-        points = [self._point(pivot, plan, scale)]  # what was asked for comes before the work runs out
+        choose = self.choose = Chooser(self.lab, self.options, self.by_score, self._can_spend, self._table)
+        searched = self._searched(pivot, self.options.tilts)
+        best = choose.best([*searched, *self._published(pivot)])
+        best = choose.better(choose.refined(best), best)
+        scale = choose.scale(best)
+        points = [self._point(pivot, best, scale)]  # what was asked for comes before the work runs out
+        tilt = (best if best.planned else choose.nearest(searched)[0]).planned
         others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
-        plans = [self._refined(self._planned(target, tilt)) for target in others]
+        tilts = (tilt.tilt,) if tilt else self.options.tilts
+        plans = [choose.refined(choose.nearest(self._searched(target, tilts))[0]) for target in others]
         if self.scored and world().size > 1:
-            self.lab.prepare("scored", [self._scaled(self._table(plan), scale) for plan in plans])
+            self.lab.prepare("scored", [choose.scaled(plan.table, scale) for plan in plans])
         points += [self._point(target, plan, scale) for target, plan in zip(others, plans, strict=True)]
         frontier = pareto(points)
         reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
@@ -185,105 +184,79 @@ class _Tuner:
             self._frontiers[family, tilt] = model, Frontier(model, self.costs)
         return self._frontiers[family, tilt]
 
-    # --- choosing by result --------------------------------------------------------------------------------------
+    # --- what is tried -------------------------------------------------------------------------------------------
 
-    def _planned(self, target: float, tilt: float) -> Planned:
-        """The best of the families' plans for a target, and of the uniform ones, which need no model to be tried."""
-        found: dict[Schedule, Planned] = {}
-        for family in self._families:
+    def _searched(self, target: float, tilts: Sequence[float]) -> list[Candidate]:
+        """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
+        found: dict[Schedule, Candidate] = {}
+        for tilt, family in itertools.product(tilts, self._families):
             model, frontier = self._frontier(family, tilt)
-            for plan in (frontier.schedule(1 / target), uniform(model, self.costs, 1 / target)):
+            plans = {
+                "searched": frontier.schedule(1 / target),
+                "interval": uniform(model, self.costs, 1 / target),
+            }
+            for name, plan in plans.items():
                 if plan is not None:
-                    found.setdefault(plan, Planned(plan, model))
-        self.lab.prepare("paired", [self._table(plan) for plan in found])
-        return min(found.values(), key=lambda planned: self.lab.trial(self._table(planned.plan)).error)
+                    found.setdefault(plan, Candidate(name, self._table(plan), Planned(plan, model, tilt)))
+        return list(found.values())
 
-    def _choose_tilt(self, pivot: float) -> float:
-        tilts = self.options.tilts
-        plans = {tilt: self._planned(pivot, tilt).plan for tilt in tilts}
-        if not self.by_score or len(set(plans.values())) == 1:
-            return min(tilts, key=lambda tilt: self.lab.trial(self._table(plans[tilt])).error)
-        if not self._can_spend(self._scoring_cost(len(tilts) / pivot)):
-            return tilts[0]
-        self.lab.prepare("scored", [self._table(plan) for plan in plans.values()])
-        return min(tilts, key=lambda tilt: _merit(self.lab.scored(self._table(plans[tilt]))))
-
-    def _refined(self, planned: Planned) -> Schedule:
-        """The plan after local changes, each tried for real, those first that the model likes best."""
-        plan, model = planned
-        best, tried = self.lab.trial(self._table(plan)).error, {plan}
-        for _ in range(self.options.refinements):
-            fresh = {other: model.total(other) for other in neighbours(plan) if other not in tried}
-            likely = sorted(fresh, key=fresh.__getitem__)[: world().size]  # each process tries one
-            step = next(iter(likely), None)
-            work = self.options.trial_samples * cost_of(plan, self.measured.macs)
-            if step is None or fresh[step] == float("inf") or not self._can_spend(work):
+    def _published(self, target: float) -> list[Candidate]:
+        """The plans of published calibrations within the cost."""
+        measured, found = self.measured, []
+        whole, share = measured.whole.value, 1 / target
+        if (
+            self.options.budget == "time"
+        ):  # the share of multiply-accumulates of a plan that takes this share of the time
+            relative = {name: cost / self.costs["compute"] for name, cost in self.costs.items()}
+            share = 1 - (1 - share) * (1 - measured.macs[whole]) / max(1e-9, 1 - relative[whole])
+        able: list[tuple[str, Calibration, float]] = []
+        for name, calibration in calibrations(self.options.published, share, tuple(measured.runs)).items():
+            work = work_of(calibration, measured.macs)
+            if not self._can_spend(work + sum(before for *_, before in able)):
                 break
-            tried.add(step)
-            self.lab.prepare("paired", [self._table(other) for other in likely if fresh[other] < float("inf")])
-            error = self.lab.trial(self._table(step)).error
-            if error < best:
-                plan, best = step, error
-        return plan
+            able.append((name, calibration, work))
 
-    def _choose_scale(self, plan: Schedule) -> float | None:
-        """b; ``None`` restores the norm of the uncached sampler's noise at every step."""
-        table = self._table(plan)
-        if not self.lab.trial(table).norms:
-            return 1.0
-        if not self.by_score:
-            kept, matched = self.lab.trial(table).error, self.lab.trial(self._matched(table)).error
-            return 1.0 if kept <= matched else None
-        scores: dict[float | None, float] = {}
-        grid = sorted({*self.options.eps_scale_grid, 1.0})
-        waiting: list[float | None] = [1.0, None]
-        while waiting and self._can_spend(self._scoring_cost(cost_of(plan, self.measured.macs))):
-            self.lab.prepare("scored", [self._scaled(table, scale) for scale in waiting[: world().size]])
-            scale = waiting.pop(0)
-            scores[scale] = _merit(self.lab.scored(self._scaled(table, scale)))
-            known = {b: value for b, value in scores.items() if b is not None}
-            best = grid.index(min(known, key=known.__getitem__))
-            nearby = [grid[place] for place in (best - 1, best + 1) if 0 <= place < len(grid)]
-            waiting += [b for b in nearby if b not in scores and b not in waiting]
-        return min(scores, key=scores.__getitem__, default=1.0)
+        def make(one: tuple[str, Calibration, float]) -> CacheTable | None:
+            folder = self.lab.folder
+            return calibrated(
+                one[1], self.lab.settings, None if folder is None else folder / f"published-{one[0]}-{target:g}x.json"
+            )
+
+        for (name, _, work), table in zip(able, shared(make, able), strict=True):
+            self.lab.count(work, f"published {name} {target:g}")
+            if table is not None and cost_of_table(table, self.costs) <= 1 / target + 1e-9:
+                found.append(Candidate(name, table))
+                other = int(not any(table.forecast_orders))  # forecasts in place of last values, or the other way round
+                found.append(Candidate(f"{name}, order {other}", table.filled(other)))
+        return found
 
     # --- tables --------------------------------------------------------------------------------------------------
 
     def _table(self, plan: Schedule) -> CacheTable:
         return replace(table_of(plan), **self.measured.made_for, macs_fraction=cost_of(plan, self.measured.macs))
 
-    def _scaled(self, table: CacheTable, scale: float | None) -> CacheTable:
-        if scale is None:
-            return self._matched(table)
-        return replace(table, eps_scale=(scale,) * table.num_inference_steps)
-
-    def _matched(self, table: CacheTable) -> CacheTable:
-        """The table with the factor at every step, computed or reused, that restores the norm of the uncached noise."""
-        wanted, norms = self.lab.trial(None).norms, self.lab.trial(table).norms
-        return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
-
-    def _point(self, target: float, plan: Schedule, scale: float | None) -> Point:
-        table = self._scaled(self._table(plan), scale)
-        share = cost_of(plan, self.measured.macs)
-        scored = self.scored and self._can_spend(self._scoring_cost(share))
+    def _point(self, target: float, candidate: Candidate, scale: Scale) -> Point:
+        table = self.choose.scaled(candidate.table, scale)
+        scored = self.scored and self._can_spend(self._scoring_cost(candidate.share))
         trial = self.lab.scored(table) if scored else self.lab.trial(table)
         how = {
             "num_samples": self.measured.num_samples,
             "seed": self.lab.settings.seed,
             "budget": self.options.budget,
             "target": target,
-            "noise_scale": "matched" if scale is None else scale,
+            "plan": candidate.name,
+            "noise_scale": scale,
             "error": trial.error,
             "score": trial.score,
         }
         return Point(
             target=target,
-            speedup=1 / cost_of(plan, self.costs),
-            ideal_speedup=1 / cost_of(plan, self.measured.macs),
-            time_speedup=1 / cost_of(plan, self.measured.times),
+            speedup=1 / cost_of_table(table, self.costs),
+            ideal_speedup=1 / candidate.share,
+            time_speedup=1 / cost_of_table(table, self.measured.times),
             error=trial.error,
             score=trial.score,
-            table=replace(table, calibration=how),
+            table=replace(table, method="tuned", calibration=how),
         )
 
     # --- what it costs -------------------------------------------------------------------------------------------
@@ -333,9 +306,10 @@ class _Tuner:
         work = self._least_work(kinds)
         tried = 6 + options.refinements
         work += options.trial_samples * (1 + sum(shares) * tried + 6 * len(options.tilts) / self.speedup)
+        work += sum(work_of(one, {}) for one in calibrations(options.published, 1 / self.speedup, kinds).values())
         if self.scored:
             rows = self.lab.scored(None).work
-            work += rows * (1 + sum(shares) + (len(options.tilts) + 5) / self.speedup * self.by_score)
+            work += rows * (1 + sum(shares) + 14 / self.speedup * self.by_score)
         if not world().is_main:
             return
         work = min(work, options.max_work)
@@ -344,16 +318,6 @@ class _Tuner:
             f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
             file=sys.stderr,
         )
-
-
-def _merit(trial: Trial) -> float:
-    """What a score decides by, lower is better: ``log score + log(error) / 10``.
-
-    A score of few images is partly chance, and two plans of like scores may be worlds apart in nearness: ten times the
-    error must buy a score that is better by a fifth. A score that is not above 0 has no logarithm and counts by itself.
-    """
-    score = 0.0 if trial.score is None else trial.score
-    return score if score <= 0 else math.log(score) + _NEARNESS * math.log(max(trial.error, 1e-9))
 
 
 def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:

@@ -1,0 +1,106 @@
+"""The plans of published calibrations, which compete with those that were searched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sostenuto import compat
+from sostenuto.calibrations.base import Calibration, Settings
+from sostenuto.calibrations.eb import EBCalibration
+from sostenuto.calibrations.feb import FEBCalibration
+from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
+from sostenuto.errors import MethodError
+from sostenuto.plan import Action
+from sostenuto.sites import Site, inspect
+from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning.measurement import Kind
+
+PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")
+"""What can compete; the last makes a plan of its own for every site of every block."""
+
+_NUM_SAMPLES = 8
+_ROUNDS = 8  # of a bisection, at most
+_MARGIN = 0.01  # a bisection ends within so much of its target
+_LONGEST = 5  # run of reuse
+
+
+def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> dict[str, Calibration]:
+    """The calibrations of these names that can be made with these kinds of reuse.
+
+    Args:
+        names: of :data:`PUBLISHED`.
+        share: of the uncached multiply-accumulates, that no plan may cost more than.
+        kinds: what may be reused.
+    """
+    if share <= 2 * _MARGIN:
+        return {}
+    target = share - _MARGIN
+    both, attention = StepState.REUSE_BOTH, StepState.REUSE_ATTENTION
+    able: dict[str, Calibration] = {
+        "eb": EBCalibration(
+            target_fraction=target,
+            fill="stack" if Kind.STACK in kinds else "branches",
+            candidates=(both, attention) if Kind.ATTENTION in kinds else (both,),
+        )
+    }
+    if {Kind.BRANCHES, Kind.ATTENTION, Kind.MLP} <= set(kinds):
+        able["feb"] = FEBCalibration(target_fraction=target)
+        for name, group in (("smoothcache", "type"), ("smoothcache-site", "site")):
+            able[name] = SmoothCacheCalibration(
+                target_fraction=target,
+                max_lag=_LONGEST,
+                group_by=group,  # type: ignore[arg-type]
+            )
+    return {name: able[name] for name in names if name in able}
+
+
+def work_of(calibration: Calibration, macs: Mapping[str, float]) -> float:
+    """The most that a calibration costs, in uncached generations of one row: every step of Algorithm 1 tries its candidates."""
+    if not isinstance(calibration, EBCalibration):
+        return float(_NUM_SAMPLES)
+    names = {StepState.REUSE_ATTENTION: "attention", StepState.REUSE_MLP: "mlp"}
+    tried = sum(macs.get(names.get(state, ""), 0.0) for state in calibration.candidates)
+    return _NUM_SAMPLES * _ROUNDS * (1 + tried)
+
+
+def calibrated(calibration: Calibration, settings: Settings, path: Path | None) -> CacheTable | None:
+    """The plan that a calibration makes, without a noise scale; ``None`` where it can't be made for this model.
+
+    Args:
+        calibration: which.
+        settings: of the tuning; its seed is taken, its score is not.
+        path: where the table is kept.
+    """
+    if path is not None and path.exists():
+        return CacheTable.load(path)
+    steps = settings.num_inference_steps
+    noise = torch.Generator(settings.generator.device if settings.generator else "cpu").manual_seed(settings.seed)
+    plain = replace(settings, num_samples=_NUM_SAMPLES, generator=noise, score=None, show_progress=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a plan that misses the cost is left out by the caller
+            made: CacheTable = calibration.run(plain)
+    except MethodError:
+        return None
+    table = replace(_by_states(made, inspect(compat.find_denoiser(settings.target))), eps_scale=(1.0,) * steps)
+    if path is not None:
+        table.save(path)
+    return table
+
+
+def _by_states(table: CacheTable, sites: Sequence[Site]) -> CacheTable:
+    """The table with a state for every step that lists its sites, where a state does the same at every such step."""
+    does = {frozenset(site.id for site in sites if state.skips(site)): state for state in StepState}
+    states = [
+        state
+        if isinstance(state, StepState)
+        else does.get(frozenset(site for site, action in state.items() if action is not Action.COMPUTE))
+        for state in table.actions
+    ]
+    known = [state for state in states if state is not None]
+    return replace(table, actions=tuple(known)) if len(known) == len(states) else table
