@@ -15,6 +15,7 @@ from sostenuto.cost import Cost
 from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
+from sostenuto.features import Feature, leaves
 from sostenuto.methods import NoCache, SmoothCache
 from sostenuto.methods.smoothcache import GroupBy, ReuseErrors, check_options
 from sostenuto.plan import Op
@@ -179,9 +180,12 @@ class ErrorMeter:
         return output
 
 
-def relative_l1(stale: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """``‖stale − fresh‖₁ / ‖fresh‖₁``, the mean over the rows of ``[rows, …]``; 0 where both are all zeros."""
-    stale, fresh = stale.flatten(1).float(), fresh.flatten(1).float()
+def relative_l1(stale: Feature, fresh: Feature) -> torch.Tensor:
+    """``‖stale − fresh‖₁ / ‖fresh‖₁``, the mean over the rows of ``[rows, …]``; 0 where both are all zeros.
+
+    Of joint attention all streams together.
+    """
+    stale, fresh = (torch.cat([part.flatten(1).float() for part in leaves(value)], dim=1) for value in (stale, fresh))
     return ((stale - fresh).abs().sum(1) / fresh.abs().sum(1).clamp_min(1e-30)).mean()
 
 
