@@ -1,79 +1,200 @@
-"""Every method on the demo model at equal measured speed: 50 DDIM steps, of each method the setting nearest to the speed.
+"""Every method on the demo model at equal cost: 50 DDIM steps, of each method the setting nearest to the speed-up by MACs.
 
-    python benchmarks/methods.py --num-images 5000 --speedups 1.5 2 3 --output runs/methods --json docs/results/methods.json
+    python benchmarks/methods.py --num-images 5000 --dtype bfloat16 --output runs/methods --json docs/results/methods.json
 
-Calibrated methods are calibrated first, on 8 samples. Then every setting is timed against the uncached sampler, pair by
-pair, and the nearest one of each method is sampled with the same noise and labels. What an interrupted run has done is
-kept in the output folder.
+Calibrated methods are calibrated first, on 8 samples. Then every setting's multiply-accumulates are counted in one small
+generation, and of each method the setting nearest to each target (within 15 %) is sampled with the same noise and labels; a
+method that gets to none of them has one row at the most it does. Some are sampled again with a calibrated noise scale. The
+measured speed-up is in the results besides. What an interrupted run has done is kept in the output folder, and several
+processes can share the sampling: `--shard 0 2` and `--shard 1 2`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import time
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from tqdm import tqdm
 
 import sostenuto
-from sostenuto.calibrations import EBCalibration, FEBCalibration, SmoothCacheCalibration
-from sostenuto.demo.compare import Entry, Settings, demo_sample, run_entries
+from sostenuto.calibrations import (
+    Calibration,
+    DiTFastAttnCalibration,
+    EBCalibration,
+    EpsilonScalingCalibration,
+    FEBCalibration,
+    MagCacheCalibration,
+    SmoothCacheCalibration,
+    TeaCacheCalibration,
+)
+from sostenuto.demo import data
+from sostenuto.demo.compare import Entry, Settings, demo_sample, labels_of, run_entries, with_solver
+from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import load_demo_pipeline
 from sostenuto.demo.show import terminal_table
 from sostenuto.methods.base import Method
 
 STEPS = 50
 FRACTIONS = (0.64, 0.48, 0.32)  # of the multiply-accumulates, for the methods that are calibrated to a cost
+NEAR = math.log(1.15)
+COMBINED = ("FORA", "ToCa", "L2C", "TaylorSeer", "SmoothCache")  # sampled with a noise scale of their own, too
+SAMPLES = 8
+SCALE_SAMPLES = 64  # a second moment needs more than the choice of steps
 
 
-def settings_of_every_method(pipe) -> Iterator[tuple[str, Method]]:
-    """The name of a method and one of its settings."""
+@dataclass
+class Workshop:
+    """Calibrations and counts, each made once and kept in a folder."""
 
-    def calibrated(calibration):
-        generator = torch.Generator().manual_seed(0)
-        return sostenuto.calibrate(pipe, calibration, demo_sample(8), num_inference_steps=STEPS, generator=generator)
+    pipe: Any
+    folder: Path
+    search_images: int
+    data: Path | None
+
+    def calibrated(self, name: str, calibration: Calibration, result: type, num_samples: int = SAMPLES) -> Any:
+        """What a calibration made, from its file where there is one."""
+        path = self.folder / "calibrated" / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scored: dict[str, Any] = {}
+            if self.search_images and isinstance(calibration, EBCalibration):
+                scored = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+            made = sostenuto.calibrate(
+                self.pipe,
+                calibration,
+                demo_sample(num_samples),
+                num_inference_steps=STEPS,
+                num_samples=num_samples,
+                generator=torch.Generator().manual_seed(0),
+                **scored,
+            )
+            written = path.with_name(f"{path.stem}-{os.getpid()}.new")
+            made.save(written)
+            written.replace(path)
+        return result.load(path)
+
+    def with_noise_scale(self, name: str, method: Method) -> Method:
+        """The method with the factors that its exposure bias wants, measured on training images where they are at hand."""
+        try:
+            real = data.of_labels("train", labels_of(SCALE_SAMPLES).tolist(), self.data)
+        except FileNotFoundError:
+            real = None
+        calibration = EpsilonScalingCalibration(caching=method, real_latents=real)
+        scales = self.calibrated(f"scale-{_digest(method)}", calibration, sostenuto.NoiseScales, SCALE_SAMPLES)
+        return method | sostenuto.EpsilonScaling(scales)
+
+    def speedup(self, method: Method) -> float:
+        """By multiply-accumulates, of a generation of ten images."""
+        path = self.folder / "counted.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if (key := _digest(method)) not in known:
+            with sostenuto.enable(self.pipe, method) as handle:
+                self.pipe([*range(10)], STEPS, generator=torch.Generator().manual_seed(0), output_type="latent")
+                known[key] = handle.stats.ideal_speedup
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = path.with_name(f"counted-{os.getpid()}.new")
+            written.write_text(json.dumps(known, indent=1))
+            written.replace(path)
+        return known[key]
+
+
+def _digest(method: Method) -> str:
+    return hashlib.sha256(repr(method).encode()).hexdigest()[:16]
+
+
+def settings_of_every_method(shop: Workshop, only: list[str] | None = None) -> dict[str, list[Method]]:
+    """The settings of each method, by its name; of some methods only where they are listed."""
+    grid: dict[str, list[Method]] = {}
+
+    def add(name: str, make: Callable[..., Method], *arguments: Any, **options: Any) -> None:
+        if only is None or name in only:
+            made = [part() if callable(part) else part for part in arguments]  # calibrated where it is needed
+            grid.setdefault(name, []).append(make(*made, **options))
+
+    def linear(make: Callable[..., Method]) -> Callable[..., Method]:
+        return lambda *arguments: make(*arguments) | sostenuto.Forecast(1)
 
     for fraction in FRACTIONS:
-        options = dict(target_fraction=fraction, max_consecutive_reuse=4, fill="stack")
-        yield "EB-Cache", sostenuto.EBCache(calibrated(EBCalibration(**options)))
-        options.pop("fill")
-        yield "FEB-Cache", sostenuto.FEBCache(calibrated(FEBCalibration(**options)))
-        yield (
-            "SmoothCache",
-            sostenuto.SmoothCache(calibrated(SmoothCacheCalibration(target_fraction=fraction, max_lag=4))),
+        options: dict[str, Any] = dict(
+            target_fraction=fraction, max_consecutive_reuse=4, eps_scale_grid=(0.98, 0.99, 1.0, 1.01, 1.02)
         )
-    ratios = calibrated(sostenuto.MagCacheCalibration())
-    for threshold, most in ((0.06, 1), (0.12, 2), (0.24, 4)):
-        yield "MagCache", sostenuto.MagCache(ratios, threshold, most, retention=0.1)
-    fit = calibrated(sostenuto.TeaCacheCalibration())
-    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3):
-        yield "TeaCache", sostenuto.TeaCache(fit, threshold)
-    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3):
-        yield "DBCache", sostenuto.DBCache(1, 0, threshold, warmup=2)
-    for interval in (2, 3, 4, 5):
-        yield "FORA", sostenuto.FORA(interval)
-        yield "FORA, linear", sostenuto.FORA(interval, forecast_order=1)
-        yield "TaylorSeer", sostenuto.TaylorSeer(interval, 2, 2)
-        yield "AB-Cache", sostenuto.ABCache(2, 3, interval)
-        yield "ToCa", sostenuto.ToCa(interval)
-        yield "DuCa", sostenuto.DuCa(interval)
-        yield "Δ-DiT", sostenuto.DeltaDiT(interval)
-        yield "PAB", sostenuto.PAB(interval, window=(100, 850))
+        eb = partial(shop.calibrated, f"eb-{fraction}", EBCalibration(fill="stack", **options), sostenuto.CacheTable)
+        add("EB-Cache", sostenuto.EBCache, eb)
+        add("EB-Cache | linear", linear(sostenuto.EBCache), eb)
+        feb = partial(shop.calibrated, f"feb-{fraction}", FEBCalibration(**options), sostenuto.CacheTable)
+        add("FEB-Cache", sostenuto.FEBCache, feb)
+        own = SmoothCacheCalibration(target_fraction=fraction, max_lag=4)
+        smooth = partial(shop.calibrated, f"smoothcache-{fraction}", own, sostenuto.CacheTable)
+        add("SmoothCache", sostenuto.SmoothCache, smooth)
+        add("SmoothCache | linear", linear(sostenuto.SmoothCache), smooth)
+        measured = MagCacheCalibration(1 - fraction, retention=0.1)
+        add(
+            "MagCache",
+            sostenuto.MagCache,
+            partial(shop.calibrated, f"mag-{fraction}", measured, sostenuto.MagCacheRatios),
+        )
+        fitted = TeaCacheCalibration(target_skipped=1 - fraction)
+        add("TeaCache", sostenuto.TeaCache, partial(shop.calibrated, f"tea-{fraction}", fitted, sostenuto.TeaCacheFit))
+    for theta in (0.05, 0.1, 0.15, 0.3, 0.6):
+        greedy = partial(
+            shop.calibrated, f"ditfastattn-{theta}", DiTFastAttnCalibration(theta=theta), sostenuto.CacheTable
+        )
+        add("DiTFastAttn", sostenuto.DiTFastAttn, greedy)
+    for threshold in (0.02, 0.05, 0.1, 0.3, 0.5, 0.9):
+        add("L2C", sostenuto.L2C, threshold=threshold)
+    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5):
+        add("DBCache", sostenuto.DBCache, 1, 0, threshold, warmup=2)
+        add("DBCache | linear", sostenuto.DBCache, 1, 0, threshold, warmup=2, forecast_order=1)
+    for interval in (2, 3, 4, 5, 6):
+        add("FORA", sostenuto.FORA, interval)
+        add("FORA | linear", linear(sostenuto.FORA), interval)
+        add("TaylorSeer", sostenuto.TaylorSeer, interval, 2, 2)
+        add("TaylorSeer, official", sostenuto.TaylorSeer, interval, 2, 2, differences="last-gap")
+        add("AB-Cache", sostenuto.ABCache, 2, 3, interval)
+        add("ToCa", sostenuto.ToCa, interval)
+        add("DuCa", sostenuto.DuCa, interval)
+        add("Δ-DiT", sostenuto.DeltaDiT, interval)
+        add("PAB", sostenuto.PAB, interval, window=(100, 850))
+    return grid
 
 
-def seconds(pipe, method: Method | None, batch: int) -> float:
-    """Time of one generation."""
-    labels = [i % 10 for i in range(batch)]
-    with sostenuto.enable(pipe, method or sostenuto.NoCache()):
-        began = time.perf_counter()
-        pipe(labels, STEPS, generator=torch.Generator().manual_seed(0), output_type="latent")
-        return time.perf_counter() - began
+def chosen(
+    grid: dict[str, list[Method]], speedup: Callable[[Method], float], targets: list[float]
+) -> list[tuple[float | None, str, Method]]:
+    """Target, name and setting of every row: the nearest setting within 15 %; target ``None`` for a method without any."""
+    rows: list[tuple[float | None, str, Method]] = []
+    for name, methods in grid.items():
+        counted = [(speedup(method), method) for method in methods]
+        own: list[tuple[float | None, str, Method]] = []
+        for target in targets:
+            found, method = min(counted, key=lambda pair: abs(math.log(pair[0] / target)))
+            if abs(math.log(found / target)) <= NEAR:
+                own.append((target, name, method))
+        rows += own or [(None, name, max(counted, key=lambda pair: pair[0])[1])]
+    return sorted(rows, key=lambda row: row[0] or 0)
+
+
+def entries(shop: Workshop, grid: dict[str, list[Method]], targets: list[float]) -> list[Entry]:
+    """The rows; the first is the uncached sampler."""
+    found = [Entry("uncached", sostenuto.NoCache(), STEPS, "ddim")]
+    for target in targets:
+        steps = round(STEPS / target)
+        found.append(Entry(f"{target:g}x: {steps} steps", sostenuto.NoCache(), steps, "ddim", reference=None))
+    for target, name, method in tqdm(chosen(grid, shop.speedup, targets), desc="noise scales"):
+        speed = "at most" if target is None else f"{target:g}x"
+        found.append(Entry(f"{speed}: {name}", method, STEPS, "ddim"))
+        if name in COMBINED:
+            found.append(Entry(f"{speed}: {name} | ε-scaling", shop.with_noise_scale(name, method), STEPS, "ddim"))
+    return found
 
 
 def main() -> None:
@@ -81,36 +202,28 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--search-images", type=int, default=200, help="per value of EB-Cache's b; 0: not searched, 1")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
+    parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), help="this process's part, and their number")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="folder with Fashion-MNIST's files, for the noise scales")
+    parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     pipe = load_demo_pipeline()
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    timed = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        for name, method in tqdm(list(settings_of_every_method(pipe)), desc="time"):
-            seconds(pipe, method, 16)  # warm-up
-            pairs = [(seconds(pipe, None, 16), seconds(pipe, method, 16)) for _ in range(options.pairs)]
-            timed.append((name, method, median(a / b for a, b in pairs)))
-
-    entries = [Entry("uncached", sostenuto.NoCache(), STEPS, "ddim")]
-    for target in options.speedups:
-        steps = round(STEPS / target)
-        entries.append(Entry(f"{target:g}x: {steps} steps", sostenuto.NoCache(), steps, "ddim", reference=None))
-        for name in dict.fromkeys(name for name, *_ in timed):
-            own = [(method, speed) for n, method, speed in timed if n == name]
-            method, speed = min(own, key=lambda pair: abs(math.log(pair[1] / target)))
-            if abs(math.log(speed / target)) < math.log(1.15):
-                entries.append(Entry(f"{target:g}x: {name}", method, STEPS, "ddim"))
-    results = run_entries(
-        options.output, entries, Settings(options.num_images, options.batch_size, dtype=options.dtype)
-    )
-    results["settings"] = {entry.name: repr(entry.method)[:200] for entry in entries}
+    shop = Workshop(pipe, options.output, options.search_images, options.data)
+    with with_solver(pipe, "ddim"), torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        grid = settings_of_every_method(shop, options.only)
+        rows = entries(shop, grid, options.speedups)
+    settings = Settings(options.num_images, options.batch_size, dtype=options.dtype, shard=tuple(options.shard))
+    results = run_entries(options.output, rows, settings)
+    if results.get("missing"):
+        print(f"{results['missing']} batches are left to the other processes: run again when they are done")
+        return
+    results["settings"] = {entry.name: repr(entry.method)[:200] for entry in rows}
     print(terminal_table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

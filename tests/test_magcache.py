@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 import block_oracle as oracle
 import sostenuto
-from conftest import build_tiny, sample_loop
+from conftest import build_tiny, sample, sample_loop
 from sostenuto import MagCache, MagCacheCalibration, MagCacheRatios, MethodError, TableError
 from sostenuto.cli import main
 from sostenuto.methods.base import Facts
@@ -77,7 +77,8 @@ def test_the_published_table_and_settings():
     assert MagCache.wan_1_3b(TABLE) == MagCache(TABLE, 0.12, 4, 0.2)
     assert MagCache.wan_14b(TABLE) == MagCache(TABLE, 0.24, 6, 0.2)
     assert MagCache.qwen_image(TABLE) == MagCache(TABLE, 0.06, 2, 0.2)
-    assert (MagCache().threshold, MagCache().max_consecutive, MagCache().retention) == (0.06, 3, 0.2)
+    ratios = [1.0, 1.3, 0.8, 1.02, 1.01] * 6  # diffusers' defaults
+    assert MagCache().skipped(ratios, 30) == MagCache(None, 0.06, 3, 0.2).skipped(ratios, 30)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -215,3 +216,48 @@ def test_the_command_line_calibrates_and_generates_with_the_file(tmp_path, capsy
     stats = ["--no-compare", "--output", str(tmp_path / "g.png"), "--json", str(numbers)]
     assert main(["generate", *few, "--table", path, *stats]) == 0
     assert json.loads(numbers.read_text())["num_steps"] == 6
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.8])
+def test_a_cost_chooses_threshold_and_the_fewest_skips_in_a_row(model, fraction):
+    steps = 20
+    measured = sostenuto.calibrate(
+        model,
+        MagCacheCalibration.at_cost(fraction),
+        sample,
+        num_inference_steps=steps,
+        num_samples=2,
+        scheduler=model.scheduler_for_test,
+    )
+    chosen = measured.calibration
+    with sostenuto.enable(model, MagCache(measured), scheduler=model.scheduler_for_test) as handle:
+        sample(model, torch.Generator().manual_seed(0), steps)
+        ran = sum(row == ["reuse"] for row in handle.stats.plan) / steps
+    assert ran == pytest.approx(chosen["skipped"])
+    assert abs(ran - (1 - fraction)) <= 0.1
+    fewer = MagCache(measured.ratios, 1e9, chosen["max_consecutive"] - 1)
+    assert sum(fewer.skipped(measured.ratios, steps)) / steps < 1 - fraction
+    with pytest.raises(MethodError, match="no cost to choose"):
+        sostenuto.EpsilonScalingCalibration.at_cost(0.5)
+
+
+def test_a_cost_below_what_can_be_skipped_is_refused(model):
+    with pytest.raises(MethodError, match="can be skipped at most"):
+        sostenuto.calibrate(
+            model,
+            MagCacheCalibration(0.9),
+            sample,
+            num_inference_steps=10,
+            num_samples=2,
+            scheduler=model.scheduler_for_test,
+        )
+
+
+def test_the_users_own_bounds_come_before_the_calibrations(scheduler):
+    measured = MagCacheRatios(TABLE, calibration={"threshold": 0.5, "max_consecutive": 7, "retention": 0.0})
+    assert MagCache(measured).prepare(build_tiny(1), scheduler).threshold == 0.5
+    mine = MagCache(measured, threshold=0.1, max_consecutive=1).prepare(build_tiny(1), scheduler)
+    assert (mine.threshold, mine.max_consecutive, mine.retention) == (0.1, 1, 0.0)
+    wrong = MagCacheRatios(TABLE, calibration={"threshold": "a"})
+    with pytest.raises(MethodError, match="threshold"):
+        MagCache(wrong).prepare(build_tiny(1), scheduler)

@@ -130,6 +130,13 @@ def test_flow_matching_is_refused(tiny):
             sostenuto.enable(tiny, TimeShift(), scheduler=scheduler)
 
 
+def test_timesteps_that_are_none_of_the_training_grids_are_refused(tiny):
+    """They are a quarter of log σ, all below the cut-off: nothing would ever be shifted."""
+    scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(MethodError, match="use timestep_type='discrete'"):
+        sostenuto.enable(tiny, TimeShift(), scheduler=scheduler)
+
+
 def test_published_settings():
     assert TimeShift.f_pndm_cifar10() == TimeShift(window=5, cutoff=550)
     assert TimeShift.dpm_solver_cifar10() == TimeShift(window=30, cutoff=300)

@@ -81,6 +81,10 @@ class BlocksTap(Tap):
         """All but a part of the tokens."""
         return action is not Action.PARTIAL and super().can(action)
 
+    def sample_of(self, feature: Feature) -> torch.Tensor:
+        """The sample's stream of what the range keeps, which blocks of two streams return along with the text's."""
+        return self._streams[-1].of_sample(feature)
+
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
         super().begin(op)
@@ -240,6 +244,10 @@ class _Streams:
     def main(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """The first stream: the sample's."""
         return self._argument(next(iter(self._streams)), args, kwargs)
+
+    def of_sample(self, output: Any) -> torch.Tensor:
+        """The first stream of what a block returns."""
+        return output if len(self._returns) == 1 else output[self._returns.index(self._streams[0])]
 
     def handed_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a block that changes nothing returns."""

@@ -234,7 +234,7 @@ class DryRun:
                 tap.begin(Op.DECIDE if decides else op)
                 tap.slots, tap.residual = [empty(output) for _ in range(8)], [empty(cost.site_residuals[index])]
                 tap.weights = torch.empty(2, dtype=first.dtype, device=first.device)
-                tap.tokens = torch.empty(tokens[index], dtype=torch.long, device=first.device)
+                tap.tokens = torch.arange(tokens[index], device=first.device)  # the call may run on real data
                 if decides and isinstance(tap, BlocksTap):
                     tap.decide = lambda _, op=op: op
 

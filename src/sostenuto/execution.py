@@ -202,7 +202,7 @@ class Executor:
         for index in row.partial:
             if index not in state.absent:
                 assert plan is not None
-                slot = kept(state.slots[index][0])
+                slot = self._taps[index].output(kept(state.slots[index][0]))
                 if isinstance(slot, torch.Tensor) and slot.ndim == 3:  # else it is reused as it is
                     num_tokens[index] = int(plan.ratios[step][index] * slot.shape[1])
                     wanted.append(Wanted(index, tuple(slot.shape), num_tokens[index]))
@@ -212,7 +212,7 @@ class Executor:
         if state.selector is None:
             name = self._sites[wanted[0].site].id
             raise MethodError(f"the plan runs {name} for some tokens, but the method doesn't choose them")
-        device = kept(state.slots[wanted[0].site][0]).device
+        device = next(leaves(kept(state.slots[wanted[0].site][0]))).device
         for site, tokens in zip(wanted, state.selector.select(step, wanted, device), strict=True):
             self._taps[site.site].tokens = tokens
         return num_tokens

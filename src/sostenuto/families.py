@@ -398,7 +398,7 @@ ANATOMIES: dict[str, Anatomy] = {
                 "transformer_blocks",
                 (
                     Branch(_JOINT, "attn", ("norm1",)),  # norm1_context serves the cross-attention too
-                    Branch(_CROSS, "cross_attn"),  # reads the joint attention's output
+                    Branch(_CROSS, "cross_attn", tokenwise=False),  # reads joint attention's output, rotates its tokens
                     _FF,
                     Branch(_MLP, "ff_context", ("norm2_context",)),
                 ),

@@ -29,7 +29,7 @@ class Site:
         front: paths of the modules in front that feed only this branch, see :class:`~sostenuto.anatomy.Branch`.
         hollow: paths of the modules on the way that are skipped with it.
         calls: how often one denoiser call calls the module.
-        tokenwise: whether it can be run for some tokens.
+        tokenwise: whether tokens come out one by one as they go in, where the kind is one of which that is expected.
         optional: whether some calls of the denoiser leave it out.
         last_block: position of the last block of a range, or of the block itself where that is the branch.
         residual: whether what a range adds to its input is kept, instead of its output.
@@ -46,6 +46,17 @@ class Site:
     optional: bool = False
     last_block: int | None = None
     residual: bool = False
+
+    @property
+    def takes_some_tokens(self) -> bool:
+        """Whether it can be run for some tokens.
+
+        Of attention and MLP with a shared projection the MLP can, behind a norm of its own and with what attention gave those
+        tokens before.
+        """
+        if not self.tokenwise or self.calls > 1 or self.kind is SiteKind.JOINT_ATTENTION:
+            return False
+        return self.kind is not SiteKind.FUSED or (bool(self.front) and len(self.hollow) == 1)
 
     def covers(self, other: Site) -> bool:
         """Whether the other site lies within this one, and is not reached when this one is skipped."""

@@ -17,7 +17,7 @@ from sostenuto.plan import Action, Op
 from sostenuto.sites import Site
 
 # Members of an enum are slow to look up, and these are asked for at every call of every module that is tapped.
-_COMPUTE, _PARTIAL, _FILLED = int(Op.COMPUTE), int(Op.PARTIAL), int(Op.REUSE | Op.FORECAST)
+_COMPUTE, _FILLED = int(Op.COMPUTE), int(Op.REUSE | Op.FORECAST)
 
 
 class Watched(NamedTuple):
@@ -53,6 +53,10 @@ class Tap(Attachment):
     def feature(self, output: Any) -> Feature:
         """What of the last module's output is kept."""
         return output
+
+    def output(self, feature: Feature) -> Feature:
+        """What of a kept feature stands in for the last module's output."""
+        return feature
 
     def can(self, action: Action) -> bool:
         """Whether it can carry out an action."""
@@ -192,13 +196,7 @@ class BranchTap(Tap):
 
     def can(self, action: Action) -> bool:
         """Some tokens only where tokens go in one by one and come out so."""
-        if action is Action.PARTIAL:
-            return (
-                self.site.tokenwise
-                and self.site.calls == 1
-                and self.site.kind not in (SiteKind.JOINT_ATTENTION, SiteKind.FUSED)
-            )
-        return super().can(action)
+        return self.site.takes_some_tokens if action is Action.PARTIAL else super().can(action)
 
     def begin(self, op: int) -> None:
         """Get ready for a denoiser call."""
@@ -261,10 +259,9 @@ class BranchTap(Tap):
         self, compute: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """Run the branch for the chosen tokens; the others keep their last output."""
-        slot, tokens = kept(self.slots[0]), self.tokens
+        slot, tokens = self.output(kept(self.slots[0])), self.tokens
         assert tokens is not None
-        if not self.front:  # else what is in front has picked the tokens already
-            args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
+        args, kwargs = self.picked(args, kwargs, tokens)
         output = compute(*args, **kwargs)
         if output.requires_grad:  # the gradients of the chosen tokens are kept
             places = tokens if tokens.ndim == 1 else tokens[..., None].expand_as(output)
@@ -277,17 +274,21 @@ class BranchTap(Tap):
             slot.scatter_(1, tokens[..., None].expand_as(output), output.detach())
         return slot
 
+    def picked(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: torch.Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the branch for the chosen tokens.
+
+        Not those of the norm in front: where every token has a timestep of its own, so has the modulation between the two.
+        """
+        return with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
+
     def narrow(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """What stands in for the ``forward`` of a module in front."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            op = self.op
-            if op & _FILLED:
+            if self.op & _FILLED:
                 args, kwargs = with_first(args, kwargs, _first_token)  # of what it returns only the rest is read
-            elif op == _PARTIAL:
-                tokens = self.tokens
-                assert tokens is not None
-                args, kwargs = with_first(args, kwargs, lambda hidden_states: pick(hidden_states, tokens))
             return compute(*args, **kwargs)
 
         return forward

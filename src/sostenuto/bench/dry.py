@@ -17,6 +17,7 @@ from sostenuto.bench.subjects import scheduler_like
 from sostenuto.cost import Carried, TensorSpec
 from sostenuto.engine import attach
 from sostenuto.errors import InputError, MethodError
+from sostenuto.features import leaves
 from sostenuto.methods import Method, NoCache
 from sostenuto.methods.base import Facts
 from sostenuto.plan import Op, lower, peak_bytes
@@ -74,11 +75,10 @@ def carried(ops: Sequence[Op], ratios: Sequence[float], outputs: Sequence[Any]) 
     """What a step with these ops carries out: of partial sites how many tokens; where that is none the output is reused."""
     if Op.PARTIAL not in ops:
         return Carried(tuple(ops))
+    kept = (next(leaves(output, TensorSpec), None) for output in outputs)  # of a pair the branch's output is the first
     num_tokens = [
-        int(ratio * output.shape[1])
-        if op == Op.PARTIAL and isinstance(output, TensorSpec) and len(output.shape) == 3
-        else 0
-        for op, ratio, output in zip(ops, ratios, outputs, strict=True)
+        int(ratio * output.shape[1]) if op == Op.PARTIAL and output is not None and len(output.shape) == 3 else 0
+        for op, ratio, output in zip(ops, ratios, kept, strict=True)
     ]
     done = (Op.REUSE if op == Op.PARTIAL and not n else op for op, n in zip(ops, num_tokens, strict=True))
     return Carried(tuple(done), tuple(num_tokens))

@@ -97,8 +97,12 @@ class Calibration:
 
     @classmethod
     def at_cost(cls, fraction: float) -> Calibration:
-        """The calibration for this share of the uncached multiply-accumulates, where the method's cost is a choice."""
-        return cls()
+        """The calibration for this share of the uncached multiply-accumulates.
+
+        Raises:
+            MethodError: what is measured has no cost to choose.
+        """
+        raise MethodError(f"the calibration of {cls.method} has no cost to choose: leave out --target-fraction")
 
     @classmethod
     def default_for(cls, settings: Settings) -> Calibration:

@@ -183,12 +183,10 @@ class ErrorMeter:
 def relative_l1(stale: Feature, fresh: Feature) -> torch.Tensor:
     """``‖stale − fresh‖₁ / ‖fresh‖₁``, the mean over the rows of ``[rows, …]``; 0 where both are all zeros.
 
-    Of features with several streams (image and text) both norms are over all of them.
+    Of joint attention all streams together.
     """
-    pairs = [(s.flatten(1).float(), f.flatten(1).float()) for s, f in zip(leaves(stale), leaves(fresh), strict=True)]
-    gap = torch.stack([(s - f).abs().sum(1) for s, f in pairs]).sum(0)
-    size = torch.stack([f.abs().sum(1) for _, f in pairs]).sum(0)
-    return (gap / size.clamp_min(1e-30)).mean()
+    stale, fresh = (torch.cat([part.flatten(1).float() for part in leaves(value)], dim=1) for value in (stale, fresh))
+    return ((stale - fresh).abs().sum(1) / fresh.abs().sum(1).clamp_min(1e-30)).mean()
 
 
 def _rounded(value: float) -> float:

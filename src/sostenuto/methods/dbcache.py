@@ -30,7 +30,7 @@ class DBCache(Method):
         front_blocks: F_n, blocks that always run and give the signal, 1 or more.
         back_blocks: B_n, blocks behind the skipped ones that always run, 0 or more; one block at least is left between.
         threshold: bound of d. At 0 and below nothing is ever cached; at 1 and above everything that the counts below allow.
-        warmup: steps at the beginning that are computed, 0 or more; the first one is in any case.
+        warmup: steps at the beginning of the generation that are computed, 0 or more; the first one is in any case.
         max_cached: most steps of a generation that are cached; ``None``: no bound.
         max_consecutive: most steps in a row that are cached, 1 or more; ``None``: no bound.
         forecast_order: how the middle residual is filled: 0 with the last value, 1 by linear extrapolation from the last two
@@ -105,12 +105,13 @@ class DBCache(Method):
 
     def policy(self, facts: Facts) -> _Policy:
         """Compare what the front blocks add."""
-        return _Policy(self)
+        return _Policy(self, facts.first_step)
 
 
 class _Policy:
-    def __init__(self, method: DBCache) -> None:
+    def __init__(self, method: DBCache, first_step: int) -> None:
         self._method, self.forecast_order = method, method.forecast_order
+        self._warm_from = first_step + method.warmup
         self._reference: torch.Tensor | None = None
         self._cached = self._in_a_row = 0
 
@@ -126,7 +127,7 @@ class _Policy:
     def _may_cache(self, step: int) -> bool:
         most, most_in_a_row = self._method.max_cached, self._method.max_consecutive
         return (
-            step >= self._method.warmup
+            step >= self._warm_from
             and (most is None or self._cached < most)
             and (most_in_a_row is None or self._in_a_row < most_in_a_row)
         )

@@ -55,6 +55,11 @@ class DeltaDiT(Method):
         return cls(interval=2, switch_step=12 / 20, num_cached_blocks=21)
 
     @classmethod
+    def flux_dev(cls, interval: int = 2) -> DeltaDiT:
+        """FLUX.1-dev, 50 steps, as others ran it: always the single-stream blocks, 38 of 57; N = 2 or 3."""
+        return cls(interval=interval, switch_step=1.0, num_cached_blocks=38)
+
+    @classmethod
     def pixart_alpha(cls) -> DeltaDiT:
         """PixArt-α, 20 steps: N = 2, b = 12; N_c = 21 of 28 is not confirmed."""
         return cls(interval=2, switch_step=12 / 20, num_cached_blocks=21)
@@ -78,7 +83,7 @@ class DeltaDiT(Method):
         front, rear = facts.sites[0], facts.sites[-1]
         rows = []
         for p in range(facts.num_steps):
-            computed = p % self.interval == 0 or p == switch
+            computed = (p - facts.first_step) % self.interval == 0 or p == switch
             reused = None if computed else rear if p < switch else front
             rows.append(tuple(Action.REUSE if site is reused else Action.COMPUTE for site in facts.sites))
         return Plan(tuple(rows))

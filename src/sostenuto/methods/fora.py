@@ -16,7 +16,7 @@ class FORA(Method):
     """Fast-Forward Caching (arXiv 2407.01425): all branches are computed every ``interval`` steps.
 
     The official code counts from the clean end: a step is computed when its descending index ``S − 1 − p`` is a multiple of
-    the interval, so that the last step always is (``anchor="end"``); ``anchor="start"`` counts from the first step.
+    the interval, so that the last step always is (``anchor="end"``); ``anchor="start"`` counts from its first step.
 
     Attributes:
         interval: the paper's N, 1 (no caching) or more.
@@ -65,7 +65,9 @@ class FORA(Method):
 
     def plan(self, facts: Facts) -> Plan:
         """Compute at the first step and at every multiple of the interval."""
-        last = facts.num_steps - 1
-        index = range(facts.num_steps) if self.anchor == "start" else range(last, -1, -1)
-        skip = [p > 0 and i % self.interval != 0 for p, i in enumerate(index)]
+        first, last = facts.first_step, facts.num_steps - 1
+        skip = [
+            p > first and (p - first if self.anchor == "start" else last - p) % self.interval != 0
+            for p in range(facts.num_steps)
+        ]
         return whole_steps(facts, skip, self.forecast_order)

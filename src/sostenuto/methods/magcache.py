@@ -24,6 +24,9 @@ _FLUX_DEV = (
 )
 
 
+_DEFAULTS = {"threshold": 0.06, "max_consecutive": 3, "retention": 0.2}  # diffusers'
+
+
 @dataclass(frozen=True)
 class MagCacheRatios(Measured):
     """The magnitude ratios of a model and sampler, one per step in sampling order.
@@ -55,16 +58,19 @@ class MagCache(Method):
 
     Attributes:
         ratios: γ for each step, or the measured :class:`MagCacheRatios`, or its file.
-        threshold: the paper's δ, 0 (skips only what changes nothing) or more.
-        max_consecutive: the paper's K, most steps skipped in a row, 0 (no caching) or more.
-        retention: share of the steps at the beginning that are computed, 0 to 1; the first one is in any case.
+        threshold: the paper's δ, 0 (skips only what changes nothing) or more; by default what the calibration chose for a
+            cost, else 0.06.
+        max_consecutive: the paper's K, most steps skipped in a row, 0 (no caching) or more; by default as for the threshold,
+            else 3.
+        retention: share of the steps at the beginning that are computed, 0 to 1; the first one is in any case. By default as
+            for the threshold, else 0.2.
         always_computed: indices into the ratio table that are never skipped.
     """
 
     ratios: tuple[float, ...] | MagCacheRatios | str | Path | None = None
-    threshold: float = 0.06
-    max_consecutive: int = 3
-    retention: float = 0.2
+    threshold: float | None = None
+    max_consecutive: int | None = None
+    retention: float | None = None
     always_computed: tuple[int, ...] = ()
 
     name: ClassVar[str] = "magcache"
@@ -81,9 +87,12 @@ class MagCache(Method):
                 raise MethodError(f"MagCache's {error}") from None
         elif self.ratios is not None and not isinstance(self.ratios, (MagCacheRatios, str, Path)):
             raise MethodError(f"MagCache's ratios are numbers, a MagCacheRatios or its file, not {self.ratios!r}")
-        check_finite("MagCache's threshold", self.threshold, 0)
-        check_whole("MagCache's max_consecutive", self.max_consecutive, least=0)
-        check_finite("MagCache's retention", self.retention, 0, 1)
+        if self.threshold is not None:
+            check_finite("MagCache's threshold", self.threshold, 0)
+        if self.max_consecutive is not None:
+            check_whole("MagCache's max_consecutive", self.max_consecutive, least=0)
+        if self.retention is not None:
+            check_finite("MagCache's retention", self.retention, 0, 1)
         if not isinstance(self.always_computed, (list, tuple)):
             raise MethodError(f"MagCache's always_computed lists indices, not {self.always_computed!r}")
         for index in self.always_computed:
@@ -126,6 +135,9 @@ class MagCache(Method):
             ratios = MagCacheRatios.load(ratios)
         if isinstance(ratios, MagCacheRatios):
             ratios.check(denoiser, scheduler)
+            chosen = {name: ratios.calibration[name] for name in _DEFAULTS if name in ratios.calibration}
+            left = {name: value for name, value in chosen.items() if getattr(self, name) is None}
+            return replace(self, ratios=ratios, **left)
         return replace(self, ratios=ratios)
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
@@ -136,22 +148,26 @@ class MagCache(Method):
         """Skip as long as the accumulated deviation allows."""
         table = self.ratios.ratios if isinstance(self.ratios, MagCacheRatios) else self.ratios
         assert isinstance(table, tuple)
-        kept = max(1, int(self.retention * facts.num_steps + 0.5))
-        skip = []
+        return whole_steps(facts, self.skipped(table, facts.num_steps, facts.first_step))
+
+    def skipped(self, ratios: Sequence[float], num_steps: int, first_step: int = 0) -> list[bool]:
+        """Which steps are skipped with these ratios, in sampling order; steps before ``first_step`` are left out."""
+        given = ((default, getattr(self, name)) for name, default in _DEFAULTS.items())
+        threshold, most, retention = (default if value is None else value for default, value in given)
+        kept = first_step + max(1, int(retention * (num_steps - first_step) + 0.5))
+        skip: list[bool] = []
         product, error, skipped = 1.0, 0.0, 0
-        for p, index in enumerate(nearest_indices(len(table), facts.num_steps)):
+        for p, index in enumerate(nearest_indices(len(ratios), num_steps)):
             if p < kept:
                 skip.append(False)
                 continue
-            product *= table[index]
+            product *= ratios[index]
             error += abs(1 - product)
             skipped += 1
-            skip.append(
-                error <= self.threshold and skipped <= self.max_consecutive and index not in self.always_computed
-            )
+            skip.append(error <= threshold and skipped <= most and index not in self.always_computed)
             if not skip[-1]:
                 product, error, skipped = 1.0, 0.0, 0
-        return whole_steps(facts, skip)
+        return skip
 
 
 def check_ratios(ratios: Any) -> tuple[float, ...]:

@@ -126,19 +126,17 @@ class PAB(Method):
         mlp = self._mlp_steps(facts)
         return Plan(
             tuple(
-                tuple(
-                    Action.REUSE if self._reuses(site, step, timestep, mlp) else Action.COMPUTE for site in facts.sites
-                )
-                for step, timestep in enumerate(facts.timesteps)
+                tuple(Action.REUSE if self._reuses(site, step, facts, mlp) else Action.COMPUTE for site in facts.sites)
+                for step in range(facts.num_steps)
             )
         )
 
-    def _reuses(self, site: Site, step: int, timestep: float, mlp: Mapping[int, set[int]]) -> bool:
+    def _reuses(self, site: Site, step: int, facts: Facts, mlp: Mapping[int, set[int]]) -> bool:
         if site.kind is SiteKind.MLP:
             return step in mlp.get(site.block, ())
         lo, hi = self.window
         every = self._range(site.kind)
-        return every is not None and lo < timestep < hi and step % every != 0
+        return every is not None and lo < facts.timesteps[step] < hi and (step - facts.first_step) % every != 0
 
     def _range(self, kind: SiteKind) -> int | None:
         return {

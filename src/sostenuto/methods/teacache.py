@@ -182,7 +182,7 @@ class TeaCache(Method):
         """Accumulate the estimated change."""
         if isinstance(self.coefficients, TeaCacheFit) and "timesteps" in self.coefficients.scheduler:
             check_timesteps(TeaCacheFit.what, self.coefficients.scheduler["timesteps"], facts.timesteps)
-        return _Policy(_Accumulator(self))
+        return _Policy(_Accumulator(self, facts.first_step))
 
     def replay(self, distances: Sequence[float]) -> list[bool]:
         """Which steps are skipped when the signal changes by these distances, the first one being that of step 1."""
@@ -194,7 +194,8 @@ class TeaCache(Method):
 class _Accumulator:
     """The sum of estimated changes since the last computed step."""
 
-    def __init__(self, method: TeaCache) -> None:
+    def __init__(self, method: TeaCache, first_step: int = 0) -> None:
+        self._warm_from = first_step + method.first_steps
         fit, threshold = method.coefficients, method.threshold
         if isinstance(fit, TeaCacheFit):
             fit, threshold = fit.coefficients, fit.threshold if threshold is None else threshold
@@ -205,7 +206,7 @@ class _Accumulator:
 
     def skips(self, step: int, num_steps: int, distance: float) -> bool:
         """Add the estimate for this distance (not finite: unknown); whether the step is skipped."""
-        may_skip = self._method.first_steps <= step < num_steps - self._method.last_steps
+        may_skip = self._warm_from <= step < num_steps - self._method.last_steps
         if may_skip and math.isfinite(distance):
             change = polynomial(self._coefficients, distance)
             self._sum += max(0.0, change) if self._method.clamp_negative else change

@@ -70,6 +70,11 @@ class TimeShift(Method):
                 f"TimeShift needs the noise levels of a training grid (alphas_cumprod), which {type(scheduler).__name__} "
                 "has not: use it with variance-preserving diffusion"
             )
+        if getattr(getattr(scheduler, "config", None), "timestep_type", "discrete") != "discrete":
+            raise MethodError(
+                f"TimeShift searches among the whole timesteps of the training grid, but this {type(scheduler).__name__} gives "
+                f"the network others (timestep_type={scheduler.config.timestep_type!r}): use timestep_type='discrete'"
+            )
         return self
 
     def time_shifter(self, facts: Facts) -> VarianceMatch:

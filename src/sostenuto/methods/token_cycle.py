@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from sostenuto.anatomy import SiteKind
+from sostenuto.fused_tap import FusedTap
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_choice, check_finite, check_number, check_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site, inspect
+from sostenuto.tap import Tap
 from sostenuto.tokens import SELECTIONS, ObservedScores, RandomScores, Selection, TokenSelector, observed_modules
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class RatioSchedule:
     Attributes:
         step_weight: w; above 0 favours the last steps.
         layer_weight: u; above 0 favours the first blocks.
-        mlp: f_branch of MLPs, 0 or more.
+        mlp: f_branch of MLPs, 0 or more, also of those that share a projection with attention.
         cross_attention: f_branch of cross-attention, 0 or more. Other attention is never partial.
         ascending: count steps upward: ``f_step = 1 − w + 2w·p/S``, which differs by 2w/S.
         streams: a further factor for the blocks in lists of these names.
@@ -64,9 +66,8 @@ class RatioSchedule:
 
     def share(self, site: Site, num_blocks: int, step: int, num_steps: int) -> float:
         """``f_step · f_layer · f_branch`` of a site, below 0 as 0."""
-        weight = {SiteKind.MLP: self.mlp, SiteKind.CROSS_ATTENTION: self.cross_attention}.get(site.kind, 0.0)
-        if not site.tokenwise or site.calls > 1:
-            weight = 0.0
+        factors = {SiteKind.MLP: self.mlp, SiteKind.FUSED: self.mlp, SiteKind.CROSS_ATTENTION: self.cross_attention}
+        weight = factors.get(site.kind, 0.0) if site.takes_some_tokens else 0.0
         if self.ascending:
             f_step = 1 - self.step_weight + 2 * self.step_weight * step / num_steps
         else:
@@ -96,7 +97,10 @@ class TokenCycle(Method):
     ratio of 0 sets w to 0, as in the official code; N = 1 means no caching.
 
     A partial step runs the chosen tokens of the MLPs, and of cross-attention where there is one; all other attention is
-    reused. Tokens are ordered by ``importance + λ₃·a/N`` with a, the partial steps since a token was last computed; the best
+    reused. Where MLP and attention share their projection (a single-stream block of FLUX) it is applied to the chosen tokens:
+    to their fresh MLP and to what attention gave them at the last full step, which is kept besides.
+
+    Tokens are ordered by ``importance + λ₃·a/N`` with a, the partial steps since a token was last computed; the best
     token of each tile of the image is raised. Selections:
 
     - ``"random"``: uniform, the same draw for all rows of a batch and for separate calls of guidance.
@@ -160,15 +164,15 @@ class TokenCycle(Method):
         """The kind of a step that is not full, by its offset ``i mod thr`` and its distance from the last full step."""
         return StepKind.PARTIAL
 
-    def kinds(self, num_steps: int) -> tuple[StepKind, ...]:
-        """The kind of every step, in sampling order."""
-        kinds: list[StepKind] = []
-        last_full, threshold = 0, 1
-        for step in range(num_steps):
+    def kinds(self, num_steps: int, first_step: int = 0) -> tuple[StepKind, ...]:
+        """The kind of every step, in sampling order; steps before ``first_step``, which are left out, count as full."""
+        kinds = [StepKind.FULL] * first_step
+        last_full, threshold = first_step, 1
+        for step in range(first_step, num_steps):
             index = num_steps - 1 - step
-            counted = {"end": index, "start": step, "last-full": step - last_full}[self.anchor]
+            counted = {"end": index, "start": step - first_step, "last-full": step - last_full}[self.anchor]
             offset = counted % threshold
-            if step < self.first_full_steps or offset == 0:
+            if step < first_step + self.first_full_steps or offset == 0:
                 kinds.append(StepKind.FULL)
                 last_full, threshold = step, self._threshold(index / num_steps)
             else:
@@ -186,7 +190,7 @@ class TokenCycle(Method):
 
     def plan(self, facts: Facts) -> Plan:
         """One kind a step; in partial steps the ratios by step, depth and branch."""
-        kinds = self.kinds(facts.num_steps)
+        kinds = self.kinds(facts.num_steps, facts.first_step)
         named = self.ratio_schedule
         schedule = named if isinstance(named, RatioSchedule) else RATIO_SCHEDULES[named]
         num_blocks = 1 + max(site.block for site in facts.sites)
@@ -197,7 +201,7 @@ class TokenCycle(Method):
                 min(1.0, self.fresh_ratio * schedule.share(site, num_blocks, step, facts.num_steps))
                 for site in facts.sites
             ]
-            crossed = self._computes_cross_attention(kinds, step)
+            crossed = self._computes_cross_attention(kinds[facts.first_step :], step - facts.first_step)
             ratios.append(tuple(row))
             actions.append(
                 tuple(
@@ -213,6 +217,11 @@ class TokenCycle(Method):
             return True
         return kinds[self.first_full_steps : step + 1].count(StepKind.FULL) % self.cross_attention_every == 0
 
+    def tap(self, site: Site, denoiser: nn.Module) -> Tap:
+        """Where attention and MLP share a projection, one that can run for some tokens."""
+        fused = site.kind is SiteKind.FUSED and site.takes_some_tokens
+        return FusedTap(site, denoiser) if fused else super().tap(site, denoiser)
+
     def observed(self, denoiser: nn.Module) -> list[str]:
         """The attention that the scores are read off."""
         return observed_modules(self.selection, denoiser, inspect(denoiser))
@@ -224,7 +233,7 @@ class TokenCycle(Method):
         else:
             scores = ObservedScores(self.selection, facts.denoiser, facts.sites, latents)
         partial_before = [0]
-        for kind in self.kinds(facts.num_steps):
+        for kind in self.kinds(facts.num_steps, facts.first_step):
             partial_before.append(partial_before[-1] + (kind is StepKind.PARTIAL))
         weight = self.staleness_weight / self.interval
         return TokenSelector(scores, partial_before, weight, self.spatial_bonus, self.tile, latents)

@@ -1,0 +1,68 @@
+"""The comparison of all methods at equal cost chooses its rows by what they cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sostenuto import FORA, L2C, available_methods
+from sostenuto.methods.base import parts
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "methods.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_of_methods", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_of_each_method_the_setting_nearest_to_each_target_is_taken(script):
+    grid = {"FORA": [FORA(2), FORA(3), FORA(4)], "L2C": [L2C(threshold=0.1), L2C(threshold=0.9)]}
+    speedups = {FORA(2): 1.9, FORA(3): 2.2, FORA(4): 3.3, L2C(threshold=0.1): 1.2, L2C(threshold=0.9): 1.3}
+    assert script.chosen(grid, speedups.get, [2.0, 3.0]) == [
+        (None, "L2C", L2C(threshold=0.9)),  # gets to neither
+        (2.0, "FORA", FORA(2)),
+        (3.0, "FORA", FORA(4)),
+    ]
+
+
+def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypatch):
+    asked = []
+
+    monkeypatch.setattr(
+        script.Workshop, "calibrated", lambda self, name, *_: asked.append(name) or tmp_path / f"{name}.json"
+    )
+    grid = script.settings_of_every_method(script.Workshop(None, tmp_path, 0, None))
+    tried = {part.name for methods in grid.values() for method in methods for part in parts(method)}
+    known = {name for name, method in available_methods().items() if method.denoisers != "U-Net"}
+    assert known - tried == {
+        "none",
+        "epsilon-scaling",
+        "time-shift",
+    }  # the first is the base; λ joins later; t is no cost
+    assert {name.partition("-")[0] for name in asked} == {"eb", "feb", "smoothcache", "mag", "tea", "ditfastattn"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys):
+    arguments = [str(SCRIPT), "--num-images", "4", "--batch-size", "4", "--search-images", "0", "--only", "FORA", "L2C"]
+    arguments += ["--output", str(tmp_path), "--json", str(tmp_path / "found.json"), "--dtype", "bfloat16"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script.main()
+    first = (tmp_path / "found.json").read_text()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    script.main()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == made
+    names = [row["name"] for row in json.loads(first)["rows"]]
+    assert names[0] == "uncached"
+    assert "2x: FORA | ε-scaling" in names
+    assert any("L2C" in name for name in names)
