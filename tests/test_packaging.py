@@ -173,7 +173,7 @@ def test_help_is_told_without_loading_what_only_the_command_itself_needs(command
         import contextlib, io, runpy, sys
         sys.argv = ["{command}", "--help"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            runpy.run_module("{command}", run_name="__main__")
+            runpy.run_module("{command}", run_name="__main__", alter_sys=True)
         heavy = {{"diffusers", "transformers", "matplotlib", "peft"}}
         print(sorted({{name.partition(".")[0] for name in sys.modules}} & heavy))
         """
