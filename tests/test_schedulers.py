@@ -29,7 +29,7 @@ from sostenuto.schedulers import noise_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FACTOR = 0.97
-PURE_NOISE = 1.01e-3  # a level of 1e-3, which older UniPCs begin at, may be a little above it in float32
+PURE_NOISE = 1e-3
 
 
 def ids(value):
