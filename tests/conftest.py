@@ -9,7 +9,9 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-_TOO_OLD = re.compile(r"diffusers.* has no |cannot import name .* from '?diffusers|of diffusers .* is too old")
+_TOO_OLD = re.compile(
+    r"diffusers.* has no |No module named 'diffusers|cannot import name .* from '?diffusers|of diffusers .* is too old"
+)
 
 
 def pytest_addoption(parser):

@@ -228,3 +228,20 @@ def test_a_stack_filled_step_is_exact_up_to_rounding_with_identical_inputs(tiny,
             tiny(torch.randn(2, 2, 8, 8), timestep.expand(2), torch.tensor([1, 2]))
     assert len(gaps) == 3
     assert max(gaps) < 1e-5
+
+
+def test_a_table_that_finds_no_room_leaves_the_one_before(tmp_path, monkeypatch):
+    path, other = tmp_path / "table.json", CacheTable((StepState.COMPUTE,) * 3)
+    CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH)).save(path)
+    before = path.read_bytes()
+
+    def full(self, text, **_):
+        self.write_bytes(text[:9].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(type(path), "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            other.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sostenuto.errors import InputError
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
+from sostenuto.tuning.lab import Lab
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
 from sostenuto.tuning.search import (
     ErrorModel,
@@ -231,3 +233,31 @@ def test_a_table_costs_what_its_steps_do_and_one_that_lists_sites_its_multiply_a
     assert cost_of_table(listed, costs) == 0.7
     for schedule in every_schedule(4, KINDS):
         assert cost_of_table(table_of(schedule), COSTS) == pytest.approx(cost_of(schedule, COSTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trials.json", b"[1]"),
+        ("trials.json", b'{"a": {"error": 1}}'),
+        ("trials.json", b'{"a": {"error": "x", "score": null, "norms": [], "work": 1, "seconds": 1}}'),
+        ("trials.json", b'{"a": {"error": NaN, "score": null, "norms": [], "work": 1, "seconds": 1}}'),
+        ("response.json", b'{"stack 0 1": {"left": null, "work": 1}}'),
+        ("response.json", b'{"stack 0 1": 3}'),
+        ("response.json", b'{"stack'),
+    ],
+)
+def test_a_damaged_file_of_a_tuning_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} can't be read .*delete it"):
+        Lab(None, tmp_path, 1, print)
+
+
+@pytest.mark.parametrize("end", [0, 5, 300, -30])
+def test_a_measurement_that_was_cut_off_is_refused(tmp_path, end):
+    whole = tmp_path / "whole.npz"
+    made_up(5).save(whole)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(whole.read_bytes()[:end])
+    with pytest.raises(InputError, match=r"cut\.npz can't be read"):
+        Measurement.load(cut)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
+from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.methods.base import Method
 from sostenuto.plan import Op
@@ -49,6 +50,9 @@ class Trial:
     norms: tuple[float, ...]
     work: float
     seconds: float
+
+
+_TRIAL, _RESPONSE = {field.name for field in fields(Trial)}, {"left", "work"}
 
 
 class Lab:
@@ -139,15 +143,17 @@ class Lab:
         if path is None or not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+            found = dict(parse_json(path.read_text(encoding="utf-8")))
+            if not all(_is_known(known) for known in found.values()):
+                raise ValueError("it holds something else than numbers")
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
+        return found
 
     def _save(self, name: str, content: dict[str, Any]) -> None:
         if self.folder is not None and world().is_main:
-            publish_json(
-                self.folder / name, {**self._read(name), **content}, indent=1
-            )  # another launch may be at it too
+            known = self._read(name)  # another launch may be at it too
+            publish_json(self.folder / name, {**known, **content}, indent=1)
 
     # --- measurements --------------------------------------------------------------------------------------------
 
@@ -222,6 +228,15 @@ class Lab:
             self._counted.add(what)
             self.work += work
             self._spent(work)
+
+
+def _is_known(known: Any) -> bool:
+    """Whether an entry of a file is a trial, or a response."""
+    if not isinstance(known, dict) or known.keys() not in (_TRIAL, _RESPONSE):
+        return False
+    norms = known.get("norms", [])
+    values = [value for name, value in known.items() if name != "norms" and (name, value) != ("score", None)]
+    return isinstance(norms, list) and all(map(is_number, [*norms, *values]))
 
 
 def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sostenuto.errors import InputError
 from sostenuto.files import publish
 from sostenuto.table import StepState
 
@@ -177,15 +178,23 @@ class Measurement:
 
     @classmethod
     def load(cls, path: Path) -> Measurement:
-        """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as content:
-            rest: dict[str, Any] = json.loads(str(content["rest"]))
-            reach = {
-                Kind(name): Reach(run, tuple(tuple(gaps) for gaps in orders))
-                for name, (run, orders) in rest.pop("reach").items()
-            }
-            runs = {kind: content[f"runs-{kind.value}"] for kind in reach}
-            return cls(reach, runs, content["power"], **rest)
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: it is something else, or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                rest: dict[str, Any] = json.loads(str(content["rest"]))
+                reach = {
+                    Kind(name): Reach(run, tuple(tuple(gaps) for gaps in orders))
+                    for name, (run, orders) in rest.pop("reach").items()
+                }
+                runs = {kind: content[f"runs-{kind.value}"] for kind in reach}
+                return cls(reach, runs, content["power"], **rest)
+        # Whatever numpy, zlib and what is read from them make of bytes that are not what was written.
+        except Exception as error:
+            raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
 
 
 def _mean_ratio(a: np.ndarray, b: np.ndarray) -> float:

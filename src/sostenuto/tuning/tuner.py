@@ -20,7 +20,7 @@ from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
-from sostenuto.measured import fingerprint
+from sostenuto.measured import fingerprint, read_json
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
@@ -351,7 +351,9 @@ def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
     }
     path = folder / "run.json"
     if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, "record of a tuning")
+        if not isinstance(known, dict):
+            raise InputError(f"{path} is no record of a tuning: use another folder")
         odd = next((key for key in made_with if known.get(key) != made_with[key]), None)
         if odd is not None:
             raise InputError(
