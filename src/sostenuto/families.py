@@ -196,7 +196,9 @@ ANATOMIES: dict[str, Anatomy] = {
                 "transformer_layers",
                 (
                     Branch(_SELF, "mhba.mha", ("mhba.adaln",)),
-                    Branch(_MLP, "transition.transition", ("transition.adaln",)),
+                    Branch(
+                        _MLP, "transition.transition", ("transition.adaln",), tokenwise=False
+                    ),  # has a mask by token
                 ),
                 ("values",),
                 whole=False,  # the updates of the pairs read what every second layer returns
@@ -224,7 +226,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "LongCatAudioDiTTransformer": _one_list(  # normalised by a function, which can't be given one token
         "blocks",
         Branch(_SELF, "self_attn"),
-        Branch(_CROSS, "cross_attn", ("cross_attn_norm", "cross_attn_norm_c")),
+        Branch(_CROSS, "cross_attn", ("cross_attn_norm", "cross_attn_norm_c"), tokenwise=False),  # rotates its tokens
         Branch(_MLP, "ffn"),
     ),
     "MiniMaxMusic3Transformer1DModel": _one_list("transformer_blocks", _ATTN, Branch(_MLP, "ff_out", ("norm2",))),
@@ -337,8 +339,10 @@ ANATOMIES: dict[str, Anatomy] = {
         Branch(_CROSS, "video_dec_block.cross_attention"),
         Branch(_SELF, "audio_dec_block.self_attention", ("audio_dec_block.self_attention_norm",), optional=True),
         Branch(_CROSS, "audio_dec_block.cross_attention", optional=True),
-        Branch(_CROSS, "va_cross_attention", ("va_normalization",), optional=True),
-        Branch(_CROSS, "av_cross_attention", ("av_normalization",), optional=True),
+        Branch(
+            _CROSS, "va_cross_attention", ("va_normalization",), tokenwise=False, optional=True
+        ),  # rotates its tokens
+        Branch(_CROSS, "av_cross_attention", ("av_normalization",), tokenwise=False, optional=True),
         Branch(_MLP, "video_dec_block.feed_forward", ("video_dec_block.feed_forward_norm",)),
         Branch(_MLP, "audio_dec_block.feed_forward", ("audio_dec_block.feed_forward_norm",), optional=True),
         streams=("vis", "aud"),
