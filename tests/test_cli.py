@@ -204,7 +204,8 @@ def test_a_model_that_is_nowhere_is_told_without_asking_the_hub(capsys):
     ("missing", "command", "words"),
     [
         ("tyro", ["methods"], "the command line needs tyro: pip install 'sostenuto[cli]'"),
-        ("diffusers", ["inspect"], "this needs the package diffusers: pip install 'sostenuto[demo]'"),
+        ("diffusers", ["inspect"], "diffusers can't be imported"),
+        ("PIL", ["inspect"], "this needs the package PIL: pip install 'sostenuto[demo]'"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(missing, command, words):

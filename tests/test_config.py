@@ -169,7 +169,7 @@ def test_yaml_without_pyyaml_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "yaml", raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(sostenuto.MissingPackageError, match="pip install pyyaml"):
+    with pytest.raises(sostenuto.DependencyError, match="pip install pyyaml"):
         sostenuto.load_config(tmp_path / "c.yaml")
 
 

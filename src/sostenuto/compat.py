@@ -15,7 +15,7 @@ from sostenuto.errors import AnatomyError, DependencyError, EngineError
 from sostenuto.features import leaves, mapped
 
 OLDEST_DIFFUSERS = "0.35"
-_NEEDED = f'sostenuto needs diffusers {OLDEST_DIFFUSERS} or newer, pip install -U "diffusers>={OLDEST_DIFFUSERS}"'
+_NEEDED = f"this needs diffusers {OLDEST_DIFFUSERS} or newer: pip install -U 'sostenuto[diffusers]'"
 
 
 def diffusers_package() -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from sostenuto.errors import ConfigError, MethodError, MissingPackageError, SostenutoError
+from sostenuto.errors import ConfigError, DependencyError, MethodError, SostenutoError
 from sostenuto.files import publish_text
 from sostenuto.methods import available_methods, no_method
 from sostenuto.methods.base import Method, parts
@@ -46,7 +46,7 @@ class Config:
 
         Raises:
             ConfigError: a parameter can't be written, or the name has another ending.
-            MissingPackageError: YAML is wanted and pyyaml isn't installed.
+            DependencyError: YAML is wanted and pyyaml isn't installed.
         """
         path = _file(path)
         yaml = _yaml() if path.suffix != ".json" else None
@@ -87,7 +87,7 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: the file can't be read, or is no configuration; the message names the key and value.
         MethodError, TableError: as where the method is made in Python.
-        MissingPackageError: it is YAML and pyyaml isn't installed.
+        DependencyError: it is YAML and pyyaml isn't installed.
     """
     path = _file(path)
     content = _content(path)
@@ -162,7 +162,7 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError:
-        raise MissingPackageError(
+        raise DependencyError(
             "a configuration in YAML needs pyyaml, which is not installed: pip install pyyaml, or write it as JSON"
         ) from None
     return yaml

@@ -23,10 +23,6 @@ class ConfigError(SostenutoError, ValueError):
     """A configuration file is malformed, or something can't be written into one."""
 
 
-class MissingPackageError(SostenutoError, ImportError):
-    """Something was asked for that needs an optional package which is not installed."""
-
-
 class AnatomyError(SostenutoError, TypeError):
     """The sites of a denoiser can't be found, or the object is no denoiser."""
 
@@ -48,7 +44,7 @@ class NotFiniteError(SostenutoError, ArithmeticError):
 
 
 class DependencyError(SostenutoError, ImportError):
-    """A library that something needs is not installed, or too old; the message names the version."""
+    """A package that something needs is not installed, or too old; the message names what to install."""
 
 
 class VerificationError(SostenutoError, RuntimeError):

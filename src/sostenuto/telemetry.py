@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sostenuto.errors import EngineError, MissingPackageError
+from sostenuto.errors import DependencyError, EngineError
 from sostenuto.methods.base import parts
 from sostenuto.stats import Record, Statistics
 
@@ -144,12 +144,12 @@ def trace(handle: Handle | JointHandle | DisabledHandle, tracer_provider: Any = 
         tracer_provider: of OpenTelemetry; by default the global one.
 
     Raises:
-        MissingPackageError: opentelemetry-api isn't installed.
+        DependencyError: opentelemetry-api isn't installed.
     """
     try:
         from opentelemetry import trace as opentelemetry
     except ImportError:
-        raise MissingPackageError(
+        raise DependencyError(
             "spans need opentelemetry-api, which is not installed: pip install opentelemetry-api"
         ) from None
     tracer = opentelemetry.get_tracer("sostenuto", tracer_provider=tracer_provider)
