@@ -58,7 +58,7 @@ def test_a_name_that_is_missing_is_told_with_the_version_that_is_needed(monkeypa
     for module in [name for name in sys.modules if name.startswith("diffusers.")]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(
-        DependencyError, match=r"diffusers 0\.20\.1 has no .*needs diffusers 0\.35 or newer, pip install"
+        DependencyError, match=r"diffusers 0\.20\.1 has no .*needs diffusers 0\.35 or newer: pip install"
     ):
         compat.diffusers_name(*asked)
     with pytest.raises(ImportError, match=r"0\.35"):
