@@ -100,7 +100,7 @@ class Handle:
         observers = [Observer(path, self._denoiser.get_submodule(path)) for path in paths]
         self._observes = bool(observers)
         finite = FiniteCheck(self._taps) if self._checks_finite else None
-        shared = SharedTimesteps(self._denoiser)
+        shared = SharedTimesteps(self._denoiser, self._compiled)
         self._executor = Executor(self._denoiser, self.sites, self._taps, observers, shared, finite)
         # Taps come last: what stands within a tap hears of what is computed alone.
         self._attached = (shared, *(finite.watchers if finite else ()), *observers, *self._taps)

@@ -29,20 +29,21 @@ class _Made(NamedTuple):
 class SharedTimesteps(Attachment):
     """Lets modules that embed the same timestep in the same way do so once in a denoiser call; the outputs are the same bits.
 
-    A DiT has such a module in every block: of a step that reuses all branches they are a good part. A compiled network is left
-    alone.
+    A DiT has such a module in every block: of a step that reuses all branches they are a good part. A compiled network, or one
+    with compiled blocks, is left alone.
 
     Args:
         denoiser: the network.
+        is_compiled: whether it is compiled as a whole.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, is_compiled: bool) -> None:
         super().__init__()
         self._made: dict[Any, _Made] | None = None  # by the kind of embedding; nothing outside of a call
         modules = list(denoiser.modules())
         kinds = {module: kind for module in modules if (kind := compat.timestep_embedding_of(module)) is not None}
         count = Counter(kinds.values())
-        is_compiled = any(map(compat.is_compiled, modules))
+        is_compiled = is_compiled or any(map(compat.is_compiled, modules[1:]))
         self._kinds = {} if is_compiled else {module: kind for module, kind in kinds.items() if count[kind] > 1}
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
