@@ -111,6 +111,15 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def timestep_embedding_of(module: nn.Module) -> tuple[Any, ...] | None:
+    """What a module of diffusers that embeds timesteps by sines, without weights, hangs on; ``None`` of any other module."""
+    kind = type(module)
+    if (kind.__module__, kind.__qualname__) != ("diffusers.models.embeddings", "Timesteps"):
+        return None
+    names = ("num_channels", "flip_sin_to_cos", "downscale_freq_shift", "scale")
+    return tuple(getattr(module, name, None) for name in names)
+
+
 @dataclasses.dataclass(frozen=True)
 class CompilerCounts:
     """What ``torch.compile`` has done so far in this process: graphs compiled, and places where it broke one."""

@@ -28,6 +28,7 @@ from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
 from sostenuto.probe import Prober
+from sostenuto.shared import SharedTimesteps
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
@@ -99,9 +100,10 @@ class Handle:
         observers = [Observer(path, self._denoiser.get_submodule(path)) for path in paths]
         self._observes = bool(observers)
         finite = FiniteCheck(self._taps) if self._checks_finite else None
-        self._executor = Executor(self._denoiser, self.sites, self._taps, observers, finite)
+        shared = SharedTimesteps(self._denoiser, self._compiled)
+        self._executor = Executor(self._denoiser, self.sites, self._taps, observers, shared, finite)
         # Taps come last: what stands within a tap hears of what is computed alone.
-        self._attached = (*(finite.watchers if finite else ()), *observers, *self._taps)
+        self._attached = (shared, *(finite.watchers if finite else ()), *observers, *self._taps)
 
     def _attach_taps(self) -> None:
         for tap in self._attached:

@@ -21,6 +21,7 @@ from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.finite import FiniteCheck
 from sostenuto.forecast import lagrange_weights
 from sostenuto.plan import Action, Op, Plan, Row
+from sostenuto.shared import SharedTimesteps
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate
 from sostenuto.tap import Observer, Tap
@@ -36,6 +37,7 @@ class Executor:
         sites: the sites.
         taps: the tap of each site.
         observers: what listens to modules for a selector.
+        shared: what the blocks compute of the timestep alone.
         finite: looks for NaN and infinity, where that was asked for.
     """
 
@@ -45,9 +47,10 @@ class Executor:
         sites: Sequence[Site],
         taps: Sequence[Tap],
         observers: Sequence[Observer],
+        shared: SharedTimesteps,
         finite: FiniteCheck | None = None,
     ) -> None:
-        self._denoiser, self._finite = denoiser, finite
+        self._denoiser, self._shared, self._finite = denoiser, shared, finite
         self._sites, self._taps, self._observers = sites, taps, observers
         self.in_graph = False  # whether any tap runs within a compiled graph
         self._is_aside = False
@@ -240,10 +243,10 @@ class Executor:
         """Call the denoiser, or spare the call where its output is filled in."""
         tap = self._output
         if tap is None:
-            return call.inner(*call.args, **call.kwargs)
+            return self._network(call)
         tap.reached = 1
         if not Op(tap.op).is_filled:
-            output = call.inner(*call.args, **call.kwargs)
+            output = self._network(call)
             if tap.op == Op.STORE:
                 tap.store(compat.values_of(output))
                 hollow = mapped(
@@ -256,6 +259,13 @@ class Executor:
         if tap.op == Op.EXTEND:
             tap.store(values)
         return compat.with_values(state.template, mapped(torch.clone, values))
+
+    def _network(self, call: Call) -> Any:
+        self._shared.begin()
+        try:
+            return call.inner(*call.args, **call.kwargs)
+        finally:
+            self._shared.leave()
 
     def _check_reached(self, state: PassState) -> None:
         """Every site must be reached by every call, except one that is left out from the pass's first call on."""
