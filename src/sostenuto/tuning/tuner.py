@@ -29,7 +29,17 @@ from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.result import Point, Tuned, pareto
-from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, cost_of_table, table_of, uniform
+from sostenuto.tuning.search import (
+    ANY_ORDER,
+    FORECASTS,
+    ErrorModel,
+    Frontier,
+    Schedule,
+    cost_of,
+    cost_of_table,
+    table_of,
+    uniform,
+)
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
@@ -115,7 +125,7 @@ class _Tuner:
         self.scored = lab.settings.score is not None
         self.by_score = self.scored and options.prefer == "score"
         self.notes: list[str] = []
-        self._frontiers: dict[tuple[tuple[Kind, ...], float], tuple[ErrorModel, Frontier]] = {}
+        self._frontiers: dict[tuple[tuple[Kind, ...], float, tuple[int, ...]], tuple[ErrorModel, Frontier]] = {}
 
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
@@ -129,14 +139,21 @@ class _Tuner:
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         choose = self.choose = Chooser(self.lab, self.options, self.by_score, self._can_spend, self._table)
-        searched = self._searched(pivot, self.options.tilts)
-        best = choose.best([*searched, *self._published(pivot)])
+        searched = [self._searched(pivot, (tilt,)) for tilt in self.options.tilts]
+        forecast = []
+        if self.by_score:
+            # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last
+            # values all point back along the path: images may forgive the first sooner. Only a score can tell.
+            forecast = [self._searched(pivot, (tilt,), FORECASTS) for tilt in self.options.tilts[:2]]
+        turns = [group for pair in itertools.zip_longest(searched[:2], forecast, fillvalue=[]) for group in pair]
+        best = choose.best([*turns, self._published(pivot), *searched[2:]])
         best = choose.better(choose.refined(best), best)
         scale = choose.scale(best)
         points = [self._point(pivot, best, scale)]  # what was asked for comes before the work runs out
-        tilt = (best if best.planned else choose.nearest(searched)[0]).planned
+        way = best.planned or choose.nearest([candidate for group in searched for candidate in group])[0].planned
+        assert way is not None
         for target in sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot)):
-            nearest = choose.nearest(self._searched(target, (tilt.tilt,) if tilt else self.options.tilts))[0]
+            nearest = choose.nearest(self._searched(target, (way.tilt,), way.model.orders))[0]
             points.append(self._point(target, choose.refined(nearest), scale))
         frontier = pareto(points)
         reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
@@ -170,26 +187,30 @@ class _Tuner:
         wholes = [kind for kind in _WHOLES if kind in self.measured.runs]
         return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
 
-    def _frontier(self, family: tuple[Kind, ...], tilt: float) -> tuple[ErrorModel, Frontier]:
-        if (family, tilt) not in self._frontiers:
-            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family)
-            self._frontiers[family, tilt] = model, Frontier(model, self.costs)
-        return self._frontiers[family, tilt]
+    def _frontier(
+        self, family: tuple[Kind, ...], tilt: float, orders: tuple[int, ...] = ANY_ORDER
+    ) -> tuple[ErrorModel, Frontier]:
+        key = family, tilt, orders
+        if key not in self._frontiers:
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family, orders)
+            self._frontiers[key] = model, Frontier(model, self.costs)
+        return self._frontiers[key]
 
     # --- what is tried -------------------------------------------------------------------------------------------
 
-    def _searched(self, target: float, tilts: Sequence[float]) -> list[Candidate]:
+    def _searched(self, target: float, tilts: Sequence[float], orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
         """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Candidate] = {}
+        fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
         for tilt, family in itertools.product(tilts, self._families):
-            model, frontier = self._frontier(family, tilt)
+            model, frontier = self._frontier(family, tilt, orders)
             plans = {
                 "searched": frontier.schedule(1 / target),
                 "interval": uniform(model, self.costs, 1 / target),
             }
             for name, plan in plans.items():
                 if plan is not None:
-                    found.setdefault(plan, Candidate(name, self._table(plan), Planned(plan, model, tilt)))
+                    found.setdefault(plan, Candidate(name + fill, self._table(plan), Planned(plan, model, tilt)))
         return list(found.values())
 
     def _published(self, target: float) -> list[Candidate]:
