@@ -231,3 +231,13 @@ def test_a_table_costs_what_its_steps_do_and_one_that_lists_sites_its_multiply_a
     assert cost_of_table(listed, costs) == 0.7
     for schedule in every_schedule(4, KINDS):
         assert cost_of_table(table_of(schedule), COSTS) == pytest.approx(cost_of(schedule, COSTS))
+
+
+def test_a_model_of_forecasts_alone_plans_nothing_else():
+    measured = made_up(8)
+    model = ErrorModel(measured, weight, KINDS, (1,))
+    found = [Frontier(model, COSTS).schedule(0.7), uniform(model, COSTS, 0.8)]
+    found += neighbours(found[0], model.orders)
+    for schedule in found:
+        assert {segment.order for segment in schedule if segment.length} == {1}
+    assert len(found) > 2
