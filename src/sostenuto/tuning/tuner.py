@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -139,22 +137,17 @@ class _Tuner:
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         choose = self.choose = Chooser(self.lab, self.options, self.by_score, self._can_spend, self._table)
-        searched = [self._searched(pivot, (tilt,)) for tilt in self.options.tilts]
-        forecast = []
-        if self.by_score:
-            # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last
-            # values all point back along the path: images may forgive the first sooner. Only a score can tell.
-            forecast = [self._searched(pivot, (tilt,), FORECASTS) for tilt in self.options.tilts[:2]]
-        turns = [group for pair in itertools.zip_longest(searched[:2], forecast, fillvalue=[]) for group in pair]
-        best = choose.best([*turns, self._published(pivot), *searched[2:]])
+        groups = self._groups(pivot)
+        best = choose.best(groups)
         best = choose.better(choose.refined(best), best)
         scale = choose.scale(best)
         points = [self._point(pivot, best, scale)]  # what was asked for comes before the work runs out
-        way = best.planned or choose.nearest([candidate for group in searched for candidate in group])[0].planned
+        planned = [candidate for group in groups for candidate in group if candidate.planned]
+        way = best.planned or choose.nearest(planned)[0].planned
         assert way is not None
         for target in sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot)):
-            nearest = choose.nearest(self._searched(target, (way.tilt,), way.model.orders))[0]
-            points.append(self._point(target, choose.refined(nearest), scale))
+            plans = self._searched(target, way.tilt, way.model.orders) or self._searched(target, way.tilt)
+            points.append(self._point(target, choose.refined(choose.nearest(plans)[0]), scale))
         frontier = pareto(points)
         reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
         return Tuned(
@@ -198,11 +191,23 @@ class _Tuner:
 
     # --- what is tried -------------------------------------------------------------------------------------------
 
-    def _searched(self, target: float, tilts: Sequence[float], orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
+    def _groups(self, target: float) -> list[list[Candidate]]:
+        """What competes for a target, every way of making plans by itself, in the order in which they are heard."""
+        early, late = self.options.tilts[:2], self.options.tilts[2:]
+        groups = []
+        for tilt in early:
+            groups.append(self._searched(target, tilt))
+            if self.by_score:
+                # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of
+                # last values all point back along the path: images may forgive the first sooner. Only a score can tell.
+                groups.append(self._searched(target, tilt, FORECASTS))
+        return [*groups, self._published(target), *(self._searched(target, tilt) for tilt in late)]
+
+    def _searched(self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
         """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Candidate] = {}
         fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
-        for tilt, family in itertools.product(tilts, self._families):
+        for family in self._families:
             model, frontier = self._frontier(family, tilt, orders)
             plans = {
                 "searched": frontier.schedule(1 / target),
@@ -217,9 +222,8 @@ class _Tuner:
         """The plans of published calibrations within the cost."""
         measured, found = self.measured, []
         whole, share = measured.whole.value, 1 / target
-        if (
-            self.options.budget == "time"
-        ):  # the share of multiply-accumulates of a plan that takes this share of the time
+        if self.options.budget == "time":
+            # The share of the multiply-accumulates of a plan that takes this share of the time.
             relative = {name: cost / self.costs["compute"] for name, cost in self.costs.items()}
             share = 1 - (1 - share) * (1 - measured.macs[whole]) / max(1e-9, 1 - relative[whole])
         for name, calibration in calibrations(self.options.published, share, tuple(measured.runs)).items():
