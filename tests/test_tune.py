@@ -372,3 +372,22 @@ def test_a_published_plan_that_scores_better_is_taken(model, begun, monkeypatch)
     assert found.point.score == pytest.approx(-1000, abs=1e-5)
     by_nearness = tuned(model, replace(PUBLISHED, prefer="nearness"), speedup=1.5, folder=begun, score=score)
     assert by_nearness.point.table.actions != odd.actions
+
+
+def test_plans_with_forecasts_alone_are_scored_though_they_are_farther_off(model, begun, monkeypatch):
+    """Where features are noise the nearest plans take last values: a score still hears the others."""
+    scored, heard = Lab.scored, []
+
+    def listening(self, table):
+        heard.extend([] if table is None else [table])
+        return scored(self, table)
+
+    monkeypatch.setattr(Lab, "scored", listening)
+    tuned(model, speedup=1.5, folder=begun, score=lambda images: images.norm().item())
+
+    def orders(table):
+        pairs = zip(table.actions, table.forecast_orders, strict=True)
+        return {order for state, order in pairs if state is not StepState.COMPUTE}
+
+    assert {1} in [orders(table) for table in heard]
+    assert any(0 in orders(table) for table in heard)

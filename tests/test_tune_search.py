@@ -261,3 +261,13 @@ def test_a_measurement_that_was_cut_off_is_refused(tmp_path, end):
     cut.write_bytes(whole.read_bytes()[:end])
     with pytest.raises(InputError, match=r"cut\.npz can't be read"):
         Measurement.load(cut)
+
+
+def test_a_model_of_forecasts_alone_plans_nothing_else():
+    measured = made_up(8)
+    model = ErrorModel(measured, weight, KINDS, (1,))
+    found = [Frontier(model, COSTS).schedule(0.7), uniform(model, COSTS, 0.8)]
+    found += neighbours(found[0], model.orders)
+    for schedule in found:
+        assert {segment.order for segment in schedule if segment.length} == {1}
+    assert len(found) > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
-_SHORTLIST = 6  # plans that are scored
-_LEFT_FOR_SCALE = 8  # scored generations that the choice of the noise scale may need
+_SHORTLIST = 7  # plans that are scored
+_LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
 
 Scale = float | str
 """A noise scale: b, or ``"matched"``, ``"b(τ)"``, or ``"early 0.98"``; see :meth:`Chooser.scaled`."""
@@ -74,17 +75,21 @@ class Chooser:
         self._lab, self._options, self._by_score = lab, options, by_score
         self._can_spend, self._table_of = can_spend, table_of
 
-    def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The best plan: the nearest to the uncached images, or of a shortlist that with the best score."""
-        nearest = self.nearest(candidates)
+    def best(self, groups: Sequence[Sequence[Candidate]]) -> Candidate:
+        """The best plan: the nearest to the uncached images, or of a shortlist that with the best score.
+
+        On the shortlist are the nearest of every group first, then the next ones of each: plans that were made in another way
+        may be farther off and yet score better.
+        """
+        ranked = [self.nearest(group) for group in groups if group]
+        nearest = self.nearest([candidate for group in groups for candidate in group])
         if not self._by_score or len(nearest) == 1:
             return nearest[0]
         cost = self._lab.scored(None).work * nearest[0].share
         room = (self._options.max_work - self._lab.work) / cost - _LEFT_FOR_SCALE
-        size = max(1, min(_SHORTLIST, int(room)))
-        published = [candidate for candidate in nearest[size:] if candidate.planned is None]
-        # A plan that is farther off may still score better: one of those that were made in another way is always heard.
-        shortlist = [*nearest[: size - 1], published[0]] if published and size > 1 else nearest[:size]
+        turns = [candidate for turn in itertools.zip_longest(*ranked) for candidate in turn if candidate is not None]
+        different = list({key_of(candidate.table): candidate for candidate in turns}.values())
+        shortlist = different[: max(1, min(_SHORTLIST, int(room)))]
         if len(shortlist) == 1:
             return shortlist[0]
         self._lab.prepare("scored", [candidate.table for candidate in shortlist])
@@ -103,7 +108,7 @@ class Chooser:
         plan, model, tilt = candidate.planned
         best, tried = self._lab.trial(candidate.table).error, {plan}
         for _ in range(self._options.refinements):
-            fresh = {other: model.total(other) for other in neighbours(plan) if other not in tried}
+            fresh = {other: model.total(other) for other in neighbours(plan, model.orders) if other not in tried}
             likely = sorted(fresh, key=fresh.__getitem__)[: world().size]  # each process tries one
             step = next(iter(likely), None)
             work = self._options.trial_samples * candidate.share

@@ -78,7 +78,7 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     found = {}
     for kind in kinds:
         whole = kind in (Kind.STACK, Kind.BRANCHES)
-        most = {Kind.STACK: 7, Kind.BRANCHES: 5}.get(kind, 3)
+        most = {Kind.STACK: 10, Kind.BRANCHES: 5}.get(kind, 3)
         run = max(1, min(most, num_steps // 3))
         linear = tuple(gap for gap in near if gap <= run + 1) if whole else (2,)
         found[kind] = Reach(run, ((0,), linear, tuple(gap for gap in linear if gap <= 4)) if whole else ((0,), linear))

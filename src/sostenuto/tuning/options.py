@@ -28,8 +28,9 @@ class TuneOptions:
         trial_samples: rows of every real generation that plans are compared by.
         refinements: local changes that are tried at every point of the frontier.
         tilts: how much more an error may count at the end than at the beginning, as the logarithm of their ratio and
-            beyond what was measured, since errors add up in more ways than the model knows. Each is tried, the
-            preferred one kept.
+            beyond what was measured, since errors add up in more ways than the model knows, and images show the late ones
+            most. Each is tried, the first two also with linear forecasts alone where a score decides; those that the work
+            doesn't suffice for are left out from the end.
         eps_scale_grid: the values of b that are tried where a score decides, beside FEB-Cache's b(τ), a b for the noisy half
             of the time alone, and the factors that restore the norm of the uncached noise.
         published: the calibrations whose plans compete at the speed-up that is asked for: ``"eb"``, ``"feb"``,
@@ -45,7 +46,7 @@ class TuneOptions:
     prefer: Literal["score", "nearness"] = "score"
     trial_samples: int = 16
     refinements: int = 4
-    tilts: tuple[float, ...] = (-3.0, 0.0, 3.0, 6.0)
+    tilts: tuple[float, ...] = (3.0, 6.0, 0.0, 9.0)
     eps_scale_grid: tuple[float, ...] = (0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01, 1.02)
     published: tuple[str, ...] = PUBLISHED
     kinds: tuple[str, ...] | None = None

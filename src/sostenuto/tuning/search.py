@@ -11,6 +11,10 @@ import numpy as np
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.measurement import Kind, Measurement
 
+ANY_ORDER = (0, 1, 2)
+"""Degrees of the forecasts that a run of reuse may be filled with; 0 is the last value."""
+FORECASTS = (1,)
+"""Linear forecasts alone."""
 _TICKS = 2000  # that the cost of a generation is counted in
 
 
@@ -83,10 +87,10 @@ class ErrorModel:
     """
 
     def __init__(
-        self, measured: Measurement, weight: Weight, kinds: Sequence[Kind], orders: Sequence[int] = (0, 1, 2)
+        self, measured: Measurement, weight: Weight, kinds: Sequence[Kind], orders: Sequence[int] = ANY_ORDER
     ) -> None:
         self.kinds, self.num_steps = tuple(kinds), measured.num_steps
-        self._measured, self._weight, self._orders = measured, weight, tuple(orders)
+        self._measured, self._weight, self.orders = measured, weight, tuple(orders)
         self._best: dict[tuple[int, int, Kind, int], tuple[float, int]] = {}
 
     def longest(self, kind: Kind) -> int:
@@ -98,7 +102,7 @@ class ErrorModel:
         key = computed, gap, kind, length
         if key not in self._best:
             orders = range(len(self._measured.reach[kind].gaps))
-            self._best[key] = min((self.error(*key, order), order) for order in orders if order in self._orders)
+            self._best[key] = min((self.error(*key, order), order) for order in orders if order in self.orders)
         return self._best[key]
 
     def error(self, computed: int, gap: int, kind: Kind, length: int, order: int) -> float:
@@ -234,7 +238,7 @@ def uniform(model: ErrorModel, costs: Mapping[str, float], budget: float) -> Sch
     kind, steps = model.kinds[0], model.num_steps
     found: dict[Schedule, float] = {}
     for interval in range(1, model.longest(kind) + 1):
-        for order, warmup in itertools.product((0, 1, 2), (2, 3)):
+        for order, warmup in itertools.product(model.orders, (2, 3)):
             segments = [Segment(0, kind, 0)] * min(warmup - 1, steps - 1)
             while (left := steps - 1 - sum(segment.length + 1 for segment in segments)) > 0:
                 segments.append(Segment(min(interval, left - 1), kind, order if left > 1 else 0))
@@ -245,7 +249,7 @@ def uniform(model: ErrorModel, costs: Mapping[str, float], budget: float) -> Sch
     return None if best is None or found[best] == np.inf else best
 
 
-def neighbours(schedule: Schedule) -> Iterator[Schedule]:
+def neighbours(schedule: Schedule, orders: Sequence[int] = ANY_ORDER) -> Iterator[Schedule]:
     """Schedules of the same cost: a reuse moved from one run to another, or a run filled by a forecast of another order."""
     for one, other in itertools.permutations(range(len(schedule)), 2):
         giving, taking = schedule[one], schedule[other]
@@ -256,6 +260,6 @@ def neighbours(schedule: Schedule) -> Iterator[Schedule]:
             changed[other] = Segment(taking.length + 1, giving.kind, taking.order if taking.length else giving.order)
             yield tuple(changed)
     for place, segment in enumerate(schedule):
-        for order in (0, 1, 2):
+        for order in orders:
             if segment.length and order != segment.order:
                 yield (*schedule[:place], Segment(segment.length, segment.kind, order), *schedule[place + 1 :])

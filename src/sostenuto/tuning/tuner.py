@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +29,17 @@ from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.result import Point, Tuned, pareto
-from sostenuto.tuning.search import ErrorModel, Frontier, Schedule, cost_of, cost_of_table, table_of, uniform
+from sostenuto.tuning.search import (
+    ANY_ORDER,
+    FORECASTS,
+    ErrorModel,
+    Frontier,
+    Schedule,
+    cost_of,
+    cost_of_table,
+    table_of,
+    uniform,
+)
 from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
@@ -119,7 +127,7 @@ class _Tuner:
         self.scored = lab.settings.score is not None
         self.by_score = self.scored and options.prefer == "score"
         self.notes: list[str] = []
-        self._frontiers: dict[tuple[tuple[Kind, ...], float], tuple[ErrorModel, Frontier]] = {}
+        self._frontiers: dict[tuple[tuple[Kind, ...], float, tuple[int, ...]], tuple[ErrorModel, Frontier]] = {}
 
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
@@ -134,15 +142,19 @@ class _Tuner:
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         choose = self.choose = Chooser(self.lab, self.options, self.by_score, self._can_spend, self._table)
-        searched = self._searched(pivot, self.options.tilts)
-        best = choose.best([*searched, *self._published(pivot)])
+        groups = self._groups(pivot)
+        best = choose.best(groups)
         best = choose.better(choose.refined(best), best)
         scale = choose.scale(best)
         points = [self._point(pivot, best, scale)]  # what was asked for comes before the work runs out
-        tilt = (best if best.planned else choose.nearest(searched)[0]).planned
+        planned = [candidate for group in groups for candidate in group if candidate.planned]
+        way = best.planned or choose.nearest(planned)[0].planned
+        assert way is not None
         others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
-        tilts = (tilt.tilt,) if tilt else self.options.tilts
-        plans = [choose.refined(choose.nearest(self._searched(target, tilts))[0]) for target in others]
+        plans: list[Candidate] = []
+        for target in others:
+            able = self._searched(target, way.tilt, way.model.orders) or self._searched(target, way.tilt)
+            plans.append(choose.refined(choose.nearest(able)[0]))
         if self.scored and world().size > 1:
             self.lab.prepare("scored", [choose.scaled(plan.table, scale) for plan in plans])
         points += [self._point(target, plan, scale) for target, plan in zip(others, plans, strict=True)]
@@ -178,35 +190,50 @@ class _Tuner:
         wholes = [kind for kind in _WHOLES if kind in self.measured.runs]
         return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
 
-    def _frontier(self, family: tuple[Kind, ...], tilt: float) -> tuple[ErrorModel, Frontier]:
-        if (family, tilt) not in self._frontiers:
-            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family)
-            self._frontiers[family, tilt] = model, Frontier(model, self.costs)
-        return self._frontiers[family, tilt]
+    def _frontier(
+        self, family: tuple[Kind, ...], tilt: float, orders: tuple[int, ...] = ANY_ORDER
+    ) -> tuple[ErrorModel, Frontier]:
+        key = family, tilt, orders
+        if key not in self._frontiers:
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family, orders)
+            self._frontiers[key] = model, Frontier(model, self.costs)
+        return self._frontiers[key]
 
     # --- what is tried -------------------------------------------------------------------------------------------
 
-    def _searched(self, target: float, tilts: Sequence[float]) -> list[Candidate]:
+    def _groups(self, target: float) -> list[list[Candidate]]:
+        """What competes for a target, every way of making plans by itself, in the order in which they are heard."""
+        early, late = self.options.tilts[:2], self.options.tilts[2:]
+        groups = []
+        for tilt in early:
+            groups.append(self._searched(target, tilt))
+            if self.by_score:
+                # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of
+                # last values all point back along the path: images may forgive the first sooner. Only a score can tell.
+                groups.append(self._searched(target, tilt, FORECASTS))
+        return [*groups, self._published(target), *(self._searched(target, tilt) for tilt in late)]
+
+    def _searched(self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
         """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Candidate] = {}
-        for tilt, family in itertools.product(tilts, self._families):
-            model, frontier = self._frontier(family, tilt)
+        fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
+        for family in self._families:
+            model, frontier = self._frontier(family, tilt, orders)
             plans = {
                 "searched": frontier.schedule(1 / target),
                 "interval": uniform(model, self.costs, 1 / target),
             }
             for name, plan in plans.items():
                 if plan is not None:
-                    found.setdefault(plan, Candidate(name, self._table(plan), Planned(plan, model, tilt)))
+                    found.setdefault(plan, Candidate(name + fill, self._table(plan), Planned(plan, model, tilt)))
         return list(found.values())
 
     def _published(self, target: float) -> list[Candidate]:
         """The plans of published calibrations within the cost."""
         measured, found = self.measured, []
         whole, share = measured.whole.value, 1 / target
-        if (
-            self.options.budget == "time"
-        ):  # the share of multiply-accumulates of a plan that takes this share of the time
+        if self.options.budget == "time":
+            # The share of the multiply-accumulates of a plan that takes this share of the time.
             relative = {name: cost / self.costs["compute"] for name, cost in self.costs.items()}
             share = 1 - (1 - share) * (1 - measured.macs[whole]) / max(1e-9, 1 - relative[whole])
         able: list[tuple[str, Calibration, float]] = []
