@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sostenuto.bench.cases import Case, Settings
+from sostenuto.bench.machine import prepare
+from sostenuto.bench.runner import measure
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench_tables
 import results_tables
@@ -67,3 +71,30 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     assert [path for path, html in pages.items() if re.search(r"<p>[^<]*\n(- |\d+\. )|:(func|class|meth):", html)] == []
     assert "TaylorSeer.flux_dev" in (tmp_path / "how-to" / "families" / "index.html").read_text(encoding="utf-8")
+
+
+def test_tables_of_results_show_what_the_benchmark_measured_counted_and_could_not():
+    small, settings = "dit:layers=2,width=64,tokens=16", Settings(repeats=1, warmup=0)
+    rows = [
+        measure(Case("reused", "reuse-branches:interval=2", small, 4, axis="depth", value=2), settings),
+        measure(
+            Case("dry", "fora:interval=2", small, 4, kind="count", printed={"macs": 2e12, "speedup": 1.5}), settings
+        ),
+        measure(Case("broken", "peer:nobody", small, 4), settings),
+    ]
+    results = {"rows": [row.as_dict() for row in rows], "machine": prepare(settings)}
+    for name, table in bench_tables.SUITES.items():
+        if name in ("peers.json", "peer-support.json"):  # in a form of their own
+            continue
+        text = table(results)
+        lines = [line for line in text.splitlines() if line.startswith("|")]
+        cells = next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "reused" in line)
+        assert len(cells) == lines[0].count("|") - 1
+        assert f"- broken: {rows[2].error}" in text
+        assert "threads: 1" in text
+        if name == "efficiency.json":
+            assert cells[:2] == ["eager", "reused"]
+            assert cells[-1] == f"{rows[0].efficiency:.3f}"
+        if name == "dit-xl.json":
+            (counted,) = [line for line in lines if line.startswith("| dry |")]
+            assert f"| {rows[1].macs / 2 / 1e12:.2f} | 2.00 | {rows[1].ideal_speedup:.2f}× | 1.50 |" in counted
