@@ -20,9 +20,9 @@ class DeltaDiT(Method):
 
     Before the switch step the range is the rear ``num_cached_blocks`` blocks, which shape details, while outlines form; from
     it on it is the front ones. All blocks run at every multiple of the interval, counted from the generation's first step, and
-    at the switch step, where the other range's Δ does not exist yet. With more than half of the blocks cached the two ranges overlap; a computed step keeps only
-    the Δ that a later step reads. There is no official code: that the interval is not counted anew from the switch step is
-    our reading.
+    at the switch step, where the other range's Δ does not exist yet. With more than half of the blocks cached the two ranges
+    overlap; a computed step keeps only the Δ that a later step reads. There is no official code: that the interval is not
+    counted anew from the switch step is our reading.
 
     Attributes:
         interval: the paper's N, 1 (no caching) or more.
