@@ -24,21 +24,23 @@ WIDE = (
 def _methods() -> str:
     """One row for every method, from its class."""
     from sostenuto.methods import available_methods
+    from sostenuto.methods.base import LETTERS
 
     lines = [
         "# Methods",
         "",
         "What `sostenuto methods` prints: every method by the name that `sostenuto.enable` takes.",
         "",
-        "| name, class | paper | what it does | calibration | compiled | keeps | for |",
-        "|---|---|---|---|---|---|---|",
+        "| name, class | paper | what it does | calibration | compiled | keeps | bytes per token | for |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, kind in available_methods().items():
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", kind.paper)
         lines.append(
             f"| `{name}`<br>`{kind.__name__}` | {paper} | {kind.summary} | {'needed' if kind.calibrated else '–'} | "
-            f"{'yes' if kind.compiles else 'no'} | {kind.state} | {kind.denoisers} |"
+            f"{'yes' if kind.compiles else 'no'} | {kind.state} | {kind.bytes_per_token} | {kind.denoisers} |"
         )
+    lines += ["", f"Bytes per token, for each row of the batch: {LETTERS}."]
     return "\n".join(lines) + "\n"
 
 

@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import gaussian
 import sostenuto
 from conftest import build_tiny
 from sostenuto import FORA, EpsilonScaling, MethodError
@@ -253,3 +254,100 @@ def test_scaling_a_velocity_model_equals_scaling_the_same_noise_model_under_guid
             got = ddim(velocity, velocity_scheduler)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(expected, ddim(tiny, noise_scheduler), rtol=1e-2, atol=1e-2)
+
+
+# --- the noise in x₀ alone ---------------------------------------------------------------------------------------
+
+X0_ONLY = {
+    "ddim": lambda: DDIMScheduler(clip_sample=False, beta_schedule="linear", timestep_spacing="trailing"),
+    "ddim-v": lambda: DDIMScheduler(
+        clip_sample=False, prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1
+    ),
+    "euler": lambda: EulerDiscreteScheduler(use_karras_sigmas=True),
+    "flow": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+LAMBDAS = (1.0, 1.03, 0.98, 1.02, 1.01, 0.97, 1.04)
+
+
+def generate(model, scheduler, step):
+    """Seven steps; ``step(index, timestep, output, given, x)`` makes the next x."""
+    scheduler.set_timesteps(7)
+    x = draw(3, 2, 4, 16, 16) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for index, t in enumerate(scheduler.timesteps):
+        given = x / (scheduler.sigmas[index] ** 2 + 1).sqrt() if isinstance(scheduler, EulerDiscreteScheduler) else x
+        x = step(index, t, model(given, t.expand(2)), given, x)
+    return x
+
+
+@pytest.mark.parametrize("name", X0_ONLY)
+def test_scaling_x0_alone_leaves_the_noise_in_the_direction_as_predicted(name):
+    scheduler = X0_ONLY[name]()
+    model = gaussian.GaussianDenoiser(scheduler)
+
+    def written_out(index, t, output, given, x):
+        if name.startswith("ddim"):
+            share = scheduler.alphas_cumprod[int(t)].double()
+            later = int(t) - 1000 // 7
+            share_next = (scheduler.alphas_cumprod[later] if later >= 0 else scheduler.final_alpha_cumprod).double()
+            alpha, sigma = share.sqrt(), (1 - share).sqrt()
+            alpha_next, sigma_next = share_next.sqrt(), (1 - share_next).sqrt()
+            noise = output if name == "ddim" else alpha * output + sigma * given
+        elif name == "euler":  # keeps x₀ + σ·ε
+            alpha, alpha_next, noise = 1.0, 1.0, output
+            sigma, sigma_next = scheduler.sigmas.double()[index : index + 2]
+        else:
+            sigma, sigma_next = scheduler.sigmas.double()[index : index + 2]
+            alpha, alpha_next = 1 - sigma, 1 - sigma_next
+            noise = x + alpha * output
+        if alpha == 0:
+            return x + (sigma_next - sigma) * output
+        return alpha_next * (x - sigma * noise / LAMBDAS[index]) / alpha + sigma_next * noise
+
+    def stock(index, t, output, given, x):
+        return scheduler.step(output, t, x).prev_sample
+
+    expected = generate(model, scheduler, written_out)
+    with sostenuto.enable(model, EpsilonScaling(LAMBDAS, apply_to="x0_only"), scheduler=scheduler):
+        got = generate(model, scheduler, stock)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+    with sostenuto.enable(model, EpsilonScaling(LAMBDAS), scheduler=scheduler):
+        assert not torch.allclose(generate(model, scheduler, stock).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_for_ddpm_all_of_the_update_is_in_x0():
+    scheduler = gaussian.SAMPLERS["ddpm"]()
+    model, found = gaussian.GaussianDenoiser(scheduler), []
+    for apply_to in ("all", "x0_only"):
+        with sostenuto.enable(model, EpsilonScaling(1.02, 1.01, apply_to), scheduler=scheduler):
+            found.append(gaussian.sample(model, torch.Generator().manual_seed(0), 6, rows=2))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (DPMSolverMultistepScheduler(), "can't be split"),
+        (HeunDiscreteScheduler(), "can't be split"),
+        (EDMEulerScheduler(), "can't be split"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "can't be split"),
+        (DDIMScheduler(), "clips x₀"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else None,
+)
+def test_x0_alone_is_refused_where_the_update_has_no_such_place(scheduler, words):
+    with pytest.raises(MethodError, match=words):
+        sostenuto.enable(build_tiny(), EpsilonScaling(1.01, apply_to="x0_only"), scheduler=scheduler)
+
+
+def test_x0_alone_is_refused_for_calibrated_scales_and_where_lambda_outruns_the_step():
+    with pytest.raises(MethodError, match="measured on all of the update"):
+        EpsilonScaling("scales.json", apply_to="x0_only")
+    with pytest.raises(MethodError, match="apply_to"):
+        EpsilonScaling(1.01, apply_to="x0")
+    scheduler = X0_ONLY["ddim"]()
+    model = gaussian.GaussianDenoiser(scheduler)
+    with (
+        sostenuto.enable(model, EpsilonScaling(5.0, apply_to="x0_only"), scheduler=scheduler),
+        pytest.raises(MethodError, match=r"further than the step itself goes \(to λ = \d"),
+    ):
+        gaussian.sample(model, torch.Generator().manual_seed(0), 50, rows=1)

@@ -331,6 +331,21 @@ def test_the_command_trains_and_generates_with_the_router(folder, tmp_path, caps
     assert "no scheduler 'Nonsense'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "words"),
+    [
+        ("l2c", ["--target-fraction", "0.6"], "set --penalty"),
+        ("l2c", ["--theta", "0.1"], "the calibration of l2c has no --theta: leave it out"),
+        ("smoothcache", ["--penalty", "0.1"], "the calibration of smoothcache has no --penalty: leave it out"),
+        ("magcache", ["--target-fraction", "0.6", "--theta", "0.1"], "has no --theta: leave it out"),
+    ],
+)
+def test_options_that_a_calibration_has_not_are_refused_and_not_ignored(method, option, words, tmp_path, capsys):
+    assert main(["calibrate", "--method", method, *option, "--output", str(tmp_path / "made")]) == 1
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_by_name_the_demo_pipeline_gets_its_preset():
     class DemoPipeline:
         pass

@@ -6,8 +6,10 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sostenuto import FORA, L2C, available_methods
 from sostenuto.methods.base import parts
@@ -50,6 +52,32 @@ def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypa
         "time-shift",
     }  # the first is the base; λ joins later; t is no cost
     assert {name.partition("-")[0] for name in asked} == {"eb", "feb", "smoothcache", "mag", "tea", "ditfastattn"}
+
+
+def test_noise_scales_are_measured_one_generation_at_a_time_on_the_rows_that_real_data_is_given_for(
+    script, tmp_path, monkeypatch
+):
+    generations, given = [], {}
+
+    class Pipe:
+        def __call__(self, labels, *_, **__):
+            generations.append(labels)
+            return SimpleNamespace(images=torch.zeros(len(labels), 1, 1, 1))
+
+    def calibrate(pipe, calibration, sample, *, num_samples, **_):
+        while sum(map(len, generations)) < num_samples:
+            before = len(generations)
+            sample(pipe, None, 50)
+            assert len(generations) == before + 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.sostenuto, "calibrate", calibrate)
+    monkeypatch.setattr(
+        script.data, "of_labels", lambda part, labels, folder: given.setdefault("labels", labels) and None
+    )
+    with pytest.raises(KeyboardInterrupt):
+        script.Workshop(Pipe(), tmp_path, 0, None).with_noise_scale("FORA", FORA(2))
+    assert sum(generations, []) == given["labels"]
 
 
 @pytest.mark.slow

@@ -70,6 +70,45 @@ def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[floa
     return levels
 
 
+def direction_shares(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """How much of each step's noise its update takes over besides x₀: r in ``x_{t'}/α' = x₀ + r·(σ/α)·ε``.
+
+    ``r = (σ'/α') / (σ/α)`` for DDIM without noise of its own (η = 0) and Euler's method; 0 for DDPM, whose update reads x₀ and
+    x_t alone.
+
+    Raises:
+        MethodError: the update is not of this form, or clips x₀.
+    """
+    kind, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+    if kind == "DDPMScheduler":
+        return (0.0,) * len(timesteps)
+    if kind not in ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler") or getattr(
+        config, "stochastic_sampling", False
+    ):
+        raise MethodError(
+            f"the update of this {kind} can't be split into x₀ and direction from outside: use DDPMScheduler, DDIMScheduler, "
+            "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler (without stochastic_sampling), or apply_to='all'"
+        )
+    if kind != "DDIMScheduler":
+        levels = noise_levels(scheduler, (*timesteps, 0.0))  # the list of σ goes one further
+        following = levels[1:]
+    else:
+        if scheduler.config.clip_sample or scheduler.config.thresholding:
+            raise MethodError(
+                "this DDIMScheduler clips x₀, so scaling x₀ alone is no scaling of the network's output: set "
+                "clip_sample=False and thresholding=False, or use apply_to='all'"
+            )
+        levels = noise_levels(scheduler, timesteps)
+        stride = scheduler.config.num_train_timesteps // (scheduler.num_inference_steps or 1)
+        shares = [
+            float(scheduler.alphas_cumprod[int(t) - stride] if t >= stride else scheduler.final_alpha_cumprod)
+            for t in timesteps
+        ]
+        following = tuple((math.sqrt(share), math.sqrt(1 - share)) for share in shares)
+    pairs = zip(levels, following, strict=False)
+    return tuple(alpha * next_sigma / (sigma * next_alpha) for (alpha, sigma), (next_alpha, next_sigma) in pairs)
+
+
 def preconditioning(scheduler: Any, sigma: float) -> tuple[float, float, float]:
     """EDM's c_in, c_skip and c_out (arXiv 2206.00364, table 1) at a noise level, as the scheduler itself applies them.
 

@@ -63,6 +63,12 @@ class Calibrate:
         import sostenuto
         from sostenuto.errors import MethodError
 
+        if self.target_fraction is not None:
+            raise MethodError(
+                "a router is trained at a price of computed branches, not to a cost: set --penalty (more of it reuses more) in "
+                "place of --target-fraction"
+            )
+        self._refuse("forecast_order", "theta", "window", "eps_scale_grid")
         if self.choice.model != "demo":
             raise MethodError(
                 "this command trains routers for the demo model: for another one call sostenuto.calibrate"
@@ -150,19 +156,24 @@ class Calibrate:
         known = available_calibrations()
         if self.choice.method not in known:
             raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
+        self._refuse("penalty", "num_iterations")  # of the training of routers
         kind = known[self.choice.method]
         names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         takes = inspect.signature(kind).parameters
         target = given.pop("target_fraction", None) if "target_fraction" not in takes else None
-        if target is not None:
-            return kind.at_cost(target)
-        for name in given:
-            if name not in takes:
+        self._refuse(*(name for name in given if name not in takes))
+        return kind(**given) if target is None else kind.at_cost(target)
+
+    def _refuse(self, *names: str) -> None:
+        """Refuse options that were given and that the method's calibration has not."""
+        from sostenuto.errors import MethodError
+
+        for name in names:
+            if getattr(self, name) is not None:
                 raise MethodError(
                     f"the calibration of {self.choice.method} has no --{name.replace('_', '-')}: leave it out"
                 )
-        return kind(**given)
 
 
 def _short(values: Sequence[float]) -> float | list[float]:

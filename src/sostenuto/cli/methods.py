@@ -16,8 +16,9 @@ class Methods:
     """Write them to this file."""
 
     def run(self) -> None:
-        """Print two lines a method."""
+        """Print two lines a method, then what the letters mean."""
         from sostenuto.methods import available_methods
+        from sostenuto.methods.base import LETTERS
 
         rows = [
             {
@@ -28,6 +29,7 @@ class Methods:
                 "compiles": m.compiles,
                 "denoisers": m.denoisers,
                 "state": m.state,
+                "bytes_per_token": m.bytes_per_token,
                 "summary": m.summary,
             }
             for name, m in available_methods().items()
@@ -36,5 +38,6 @@ class Methods:
             needs = "calibrated" if row["calibrated"] else "ready"
             compiles = "compiles" if row["compiles"] else "eager only"
             print(f"{row['name']:16} {row['class']:15} {needs:11} {compiles:11} {row['denoisers']:12} {row['summary']}")
-            print(f"{'':16} {row['paper'] or '–'}; keeps {row['state']}")
+            print(f"{'':16} {row['paper'] or '–'}; keeps {row['state']}: {row['bytes_per_token']} bytes per token")
+        print(f"\nbytes per token: {LETTERS}")
         write_json(self.json, rows)

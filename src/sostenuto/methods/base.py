@@ -19,6 +19,13 @@ from sostenuto.state import Policy, Selector
 from sostenuto.tap import BranchTap, Tap
 from sostenuto.unet import is_unet
 
+LETTERS = (
+    "b: bytes of a number; d: channels of a token; branches, attentions: how many the network has; order: of the extrapolation "
+    "(AB-Cache: outputs combined); out: numbers that the denoiser puts out for a token; up: channels of the kept feature, for "
+    "each of its pixels"
+)
+"""What the letters in ``bytes_per_token`` mean."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -55,6 +62,8 @@ class Method:
         calibrated: whether it needs a calibration for each model and sampler.
         compiles: whether it works on a compiled denoiser; what decides on data while the network runs doesn't.
         state: what it keeps, in words; see ``handle.predicted_cache_bytes`` for bytes.
+        bytes_per_token: of features that it keeps at most with its usual settings, for each token of a row of the batch, in the
+            letters of :data:`LETTERS`.
         denoisers: the kind of network that it is for.
     """
 
@@ -64,6 +73,7 @@ class Method:
     calibrated: ClassVar[bool] = False
     compiles: ClassVar[bool] = True
     state: ClassVar[str] = "nothing"
+    bytes_per_token: ClassVar[str] = "0"
     denoisers: ClassVar[str] = "transformer"
 
     @property

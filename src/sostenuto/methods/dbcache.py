@@ -54,6 +54,7 @@ class DBCache(Method):
     state: ClassVar[str] = (
         "one residual of the middle blocks per order of the forecast and one more, one of the front blocks"
     )
+    bytes_per_token: ClassVar[str] = "b × d × (order + 2)"
 
     def __post_init__(self) -> None:
         check_whole("DBCache's front_blocks", self.front_blocks, least=1)

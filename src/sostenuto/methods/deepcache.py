@@ -57,6 +57,7 @@ class DeepCache(Method):
     paper: ClassVar[str] = "arXiv 2312.00858"
     summary: ClassVar[str] = "keeps what a U-Net computes beyond one skip connection, for N steps"
     state: ClassVar[str] = "one feature of the up path"
+    bytes_per_token: ClassVar[str] = "b × up"
     denoisers: ClassVar[str] = "U-Net"
 
     def __post_init__(self) -> None:

@@ -19,10 +19,10 @@ class DeltaDiT(Method):
     """Δ-DiT (arXiv 2406.01125): the change ``Δ = x_out − x_in`` of a range of blocks is kept and added to the current input.
 
     Before the switch step the range is the rear ``num_cached_blocks`` blocks, which shape details, while outlines form; from
-    it on it is the front ones. All blocks run at every multiple of the interval and at the switch step, where the other
-    range's Δ does not exist yet. With more than half of the blocks cached the two ranges overlap; a computed step keeps only
-    the Δ that a later step reads. There is no official code: that the interval is not counted anew from the switch step is
-    our reading.
+    it on it is the front ones. All blocks run at every multiple of the interval, counted from the generation's first step, and
+    at the switch step, where the other range's Δ does not exist yet. With more than half of the blocks cached the two ranges
+    overlap; a computed step keeps only the Δ that a later step reads. There is no official code: that the interval is not
+    counted anew from the switch step is our reading.
 
     Attributes:
         interval: the paper's N, 1 (no caching) or more.
@@ -39,6 +39,7 @@ class DeltaDiT(Method):
     paper: ClassVar[str] = "arXiv 2406.01125"
     summary: ClassVar[str] = "reuses what the rear blocks add early, what the front blocks add late"
     state: ClassVar[str] = "one residual of a range of blocks"
+    bytes_per_token: ClassVar[str] = "b × d"
 
     def __post_init__(self) -> None:
         check_whole("DeltaDiT's interval", self.interval, least=1)

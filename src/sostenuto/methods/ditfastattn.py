@@ -50,6 +50,7 @@ class DiTFastAttn(TableMethod):
     paper: ClassVar[str] = "arXiv 2406.08552"
     summary: ClassVar[str] = "self-attention over a window, or shared between steps or guidance halves"
     state: ClassVar[str] = "of each self-attention the last output and the last residual, where a later step reads them"
+    bytes_per_token: ClassVar[str] = "2 × b × d × attentions"
 
     def __post_init__(self) -> None:
         super().__post_init__()

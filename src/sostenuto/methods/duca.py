@@ -44,6 +44,7 @@ class DuCa(TokenCycle):
         "full steps every N steps, in between some tokens alternately with nothing but the last layer"
     )
     state: ClassVar[str] = "one output per branch, the last hidden state, and two numbers per token and branch"
+    bytes_per_token: ClassVar[str] = "b × d × (branches + 1)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

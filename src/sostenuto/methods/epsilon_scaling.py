@@ -16,6 +16,7 @@ from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers, check_timesteps
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_choice, is_whole
+from sostenuto.schedulers import direction_shares
 
 if TYPE_CHECKING:
     from sostenuto.analysis import NormCurves
@@ -63,14 +64,21 @@ class EpsilonScaling(Method):
     Applied to the denoiser's output, hence to all of the update (x₀ and direction), after the guidance in effect. A network
     that predicts velocity, x₀ or a flow has its noise scaled and its x₀ rebuilt from that.
 
+    ``apply_to="x0_only"`` scales the noise where x₀ is computed and leaves the direction alone, as the authors' code for LDM
+    does: ``x_{t'} = α'·x₀(ε/λ) + σ'·ε``. For DDIM with η = 0 and Euler's method that equals a factor b' of all the noise, with
+    ``b' = (1/λ − r) / (1 − r)`` and ``r = (σ'/α') / (σ/α)``; for DDPM, which reads nothing but x₀, ``b' = 1/λ``.
+
     Attributes:
         scale: λ, one number or one per step in sampling order; above 1 takes noise away less strongly. EB-Cache's b is 1/λ.
             Or calibrated :class:`NoiseScales` (or their file), whose factors b differ where a call was computed or reused.
         end: λ at the last step, towards which ``scale`` then goes linearly from the first; ``None``: λ as given.
+        apply_to: ``"all"`` of the update, or ``"x0_only"``, which other samplers than those above, samplers that clip x₀, and
+            calibrated scales (measured with all of the update) are refused.
     """
 
     scale: float | tuple[float, ...] | NoiseScales | str | Path = 1.005
     end: float | None = None
+    apply_to: Literal["all", "x0_only"] = "all"
 
     name: ClassVar[str] = "epsilon-scaling"
     paper: ClassVar[str] = "arXiv 2308.15321"
@@ -78,9 +86,14 @@ class EpsilonScaling(Method):
     denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
+        check_choice("apply_to", self.apply_to, ("all", "x0_only"))
         if isinstance(self.scale, (NoiseScales, Path)) or (
             isinstance(self.scale, str) and self.scale.endswith(".json")
         ):
+            if self.apply_to == "x0_only":
+                raise MethodError(
+                    "EpsilonScaling's calibrated scales were measured on all of the update: leave out apply_to"
+                )
             if self.end is not None:
                 raise MethodError("EpsilonScaling's calibrated scales say b of every step: leave out end")
             return
@@ -98,6 +111,8 @@ class EpsilonScaling(Method):
             return replace(self, scale=NoiseScales.load(self.scale)).prepare(denoiser, scheduler)
         if isinstance(self.scale, NoiseScales):
             self.scale.check(denoiser, scheduler)
+        if self.apply_to == "x0_only":
+            direction_shares(scheduler, ())  # refuses a sampler without this meaning
         return self
 
     def noise_scale(self, facts: Facts) -> Sequence[float] | NoiseScale:
@@ -107,9 +122,14 @@ class EpsilonScaling(Method):
             self.scale.check_steps(facts.timesteps)
             return NoiseScale(self.scale.computed, self.scale.reused)
         if self.end is None:
-            return [1 / scale for scale in check_noise_scale(self.scale, facts.num_steps)]
-        assert isinstance(self.scale, (int, float))
-        return [1 / (tau * self.scale + (1 - tau) * self.end) for tau in normalized_times(facts.num_steps)]
+            scales = check_noise_scale(self.scale, facts.num_steps)
+        else:
+            assert isinstance(self.scale, (int, float))
+            scales = tuple(tau * self.scale + (1 - tau) * self.end for tau in normalized_times(facts.num_steps))
+        if self.apply_to == "all":
+            return [1 / scale for scale in scales]
+        shares = direction_shares(facts.scheduler, facts.timesteps)
+        return [_of_x0_only(step, *pair) for step, pair in enumerate(zip(scales, shares, strict=True))]
 
     # --- schedules -----------------------------------------------------------------------------------------------
 
@@ -198,6 +218,16 @@ class EpsilonScaling(Method):
     def edm_cifar10_unconditional(cls) -> EpsilonScaling:
         """EDM on CIFAR-10, unconditional, 13 network calls: λ = 1.0048."""
         return cls(1.0048)
+
+
+def _of_x0_only(step: int, scale: float, share: float) -> float:
+    """The factor of all the noise that does what 1/λ in x₀ alone does."""
+    if share >= 1 or 1 / scale <= share:
+        raise MethodError(
+            f"in x₀ alone, λ = {scale:g} moves step {step} further than the step itself goes (to λ = {1 / share:.4g} at most): "
+            "use a λ nearer to 1, fewer steps, or apply_to='all'"
+        )
+    return (1 / scale - share) / (1 - share)
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:

@@ -32,6 +32,7 @@ class FORA(Method):
     paper: ClassVar[str] = "arXiv 2407.01425"
     summary: ClassVar[str] = "computes all branches every N steps, reuses them in between"
     state: ClassVar[str] = "one output of every branch, one more per order of the forecast"
+    bytes_per_token: ClassVar[str] = "b × d × branches"
 
     def __post_init__(self) -> None:
         check_whole("FORA's interval", self.interval, least=1)

@@ -32,6 +32,7 @@ class Forecast(Method):
     summary: ClassVar[str] = "fills the gaps of the method it is combined with by a forecast"
     denoisers: ClassVar[str] = "any"
     state: ClassVar[str] = "order + 1 outputs where the other method keeps one"
+    bytes_per_token: ClassVar[str] = "× (order + 1)"
 
     def __post_init__(self) -> None:
         check_forecast_order(self.order, "Forecast's order")

@@ -38,6 +38,7 @@ class L2C(Method):
     summary: ClassVar[str] = "every second step computes the branches that a trained router keeps"
     calibrated: ClassVar[bool] = True
     state: ClassVar[str] = "one output of every branch that is reused"
+    bytes_per_token: ClassVar[str] = "b × d × branches"
 
     def __post_init__(self) -> None:
         if self.router is not None and not isinstance(self.router, (Router, str, Path)):

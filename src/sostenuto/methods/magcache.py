@@ -78,6 +78,7 @@ class MagCache(Method):
     summary: ClassVar[str] = "skips all blocks by the measured change in size of what they add"
     calibrated: ClassVar[bool] = True
     state: ClassVar[str] = "one residual of all blocks"
+    bytes_per_token: ClassVar[str] = "b × d"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratios, (list, tuple)):

@@ -50,6 +50,7 @@ class PAB(Method):
     paper: ClassVar[str] = "arXiv 2408.12588"
     summary: ClassVar[str] = "computes attention every few steps in the middle of the sampling, by type"
     state: ClassVar[str] = "one output of every attention, and of the MLPs that are broadcast"
+    bytes_per_token: ClassVar[str] = "b × d × attentions"
 
     def __post_init__(self) -> None:
         for name in ("spatial_range", "temporal_range", "cross_range"):

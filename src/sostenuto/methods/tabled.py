@@ -33,6 +33,7 @@ class TableMethod(Method):
 
     calibrated: ClassVar[bool] = True
     state: ClassVar[str] = "one output of every branch that is reused, one more for a linear forecast"
+    bytes_per_token: ClassVar[str] = "b × d × branches"
 
     def __post_init__(self) -> None:
         if self.table is not None and not isinstance(self.table, (CacheTable, str, Path)):

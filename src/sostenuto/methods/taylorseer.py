@@ -47,6 +47,7 @@ class TaylorSeer(Method):
     paper: ClassVar[str] = "arXiv 2503.06923"
     summary: ClassVar[str] = "computes all branches every N steps, forecasts them by a Taylor polynomial in between"
     state: ClassVar[str] = "order + 1 outputs of every branch; lite: order + 1 hidden states in all"
+    bytes_per_token: ClassVar[str] = "b × d × branches × (order + 1)"
 
     def __post_init__(self) -> None:
         check_whole("TaylorSeer's interval", self.interval, least=1)

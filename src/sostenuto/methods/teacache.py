@@ -88,6 +88,7 @@ class TeaCache(Method):
     calibrated: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
     state: ClassVar[str] = "one residual of all blocks, one input of the first attention"
+    bytes_per_token: ClassVar[str] = "2 × b × d"
 
     def __post_init__(self) -> None:
         if isinstance(self.coefficients, (list, tuple)):

@@ -30,6 +30,7 @@ class ToCa(TokenCycle):
         "full steps every N steps, in between only the most important tokens of MLPs and cross-attention"
     )
     state: ClassVar[str] = "one output per branch, and two numbers per token and branch"
+    bytes_per_token: ClassVar[str] = "b × d × branches"
 
     @classmethod
     def dit_xl_2(cls) -> ToCa:
