@@ -54,8 +54,8 @@ class _Pass:
 
 
 @torch.no_grad()
-def naive(model, script, level):
-    """What the script gives where every second step (with ``output``: 3, 5, …) is filled in, each pass by itself."""
+def naive(model, script, level, first=0):
+    """What the script gives where every second step behind ``first`` (``output``: 3, 5, …) is filled in, each pass by itself."""
     patched = _patch_branches(model) if level == "branches" else _patch_stack(model) if level == "stack" else []
     passes: dict = {}
     results = []
@@ -64,7 +64,7 @@ def naive(model, script, level):
             state = passes.get(which)
             if state is None or state.last != step - 1:
                 state = passes[which] = _Pass()
-            due = step % 2 == 1 and (level != "output" or step >= 2)
+            due = (step - first) % 2 == 1 and (level != "output" or step >= 2)
             skip = due and bool(state.computed)
             for module in patched:
                 module.naive_state, module.naive_skip = state.kept, skip

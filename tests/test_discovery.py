@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sostenuto
-from sostenuto import AnatomyError, SiteKind, discovery
+from sostenuto import AnatomyError, SiteKind, discovery, source
 from sostenuto.families import ANATOMIES
 from sostenuto.sites import anatomy_of, has_stack, inspect
 from sostenuto.zoo import TINY_MODELS
@@ -333,3 +333,19 @@ def test_a_cache_of_the_networks_own_is_refused_when_it_is_used():
     assert not prefill({"kv_cache": None})
     with pytest.raises(AnatomyError, match="kv_cache"):
         prefill({"kv_cache": {}, "x": 1} | {"kv_cache": [1]})
+
+
+class _Unselfish(nn.Module):
+    def forward(this, x, t, self=None):  # noqa: N805
+        return x
+
+
+class _Static(nn.Module):
+    @staticmethod
+    def forward(x, t):
+        return x
+
+
+def test_the_module_itself_is_no_argument_whatever_it_is_called():
+    assert source.argument_names(_Unselfish) == ("x", "t", "self")
+    assert source.argument_names(_Static) == ("x", "t")

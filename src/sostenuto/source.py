@@ -32,8 +32,8 @@ def methods_of(module_class: type[nn.Module]) -> dict[str, ast.FunctionDef]:
 
 @cache
 def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the arguments of a class's ``forward``."""
-    return tuple(name for name in inspect.signature(module_class.forward).parameters if name != "self")
+    """Names of the arguments of a class's ``forward`` behind the module itself, whatever its author calls that."""
+    return tuple(inspect.signature(object.__new__(module_class).forward).parameters)
 
 
 def accepts(module_class: type[nn.Module], name: str) -> bool:
