@@ -77,7 +77,7 @@ def test_noise_scales_are_measured_one_generation_at_a_time_on_the_rows_that_rea
     )
     with pytest.raises(KeyboardInterrupt):
         script.Workshop(Pipe(), tmp_path, 0, None).with_noise_scale("FORA", FORA(2))
-    assert sum(generations, []) == given["labels"]
+    assert [label for labels in generations for label in labels] == given["labels"]
 
 
 @pytest.mark.slow
