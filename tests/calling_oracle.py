@@ -55,7 +55,7 @@ class _Pass:
 
 @torch.no_grad()
 def naive(model, script, level, first=0):
-    """What the script gives where every second step behind ``first`` (``output``: 3, 5, …) is filled in, each pass by itself."""
+    """What the script gives where every second step after ``first`` (``output``: 3, 5, …) is filled, each pass by itself."""
     patched = _patch_branches(model) if level == "branches" else _patch_stack(model) if level == "stack" else []
     passes: dict = {}
     results = []

@@ -336,7 +336,7 @@ def test_a_cache_of_the_networks_own_is_refused_when_it_is_used():
 
 
 class _Unselfish(nn.Module):
-    def forward(this, x, t, self=None):  # noqa: N805
+    def forward(this, x, t, self=None):
         return x
 
 
