@@ -30,6 +30,22 @@ class TupleBlock(Block):
         return super().forward(tokens), None
 
 
+class ConditionedBlock(Block):
+    def forward(self, tokens, channels):
+        return super().forward(tokens + channels)
+
+
+class ConditionedNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(ConditionedBlock() for _ in range(2))
+
+    def forward(self, x, moment):
+        for stage in self.stages:
+            x = stage(x, moment.expand(1, 4).to(x.dtype))
+        return x
+
+
 class Net(nn.Module):
     def __init__(self, block=Block):
         super().__init__()
@@ -161,6 +177,25 @@ def test_a_wrong_number_of_returned_streams_is_refused(taught, block, streams, w
 def test_words_of_the_wrong_type_are_refused_where_they_are_written(wrong, words):
     with pytest.raises(AnatomyError, match=words):
         wrong()
+
+
+def test_an_argument_that_is_not_there_can_not_change_from_step_to_step(taught):
+    with pytest.raises(
+        AnatomyError, match=r"no argument 'y' that could change from step to step, only x, moment, cond"
+    ):
+        taught(_anatomy(_list(), stepwise=("y",)))
+    assert "Net" not in ANATOMIES
+
+
+def test_a_conditioning_that_is_called_a_stream_is_refused_since_nothing_is_added_to_it():
+    sostenuto.register_anatomy(ConditionedNet, _anatomy(_list(streams=("channels",))))
+    try:
+        with pytest.raises(
+            EngineError, match=r"is given a stream \[1, 4\] and returns \[.*, 4\], which is no sum with it"
+        ):
+            generate(ConditionedNet(), Stack(2))
+    finally:
+        ANATOMIES.pop("ConditionedNet")
 
 
 @pytest.mark.parametrize("method", ["fora", "taylorseer", "teacache", "pab", "delta-dit", "dbcache"])

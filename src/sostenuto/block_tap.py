@@ -45,6 +45,7 @@ class BlocksTap(Tap):
         members = places[site.block : site.last_block + 1]
         self.blocks = [denoiser.get_submodule(member.path) for member in members]
         self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
+        self._is_one_list = members[0].place is members[-1].place
         self._in_place = any(place.place.in_place for place in places[: site.last_block + 1])
         front = next((place for place in places[: site.block] if place.place.whole), None)
         if watch == "front-residual":
@@ -177,7 +178,14 @@ class BlocksTap(Tap):
         return stream
 
     def _subtract(self, output: Any, entry: Any) -> Any:
-        return output - entry if self._has_residual(output, entry) else output
+        if self._has_residual(output, entry):
+            return output - entry
+        if self.site.residual and self._is_one_list and _both_tensors(output, entry):
+            raise EngineError(
+                f"{self.site.id} is given a stream {list(entry.shape)} and returns {list(output.shape)}, which is no sum with "
+                "it: let the streams of its BlockList name the arguments that a block changes and hands on"
+            )
+        return output
 
     def _add(self, filled: Any, entry: Any) -> Any:
         if filled is None:  # a last block that leaves out a stream which nobody reads any more
@@ -188,12 +196,7 @@ class BlocksTap(Tap):
 
     def _has_residual(self, output: Any, entry: Any) -> bool:
         """Whether a stream is kept as a residual: not where the range joins streams, so that the shapes differ."""
-        return (
-            self.site.residual
-            and isinstance(output, torch.Tensor)
-            and isinstance(entry, torch.Tensor)
-            and output.shape == entry.shape
-        )
+        return self.site.residual and _both_tensors(output, entry) and output.shape == entry.shape
 
     def _signal(
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -220,6 +223,10 @@ class BlocksTap(Tap):
         raise EngineError(
             f"the first block of {self.site.id} never reached its attention: nothing can be measured there"
         )
+
+
+def _both_tensors(one: Any, other: Any) -> bool:
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
 
 
 class _Streams:

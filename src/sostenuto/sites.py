@@ -13,6 +13,7 @@ from sostenuto.anatomy import Anatomy, BlockList, Branch, SiteKind
 from sostenuto.discovery import discover
 from sostenuto.errors import AnatomyError
 from sostenuto.families import ANATOMIES
+from sostenuto.source import accepts, argument_names
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,19 @@ def register_anatomy(model_class: type[nn.Module], anatomy: Anatomy) -> None:
     """Teach the library the sites of a network class; replaces what was known of a class of that name.
 
     Raises:
-        AnatomyError: the arguments are not a module class and an :class:`Anatomy`.
+        AnatomyError: the arguments are not a module class and an :class:`Anatomy`, or the class takes no argument that
+            ``stepwise`` names.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         raise AnatomyError(f"register_anatomy takes a class of torch.nn.Module, not {model_class!r}")
     if not isinstance(anatomy, Anatomy):
         raise AnatomyError(f"register_anatomy takes an Anatomy, not {anatomy!r}")
+    unknown = [name for name in anatomy.stepwise if not accepts(model_class, name)]
+    if unknown:
+        raise AnatomyError(
+            f"{model_class.__name__}.forward has no argument {unknown[0]!r} that could change from step to step, only "
+            f"{', '.join(argument_names(model_class))}: correct its anatomy, Anatomy(…, stepwise=…)"
+        )
     ANATOMIES[model_class.__name__] = anatomy
 
 
