@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 import sostenuto
 from conftest import build_tiny, sample_loop
-from sostenuto import CacheTable, EBCache, EngineError, StepState
+from sostenuto import CacheTable, EBCache, EngineError, StepState, TeaCache, compat
 
 C, A, M, B = StepState
 STATES = (C, B, A, C, B, M, B, C, C)
@@ -49,12 +49,35 @@ def test_one_graph_per_mode_without_a_break(scheduler, form, order):
     assert torch.equal(restored, stock)
 
 
-def test_compiling_after_enabling_is_refused_not_silently_wrong(scheduler):
-    model = build_tiny(num_layers=1)
-    with sostenuto.enable(model, "none", scheduler=scheduler):
-        model.compile(fullgraph=True, backend="eager")
-        with pytest.raises((EngineError, torch._dynamo.exc.TorchDynamoException), match="enable"):
-            sample_loop(model, scheduler, 2)
+@pytest.mark.parametrize("after_a_generation", [False, True])
+def test_compiling_in_place_after_enabling_is_as_before_it(scheduler, after_a_generation):
+    model, method = build_tiny(num_layers=2), EBCache(CacheTable(STATES))
+    with sostenuto.enable(model, method, scheduler=scheduler):
+        expected, _ = sample_loop(model, scheduler, len(STATES))
+    with sostenuto.enable(model, method, scheduler=scheduler) as handle:
+        if after_a_generation:
+            sample_loop(model, scheduler, len(STATES))
+        model.compile(fullgraph=True, backend="aot_eager")
+        got, _ = sample_loop(model, scheduler, len(STATES))
+        modes = {ops for _, _, _, ops in handle._record.calls}
+        assert counters["stats"]["unique_graphs"] == len(modes)
+        assert not counters["graph_break"]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert compat.is_compiled(model)
+    assert "compile" not in vars(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_compiling_in_place_is_refused_where_the_method_looks_into_the_network_which_stays_as_it_was(scheduler):
+    model = build_tiny(num_layers=2)
+    with sostenuto.enable(model, TeaCache(threshold=1.0), scheduler=scheduler):
+        expected, _ = sample_loop(model, scheduler, 3)
+        with pytest.raises(sostenuto.MethodError, match="compiled denoiser can't"):
+            model.compile(backend="eager")
+        assert torch.equal(sample_loop(model, scheduler, 3)[0], expected)
+
+
+def test_a_wrapper_that_compiles_around_an_enabled_network_is_refused_not_silently_wrong(scheduler):
     wrapped = build_tiny(num_layers=1)
     with sostenuto.enable(wrapped, "none", scheduler=scheduler):
         compiled = torch.compile(wrapped, fullgraph=True, backend="eager")

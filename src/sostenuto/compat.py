@@ -100,6 +100,16 @@ def intercept_calls(
     return restore
 
 
+def replace_compile(module: nn.Module, function: Callable[..., None]) -> Callable[[], None]:
+    """Put a function in the place of ``module.compile``, on this instance; returns what takes it away again."""
+    vars(module)["compile"] = function
+
+    def restore() -> None:
+        vars(module).pop("compile", None)
+
+    return restore
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of the module go through ``torch.compile``, by either of its forms."""
     # As a network with many modules is asked this for each of them: nn.Module is slow to tell that it lacks an attribute.

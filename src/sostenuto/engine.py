@@ -87,12 +87,33 @@ class Handle:
             self._detach.append(self._detach_taps)
             self._attach_taps()
             vars(self._denoiser)[_ATTRIBUTE] = self
-            self._detach.append(
-                compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k))
-            )
+            self._intercept()
+            self._detach.append(lambda: self._release())
+            if self._caller is self._denoiser:
+                self._detach.append(compat.replace_compile(self._denoiser, self._compile))
         except BaseException:
             self.disable()
             raise
+
+    def _intercept(self) -> None:
+        self._release = compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k))
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """What ``denoiser.compile()`` does meanwhile: calls are intercepted outside of the compiled one, taps run within it.
+
+        Raises:
+            MethodError: the method doesn't work on a compiled denoiser; it is left uncompiled.
+        """
+        refusals.check_graph(self.method, self._denoiser, in_graph=True)
+        with self._taps_in_use:
+            self._drop_state()
+            self._release()
+            try:
+                type(self._denoiser).compile(self._denoiser, *args, **kwargs)
+                self._compiled = compat.is_compiled(self._denoiser)
+            finally:
+                self._intercept()
+            self._place_anew()
 
     def _make_taps(self) -> None:
         self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
@@ -130,6 +151,9 @@ class Handle:
             return
         if not between:
             raise refusals.displaced()
+        self._place_anew()
+
+    def _place_anew(self) -> None:
         self._detach_taps()
         self._make_taps()
         self._attach_taps()
@@ -272,7 +296,10 @@ class Handle:
 
     def _call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            raise EngineError("the denoiser was compiled after sostenuto was enabled: compile it first, then enable")
+            raise EngineError(
+                "torch.compile was put around the denoiser after sostenuto was enabled: compile it first, then enable, or "
+                "call denoiser.compile()"
+            )
         if not self._busy.acquire(blocking=False):
             raise EngineError("the denoiser is in a call already: one enabled denoiser serves one thread at a time")
         try:
