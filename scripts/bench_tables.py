@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from quality_tables import cell
-
 Show = Callable[[dict[str, Any]], str]
 
 
@@ -61,12 +59,15 @@ _STATE: dict[str, Show] = {"MiB kept": _number("cache_bytes_peak", "{:.2f}", 2**
 _ERROR: dict[str, Show] = {"relative error": _number("relative_error", "{:.1e}")}
 
 
-def bench(columns: dict[str, Show], counted: dict[str, Show] | None = None) -> Callable[[dict[str, Any]], str]:
+def bench(
+    columns: dict[str, Show], counted: dict[str, Show] | None = None, quality: dict[str, Show] | None = None
+) -> Callable[[dict[str, Any]], str]:
     """What makes the tables of a suite of ``sostenuto bench``: measured rows, counted ones, and why there are no others.
 
     Args:
         columns: of rows that were measured, by their heads.
         counted: of rows that were only counted.
+        quality: of the measured ones, where any row has one.
     """
 
     def table(rows: Sequence[dict[str, Any]], columns: dict[str, Show]) -> str:
@@ -77,9 +78,14 @@ def bench(columns: dict[str, Show], counted: dict[str, Show] | None = None) -> C
         good = [row for row in results["rows"] if row.get("error") is None]
         measured = [row for row in good if row.get("speedup") is not None]
         others = [row for row in good if row.get("speedup") is None]
-        parts = [table(measured, columns)] if measured else []
+        judged = {name: show for name, show in (quality or {}).items() if any(show(row) != "–" for row in measured)}
+        parts = [table(measured, columns | judged)] if measured else []
         parts += [table(others, counted)] if others and counted else []
-        failed = [f"- {row['name']}: {row['error']}" for row in results["rows"] if row.get("error") is not None]
+        failed = [
+            f"- {row['name']}: {row['error'].removeprefix('MethodError: ')}"
+            for row in results["rows"]
+            if row.get("error") is not None
+        ]
         parts += ["Not measured:\n\n" + "\n".join(failed)] if failed else []
         machine = results["machine"]
         facts = [
@@ -143,48 +149,21 @@ def support(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peers(results: dict[str, Any]) -> str:
-    """Methods and other libraries on the same models, a line a row; those without a measurement last."""
-    lines = [
-        "| row | library | speed-up (min … max) | by MACs | Fréchet distance | PSNR | state |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(results["rows"], key=lambda row: row.get("error") is not None):
-        library = row.get("peer") or "sostenuto"
-        if row.get("error") is not None:
-            lines.append(f"| {row['name']} | {library} | not measured: {row['error']} | | | | |")
-            continue
-        state = row.get("cache_bytes_peak")
-        spread = f" ({row['speedup_min']:.2f} … {row['speedup_max']:.2f})" if row.get("speedup_min") else ""
-        speed = "–" if row.get("speedup") is None else f"{row['speedup']:.2f}×{spread}"
-        lines.append(
-            f"| {row['name']} | {library} | {speed} | {cell(row.get('ideal_speedup'), 2)} | "
-            f"{cell(row.get('frechet_distance'), 3)} | {cell(row.get('psnr'), 1)} | "
-            f"{'–' if state is None else f'{state / 2**20:.2f} MiB'} |"
-        )
-    return "\n".join(lines)
-
-
-def efficiency(results: dict[str, Any]) -> str:
-    """Measured over ideal speed-up, a line a row."""
-    lines = ["| mode | row | speed-up (min … max) | by MACs | efficiency |", "|---|---|---|---|---|"]
-    for row in results["rows"]:
-        lines.append(
-            f"| {row['mode']} | {row['name']} | {row['speedup']:.3f} ({row['speedup_min']:.3f} … {row['speedup_max']:.3f}) | "
-            f"{row['ideal_speedup']:.3f} | {row['efficiency']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
     "efficiency.json": bench({"mode": lambda row: row["mode"], **_NAME, **_SPEED}),
-    "peers.json steps": bench(
-        {**_NAME, "library": lambda row: row.get("peer") or "sostenuto", **_SPEED, **_STEPS, **_STATE, **_ERROR}
+    "peers.json": bench(
+        {
+            **_NAME,
+            "library": lambda row: row["peer"] or "sostenuto",
+            **_SPEED,
+            "computed step": _STEPS["computed step"],
+            "skipped step": _STEPS["skipped step"],
+        },
+        quality={"Fréchet distance": _number("frechet_distance", "{:.3f}"), "PSNR": _number("psnr", "{:.1f}")},
     ),
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
     "flux-like.json": bench({**_NAME, **_SPEED, **_STEPS, **_STATE, **_ERROR}, _COUNTED),
     "growth.json": bench(_GROWTH),
-    "peers.json": peers,
     "peer-support.json": support,
 }

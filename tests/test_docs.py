@@ -41,20 +41,6 @@ def test_a_table_whose_results_are_not_there_yet_is_left_as_it_is():
     assert results_tables.filled(page) == page
 
 
-def test_rows_of_other_libraries_are_shown_with_what_was_measured_and_why_not():
-    measured = dict(
-        speedup=1.5, speedup_min=1.4, speedup_max=1.6, ideal_speedup=1.75, psnr=30.25, cache_bytes_peak=2**20
-    )
-    rows = [
-        {"name": "a", "peer": "other 1.0", "error": "refused: no such block"},
-        {"name": "b", "peer": None, "error": None, **measured},
-    ]
-    assert bench_tables.peers({"rows": rows}).splitlines()[2:] == [
-        "| b | sostenuto | 1.50× (1.40 … 1.60) | 1.75 | – | 30.2 | 1.00 MiB |",
-        "| a | other 1.0 | not measured: refused: no such block | | | | |",
-    ]
-
-
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="the docs extra is not installed")
     run = subprocess.run(
@@ -84,7 +70,7 @@ def test_tables_of_results_show_what_the_benchmark_measured_counted_and_could_no
     ]
     results = {"rows": [row.as_dict() for row in rows], "machine": prepare(settings)}
     for name, table in bench_tables.SUITES.items():
-        if name in ("peers.json", "peer-support.json"):  # in a form of their own
+        if name == "peer-support.json":  # in a form of its own
             continue
         text = table(results)
         lines = [line for line in text.splitlines() if line.startswith("|")]
