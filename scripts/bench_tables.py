@@ -149,9 +149,12 @@ def support(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_EFFICIENCY: dict[str, Show] = {"mode": lambda row: row["mode"], **_NAME, **_SPEED}
+
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
-    "efficiency.json": bench({"mode": lambda row: row["mode"], **_NAME, **_SPEED}),
+    "efficiency.json": bench(_EFFICIENCY),
+    "efficiency-networks.json": bench(_EFFICIENCY),
     "peers.json": bench(
         {
             **_NAME,
