@@ -36,9 +36,9 @@ def fora(draw) -> Recipe:
     interval, anchor, order = draw(st.integers(1, 4)), draw(st.sampled_from(["start", "end"])), draw(st.integers(0, 2))
     scale = draw(st.sampled_from([1.0, 1.25]))
 
-    def rows(steps: int, _: int) -> list[Row]:
-        index = range(steps) if anchor == "start" else range(steps - 1, -1, -1)
-        return _whole([p > 0 and i % interval > 0 for p, i in enumerate(index)], order)
+    def rows(steps: int, first: int) -> list[Row]:
+        counts = [p - first if anchor == "start" else steps - 1 - p for p in range(steps)]
+        return _whole([p > first and count % interval > 0 for p, count in enumerate(counts)], order)
 
     method = FORA(interval, anchor) | Forecast(order) if order else FORA(interval, anchor)
     method = method | EpsilonScaling(scale) if scale != 1 else method
@@ -103,8 +103,9 @@ def delta(draw) -> Recipe:
     interval, switch, cached = draw(st.integers(1, 4)), draw(st.integers(0, 4)), draw(st.integers(1, BLOCKS))
     front, rear = f"blocks:0:{cached - 1}", f"blocks:{BLOCKS - cached}:{BLOCKS - 1}"
 
-    def rows(steps: int, _: int) -> list[Row]:
-        return [{} if p % interval == 0 or p == switch else {rear if p < switch else front: "r"} for p in range(steps)]
+    def rows(steps: int, first: int) -> list[Row]:
+        computed = [(p - first) % interval == 0 or p == switch for p in range(steps)]
+        return [{} if computed[p] else {rear if p < switch else front: "r"} for p in range(steps)]
 
     ranges = tuple(dict.fromkeys((front, rear)))
     return Recipe("delta-dit", DeltaDiT(interval, switch, cached), rows, ranges=ranges, least=switch)

@@ -176,7 +176,7 @@ def _check_keys(where: str, given: Mapping[Any, Any], known: Sequence[str]) -> N
 
 def _parsed(value: Mapping[Any, Any], folder: Path) -> Method:
     name, methods = value.get("name"), available_methods()
-    if name not in methods:
+    if not isinstance(name, str) or name not in methods:
         raise no_method(name)
     make: Any = methods[name]
     known = {field.name: str(field.type) for field in fields(make)}
