@@ -100,6 +100,12 @@ def intercept_calls(
     return restore
 
 
+def is_traced() -> bool:
+    """Whether ``torch.compile`` traces what runs, or, after a break in its graph, watches it."""
+    told = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    return torch.compiler.is_compiling() or (told is not None and callable(told()))
+
+
 def replace_compile(module: nn.Module, function: Callable[..., None]) -> Callable[[], None]:
     """Put a function in the place of ``module.compile``, on this instance; returns what takes it away again."""
     vars(module)["compile"] = function

@@ -295,7 +295,7 @@ class Handle:
     # --- one denoiser call ---------------------------------------------------------------------------------------
 
     def _call(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
+        if compat.is_traced():
             raise EngineError(
                 "torch.compile was put around the denoiser after sostenuto was enabled: compile it first, then enable, or "
                 "call denoiser.compile()"
