@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import sostenuto
@@ -73,9 +74,11 @@ def parameters_of(method: Method) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A parameter as plain data; a table by what it costs, not by all its entries."""
+    """A parameter as plain data; a table by what it costs, not by all its entries, a file by its name."""
     if isinstance(value, CacheTable):
         return {"steps": value.num_inference_steps, "fill": value.fill, "macs_fraction": value.macs_fraction}
+    if isinstance(value, (str, Path)) and Path(value).is_file():
+        return Path(value).name  # where it lies says nothing on another machine
     if isinstance(value, Method):
         return {"method": value.name} | parameters_of(value)
     if isinstance(value, (tuple, list)):
