@@ -102,8 +102,11 @@ def intercept_calls(
 
 def is_traced() -> bool:
     """Whether ``torch.compile`` traces what runs, or, after a break in its graph, watches it."""
-    told = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
-    return torch.compiler.is_compiling() or (told is not None and callable(told()))
+    if torch.compiler.is_compiling():
+        return True
+    frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    told = getattr(frames, "get_eval_frame_callback", None)
+    return told is not None and callable(told())
 
 
 def replace_compile(module: nn.Module, function: Callable[..., None]) -> Callable[[], None]:
