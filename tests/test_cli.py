@@ -195,6 +195,12 @@ def test_settings_without_meaning_are_refused(wrong):
         Settings(**wrong)
 
 
+@pytest.mark.parametrize("name", ["ddim", "DDIMSheduler", "DDIMmScheduler"])
+def test_a_scheduler_that_is_misspelt_is_told_and_not_taken_for_an_old_diffusers(name, capsys):
+    assert main(["generate", "--scheduler", name]) == 1
+    assert f"diffusers has no scheduler {name!r}" in capsys.readouterr().err
+
+
 def test_a_model_that_is_nowhere_is_told_without_asking_the_hub(capsys):
     assert main(["inspect", "--model", "models/that/is/nowhere"]) == 1
     assert "there is no folder 'models/that/is/nowhere', and it is no hub id" in capsys.readouterr().err

@@ -81,6 +81,7 @@ def run(
         raise InputError(f"--time-limit must be above 0 seconds, not {time_limit:g}")
     for case in cases:
         check(case)
+    keyed = {key_of(case, settings): case for case in cases}
     machine, unwritten = prepare(settings), None
 
     def measured(case: Case) -> Row:
@@ -88,16 +89,14 @@ def run(
             return measure(case, settings, folder)
         return measure_isolated(case, settings, folder, time_limit, environment=environment_of_a_row())
 
-    def missing(file: ResultsFile) -> dict[str, Case]:
-        keyed = {key_of(case, settings): case for case in cases}
-        return {k: c for k, c in keyed.items() if k not in file.rows or (retry and file.rows[k].error)}
+    def missing(file: ResultsFile) -> list[str]:
+        return [key for key in keyed if key not in file.rows or (retry and file.rows[key].error)]
 
     if world().size > 1:
-        keyed = {key_of(case, settings): case for case in cases}
 
         def begin() -> list[str]:
             known = ResultsFile(folder / RESULTS, machine)
-            keys = list(missing(known))
+            keys = missing(known)
             forget(folder, [key for key in keys if key in known.rows])
             return keys
 
@@ -111,8 +110,8 @@ def run(
         file = ResultsFile(folder / RESULTS, machine)
         todo = missing(file)
         with progress(total=len(cases), desc="bench", show=show) as bar:
-            for case in cases:
-                if key_of(case, settings) in todo:
-                    unwritten = file.append(measured(case))
+            bar.update(len(cases) - len(todo))
+            for key in todo:
+                unwritten = file.append(measured(keyed[key]))
                 bar.update()
     return Outcome([file.rows[key_of(case, settings)] for case in cases], machine, settings, unwritten)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from sostenuto.bench.networks import NETWORKS, Network, network_of
 from sostenuto.bench.specs import nearest
 from sostenuto.errors import InputError
 from sostenuto.features import mapped
+from sostenuto.measured import read_json, table_file
 
 TINY = "tiny:"
 Sample = Callable[[torch.Generator, int], torch.Tensor]
@@ -119,16 +119,30 @@ def _demo(batch_size: int, device: str, dtype: torch.dtype) -> Subject:
     return Subject(pipe, pipe.transformer, pipe, sample, batch_size, makes_images=True, labels=labels)
 
 
-def _pipeline(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Subject:
-    index = Path(folder) / "model_index.json"
-    if index.is_file() and json.loads(index.read_text()).get("_class_name") == "DemoPipeline":
-        from sostenuto.demo.pipeline import DemoPipeline
+def load_pipeline(model: str, **options: Any) -> Any:
+    """A pipeline from a folder or hub id: diffusers', or the demo's own, which diffusers doesn't know.
 
-        pipe: Any = DemoPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
-    else:
-        kind = compat.diffusers_name("DiffusionPipeline")
-        # Weights in another format may be pickles.
-        pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device)
+    Args:
+        model: the folder or id.
+        options: of ``from_pretrained``.
+
+    Raises:
+        TableError: the folder's model index can't be read.
+        DependencyError: diffusers is not installed.
+    """
+    index, kind = Path(model) / "model_index.json", None
+    if index.is_file():
+        content = read_json(table_file(index, "model index"), "model index")
+        if isinstance(content, dict) and content.get("_class_name") == "DemoPipeline":
+            from sostenuto.demo.pipeline import DemoPipeline
+
+            kind = DemoPipeline
+    # Weights in another format may be pickles.
+    return (kind or compat.diffusers_name("DiffusionPipeline")).from_pretrained(model, use_safetensors=True, **options)
+
+
+def _pipeline(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Subject:
+    pipe = load_pipeline(folder, torch_dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     taken = inspect.signature(type(pipe).__call__).parameters
     offered = {"class_labels": [i % 10 for i in range(batch_size)], "prompt": ["a photo of a piano"] * batch_size}

@@ -29,8 +29,7 @@ class MagCacheCalibration(Calibration):
     """MagCache's calibration (arXiv 2506.09045): ``γ_p = mean_tokens(‖r_p‖ / ‖r_{p−1}‖)`` on uncached generations.
 
     The norm is taken over the channels in float32, the mean over tokens (the image's, where blocks have two streams), rows,
-    passes and generations. One sample suffices
-    in the paper.
+    passes and generations. One sample suffices in the paper.
 
     Attributes:
         target_skipped: share of the steps to be skipped, 0 and more and below 1, for which δ and K are chosen: the least K that

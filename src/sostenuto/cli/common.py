@@ -38,11 +38,9 @@ class ModelChoice:
         method = self.method if self.config is None else self.method_object().name
         name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
-            from sostenuto.compat import diffusers_name
+            from sostenuto.bench.subjects import scheduler_like
 
-            if not name.endswith("Scheduler"):
-                raise InputError(f"diffusers has no scheduler {name!r}: name its class, such as DDIMScheduler")
-            pipe.scheduler = diffusers_name(name).from_config(pipe.scheduler.config)
+            pipe.scheduler = scheduler_like(name, pipe.scheduler)
         return pipe
 
     def _load(self) -> Any:
@@ -59,18 +57,9 @@ class ModelChoice:
                 f"there is no folder {self.model!r}, and it is no hub id such as 'owner/name': name a folder that "
                 "pipe.save_pretrained wrote, or demo"
             )
-        from sostenuto.compat import diffusers_name
-        from sostenuto.measured import read_json, table_file
+        from sostenuto.bench.subjects import load_pipeline
 
-        index = Path(self.model) / "model_index.json"
-        if index.is_file():
-            content = read_json(table_file(index, "model index"), "model index")
-            if isinstance(content, dict) and content.get("_class_name") == "DemoPipeline":
-                from sostenuto.demo.pipeline import DemoPipeline
-
-                return DemoPipeline.from_pretrained(self.model, use_safetensors=True)
-        # Weights in another format may be pickles.
-        return diffusers_name("DiffusionPipeline").from_pretrained(self.model, use_safetensors=True)
+        return load_pipeline(self.model)
 
     def method_object(self) -> Any:
         """The method with its table."""
