@@ -1,5 +1,7 @@
 """A compiled denoiser with a plan attached: no graph break, one graph for each distinct mode, the same outputs."""
 
+import threading
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -83,3 +85,24 @@ def test_a_wrapper_that_compiles_around_an_enabled_network_is_refused_not_silent
         compiled = torch.compile(wrapped, fullgraph=True, backend="eager")
         with pytest.raises((EngineError, torch._dynamo.exc.TorchDynamoException), match="enable"):
             sample_loop(compiled, scheduler, 2)
+
+
+def test_a_network_runs_while_another_thread_compiles_one(scheduler):
+    """``torch.compiler.is_compiling`` is one flag for all threads."""
+    model = build_tiny(num_layers=2)
+    with sostenuto.enable(model, TeaCache((1.0, 0.0), threshold=5.0), scheduler=scheduler) as handle:
+        expected, _ = sample_loop(model, scheduler, 4)
+        stats = handle.stats.as_dict()
+        during = []
+
+        def backend(graph, _):
+            if not during:
+                sampling = threading.Thread(target=lambda: during.append(sample_loop(model, scheduler, 4)[0]))
+                sampling.start()
+                sampling.join()
+            return graph
+
+        other = torch.compile(torch.nn.Linear(2, 2), backend=backend)
+        other(torch.zeros(1, 2))
+        assert torch.equal(during[0], expected)
+        assert handle.stats.as_dict() == stats

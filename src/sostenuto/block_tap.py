@@ -113,7 +113,7 @@ class BlocksTap(Tap):
         def forward(*args: Any, **kwargs: Any) -> Any:
             if is_first:
                 self._enter(compute, streams, args, kwargs)
-            if is_last and not torch.compiler.is_compiling():
+            if is_last and not torch.compiler.is_dynamo_compiling():
                 if not self._entered:
                     return compute(*args, **kwargs)  # a pass that leaves out the first block: the range isn't reached
                 self.reach()
@@ -139,7 +139,7 @@ class BlocksTap(Tap):
         if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
             self.op = int(Op.COMPUTE)  # a pass that leaves out the blocks in front has no signal
             return
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._entered = True
         if self.op == Op.DECIDE:
             assert self.decide is not None
@@ -151,7 +151,7 @@ class BlocksTap(Tap):
         if op == Op.STORE:
             if self.site.residual:
                 self._entry = {name: self._as_it_is(stream) for name, stream in self._entry.items()}
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self._entry_version = versions(tuple(self._entry.values()))
         else:
             # Made now: the network may write into the streams that are handed on.
@@ -159,7 +159,7 @@ class BlocksTap(Tap):
             self._entry = {}
 
     def _keep(self, streams: _Streams, output: Feature) -> Feature:
-        watched = self.site.residual and not torch.compiler.is_compiling()
+        watched = self.site.residual and not torch.compiler.is_dynamo_compiling()
         if watched and versions(tuple(self._entry.values())) != self._entry_version:
             raise EngineError(
                 f"the network writes into the input of {self.site.id}, so that its residual is lost: say so in its anatomy, "
@@ -173,7 +173,7 @@ class BlocksTap(Tap):
         """A stream as it is now, also when a block writes into it: of an inference tensor nothing would tell."""
         if not isinstance(stream, torch.Tensor):
             return stream
-        if self._in_place or (not torch.compiler.is_compiling() and stream.is_inference()):
+        if self._in_place or (not torch.compiler.is_dynamo_compiling() and stream.is_inference()):
             return stream.clone()
         return stream
 

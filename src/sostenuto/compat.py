@@ -102,7 +102,7 @@ def intercept_calls(
 
 def is_traced() -> bool:
     """Whether ``torch.compile`` traces what runs, or, after a break in its graph, watches it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     told = getattr(frames, "get_eval_frame_callback", None)
@@ -127,7 +127,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, in which gradient checkpointing repeats calls."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_dynamo_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def timestep_embedding_of(module: nn.Module) -> tuple[Any, ...] | None:

@@ -60,7 +60,7 @@ class DeepTap(Tap):
             if op != Op.COMPUTE and op != Op.STORE:
                 return _filled(self._shapes_of(index))
             output = compute(*args, **kwargs)
-            if not torch.compiler.is_compiling():  # a compiled network knows the shapes from the dry run
+            if not torch.compiler.is_dynamo_compiling():  # a compiled network knows the shapes from the dry run
                 self._seen[index] = _shapes(output)
             return output
 
@@ -81,7 +81,7 @@ class DeepTap(Tap):
                 return _filled(self._shapes_of(-1), self.filled(op))
             output = compute(*args, **kwargs)
             feature = self.feature(output)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self._seen[-1] = _shapes(output)
                 self._outputs[_kind(feature)] = tuple(self._seen)
             if op == Op.STORE:

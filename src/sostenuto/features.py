@@ -55,7 +55,7 @@ def empty_like(value: torch.Tensor) -> torch.Tensor:
 
 def keep(slots: Slots, value: Feature) -> None:
     """Write a value into the first slot."""
-    recorded = not torch.compiler.is_compiling() and any(tensor.requires_grad for tensor in leaves(value))
+    recorded = not torch.compiler.is_dynamo_compiling() and any(tensor.requires_grad for tensor in leaves(value))
     if slots[0] is None or recorded:  # autograd may yet read what is there; torch.compile is given its slots beforehand
         slots[0] = mapped(empty_like, value)
     mapped(lambda slot, tensor: slot.copy_(tensor.detach()), slots[0], value)

@@ -92,7 +92,8 @@ class Tap(Attachment):
         Raises:
             EngineError: it is called more often than its anatomy says, and what is kept belongs to one of the calls.
         """
-        if torch.compiler.is_compiling():
+        # Not is_compiling, here as elsewhere: that is one flag for all threads, also for those that run while another compiles.
+        if torch.compiler.is_dynamo_compiling():
             return
         self.reached += 1
         if self.reached > self.site.calls and self.op not in (Op.COMPUTE, Op.OUTSIDE):
@@ -301,7 +302,7 @@ class BranchTap(Tap):
                 given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
                 return tuple(given[: self._num_streams[index]]) if self._num_streams[index] else given[0]
             output = compute(*args, **kwargs)
-            if not torch.compiler.is_compiling():  # a compiled network knows it from the dry run
+            if not torch.compiler.is_dynamo_compiling():  # a compiled network knows it from the dry run
                 self._num_streams[index] = len(output) if isinstance(output, tuple) else 0
             return output
 
