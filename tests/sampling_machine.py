@@ -356,17 +356,19 @@ class SamplingMachine(RuleBasedStateMachine):
         assert {name: dict(vars(module)) for name, module in self.setup.network.named_modules()} == before
         COUNTS["refusals that left everything as it was"] += 1
 
-    @rule(pickled=st.booleans())
-    def copy(self, pickled: bool) -> None:
+    @rule(pickled=st.booleans(), stays=st.booleans())
+    def copy(self, pickled: bool, stays: bool = False) -> None:
+        """The copy is plain, also that of an enabled network, which stays in use or gives way to it."""
         make = (lambda network: pickle.loads(pickle.dumps(network))) if pickled else copy.deepcopy
         if self.setup.offloaded:  # accelerate's hooks can't be copied
             self.setup.switch_offloading()
-        if self.enabled:
-            with pytest.raises(sostenuto.EngineError, match="disable it first"):
-                make(self.setup.network)
-            COUNTS["refusals that left everything as it was"] += 1
+        twin = make(self.setup.network)
+        assert not _traces(twin, compiled=False)
+        if self.enabled and stays:
+            COUNTS["copies of an enabled network"] += 1
             return
-        self.setup.replace_network(make(self.setup.network))
+        self.setup.disable()
+        self.setup.replace_network(twin)
         self.setup.compiled = False
         COUNTS["copies"] += 1
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -518,15 +519,53 @@ def test_what_is_saved_while_enabled_is_the_plain_model(tiny, scheduler, tmp_pat
     assert torch.equal(sample_loop(other, scheduler)[0], stock)
 
 
-@pytest.mark.parametrize("part", ["whole", "block"])
-@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
-def test_copies_are_refused_while_enabled_and_fine_afterwards(tiny, scheduler, how, part):
-    target = tiny if part == "whole" else tiny.transformer_blocks[0]
+def saved_and_loaded(model):
+    """Through ``torch.save``."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_copy_of_an_enabled_model_is_plain(tiny, scheduler, how, wrapped):
+    stock = sample_loop(tiny, scheduler)[0]
+    target = torch.compile(tiny, backend="eager") if wrapped else tiny
+    with sostenuto.enable(target, FORA(2), scheduler=scheduler):
+        expected = sample_loop(target, scheduler)[0]
+        torch.testing.assert_close(sample_loop(how(target), scheduler)[0], stock)
+        assert torch.equal(sample_loop(target, scheduler)[0], expected)
+    assert not torch.equal(expected, stock)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_a_block_are_refused_while_enabled_and_fine_afterwards(tiny, scheduler, how):
     with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
         sample_loop(tiny, scheduler)
         with pytest.raises(EngineError, match="disable it first"):
-            how(target)
-    how(target)
+            how(tiny.transformer_blocks[0])
+    how(tiny.transformer_blocks[0])
+
+
+def test_a_whole_pipeline_is_copied_with_a_plain_denoiser(tiny, scheduler):
+    pipe = SimpleNamespace(transformer=tiny, scheduler=scheduler)
+    stock = sample_loop(tiny, scheduler)[0]
+    with sostenuto.enable(pipe, FORA(2)):
+        twin = copy.deepcopy(pipe)
+    assert torch.equal(sample_loop(twin.transformer, twin.scheduler)[0], stock)
+
+
+def test_with_hooks_put_around_ours_a_copy_is_refused_and_all_stays_as_it_was(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        expected = sample_loop(tiny, scheduler)[0]
+        add_hook_to_module(tiny.transformer_blocks[0].attn1, ModelHook())
+        with pytest.raises(EngineError, match="hooks around what sostenuto replaced can't be copied"):
+            copy.deepcopy(tiny)
+        assert torch.equal(sample_loop(tiny, scheduler)[0], expected)
 
 
 @pytest.mark.parametrize("method", [FORA(2), TeaCache(threshold=1.0)])

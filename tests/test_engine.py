@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -199,10 +200,49 @@ def test_enabling_twice_is_refused_and_the_first_stays(tiny, scheduler):
         assert handle.enabled
 
 
-def test_copies_of_an_enabled_model_are_refused_rather_than_sharing_state(tiny, scheduler):
-    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler), pytest.raises(EngineError, match="disable it first"):
-        copy.deepcopy(tiny)
-    copy.deepcopy(tiny)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_a_copy_of_an_enabled_model_is_the_plain_one_and_the_original_goes_on(tiny, scheduler, how, stop_at, caplog):
+    stock = sample_loop(tiny, scheduler)[0]
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler) as handle:
+        expected = sample_loop(tiny, scheduler)[0]
+        if stop_at is None:
+            sample_loop(tiny, scheduler)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                sample_loop(tiny, scheduler, stop_at=stop_at)
+        twin = how(tiny)
+        assert vars(twin).keys() == vars(build_tiny()).keys()
+        assert all("forward" not in vars(module) for module in twin.modules())
+        assert sostenuto.engine.handle_of(twin) is None
+        assert sostenuto.engine.handle_of(tiny) is handle
+        assert torch.equal(sample_loop(twin, scheduler)[0], stock)
+        assert torch.equal(sample_loop(tiny, scheduler)[0], expected)
+    assert ("plain network" in caplog.text) == (how is copy.deepcopy)
+    assert torch.equal(sample_loop(tiny, scheduler)[0], stock)
+
+
+def test_a_pickle_of_an_enabled_model_holds_no_second_set_of_weights(tiny, scheduler):
+    size = len(pickle.dumps(tiny))
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        assert len(pickle.dumps(tiny)) == pytest.approx(size, rel=0.01)
+        twin, weight = pickle.loads(pickle.dumps((tiny, tiny.proj_out_2.weight)))
+    assert twin.proj_out_2.weight is weight
+
+
+def test_a_copy_in_the_middle_of_a_call_is_refused_and_the_call_goes_on(tiny, scheduler):
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        expected, refused = sample_loop(tiny, scheduler)[0], []
+
+        def copies(*_):
+            with pytest.raises(EngineError, match="middle of a call can't be copied"):
+                copy.deepcopy(tiny)
+            refused.append(1)
+
+        hook = tiny.pos_embed.register_forward_pre_hook(copies)
+        assert torch.equal(sample_loop(tiny, scheduler)[0], expected)
+        hook.remove()
+    assert refused
 
 
 class Nothing(torch.nn.Module):
@@ -402,14 +442,13 @@ def cached(model, scheduler):
         return sample_loop(naive, scheduler)[0]
 
 
-def test_meanwhile_a_call_that_the_engine_does_not_see_is_an_error_and_a_copy_refused(tiny, scheduler):
+def test_meanwhile_a_call_that_the_engine_does_not_see_is_an_error(tiny, scheduler):
     with sostenuto.enable(tiny, "none", scheduler=scheduler) as handle:
         with pytest.raises(KeyboardInterrupt):
             sample_loop(tiny, scheduler, stop_at=3)
         with pytest.raises(EngineError, match="outside of a denoiser call"):
             tiny.forward(torch.randn(2, 2, 8, 8), torch.tensor([1, 1]), torch.tensor([0, 1]))
-        with pytest.raises(EngineError, match="copied"):
-            copy.deepcopy(tiny)
+        copy.deepcopy(tiny)
         assert handle.stats.macs == handle.stats.macs_uncached > 0
     assert all("forward" not in vars(module) for module in tiny.modules())
 

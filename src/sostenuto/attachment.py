@@ -13,9 +13,9 @@ from sostenuto.errors import EngineError
 from sostenuto.foreign import Entry
 
 
-def not_copied() -> EngineError:
-    """The error of copying or pickling a denoiser whose modules are replaced."""
-    return EngineError("a denoiser with sostenuto enabled can't be copied or pickled: disable it first")
+def not_copied(what: str) -> EngineError:
+    """The error of a copy that can't be made."""
+    return EngineError(f"{what} can't be copied or pickled while sostenuto is enabled: disable it first")
 
 
 class Replacement:
@@ -36,13 +36,13 @@ class Replacement:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replacement:
         if not self.detached:
-            raise not_copied()
+            raise not_copied("a part of a denoiser")
         before = copy.deepcopy(self.before, memo)
         return Replacement(before, before, detached=True)
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         if not self.detached:
-            raise not_copied()
+            raise not_copied("a part of a denoiser")
         return Replacement, (self.before, self.before, True)
 
 

@@ -109,12 +109,13 @@ def is_traced() -> bool:
     return told is not None and callable(told())
 
 
-def replace_compile(module: nn.Module, function: Callable[..., None]) -> Callable[[], None]:
-    """Put a function in the place of ``module.compile``, on this instance; returns what takes it away again."""
-    vars(module)["compile"] = function
+def place(module: nn.Module, **attributes: Any) -> Callable[[], None]:
+    """Put attributes on this instance of a module's class, which has others or none; returns what takes them away again."""
+    vars(module).update(attributes)
 
     def restore() -> None:
-        vars(module).pop("compile", None)
+        for name in attributes:
+            vars(module).pop(name, None)
 
     return restore
 

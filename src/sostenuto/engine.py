@@ -24,6 +24,7 @@ from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
 from sostenuto.execution import Executor, NeverReachedError
 from sostenuto.features import Feature, leaves
 from sostenuto.finite import FiniteCheck
+from sostenuto.hold import Hold, owner_of
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
@@ -34,7 +35,6 @@ from sostenuto.stats import Record, Statistics
 from sostenuto.tap import Observer
 from sostenuto.telemetry import Generation, Reporter
 
-_ATTRIBUTE = "_sostenuto_handle"
 _MOST_DRY_RUNS = 64  # of calls of different shapes that are remembered from generation to generation
 
 
@@ -64,6 +64,9 @@ class Handle:
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
+        self._hold = Hold(
+            self._denoiser, self._caller, owner=self, call=self._call, compile=self._compile, bare=self._bare
+        )
         self._facts: Facts | None = None
         self._plan: Plan | None = None
         self._lowered_plan: Plan | None = None
@@ -86,17 +89,28 @@ class Handle:
         try:
             self._detach.append(self._detach_taps)
             self._attach_taps()
-            vars(self._denoiser)[_ATTRIBUTE] = self
-            self._intercept()
-            self._detach.append(lambda: self._release())
-            if self._caller is self._denoiser:
-                self._detach.append(compat.replace_compile(self._denoiser, self._compile))
+            self._detach.append(self._hold.release)
+            self._hold.take()
         except BaseException:
             self.disable()
             raise
 
-    def _intercept(self) -> None:
-        self._release = compat.intercept_calls(self._caller, lambda inner: lambda *a, **k: self._call(inner, a, k))
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The denoiser without a trace of ours, to be copied."""
+        if not self._busy.acquire(blocking=False):
+            raise not_copied("a denoiser in the middle of a call")
+        try:
+            self._executor.step_in()
+            self._hold.release()
+            if not all(tap.step_aside() for tap in reversed(self._attached)):
+                raise not_copied("a denoiser with another library's hooks around what sostenuto replaced")
+            yield
+        finally:
+            for tap in self._attached:
+                tap.step_in()
+            self._hold.take()
+            self._busy.release()
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """What ``denoiser.compile()`` does meanwhile: calls are intercepted outside of the compiled one, taps run within it.
@@ -107,12 +121,12 @@ class Handle:
         refusals.check_graph(self.method, self._denoiser, in_graph=True)
         with self._taps_in_use:
             self._drop_state()
-            self._release()
+            self._hold.release()
             try:
-                type(self._denoiser).compile(self._denoiser, *args, **kwargs)
+                self._denoiser.compile(*args, **kwargs)
                 self._compiled = compat.is_compiled(self._denoiser)
             finally:
-                self._intercept()
+                self._hold.take()
             self._place_anew()
 
     def _make_taps(self) -> None:
@@ -170,7 +184,6 @@ class Handle:
         while self._detach:
             self._detach.pop()()
         self._drop_state()
-        vars(self._denoiser).pop(_ATTRIBUTE, None)
         if was_enabled:
             self._reporter.tell()  # last: a listener may fail
 
@@ -202,10 +215,10 @@ class Handle:
         return bool(self._detach)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        raise not_copied()
+        raise not_copied("a handle")
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        raise not_copied()
+        raise not_copied("a handle")
 
     def __enter__(self) -> Handle:
         return self
@@ -512,4 +525,4 @@ def attach(
 
 def handle_of(denoiser: nn.Module) -> Handle | None:
     """The handle of what is attached to a denoiser."""
-    return vars(compat.unwrapped(denoiser)).get(_ATTRIBUTE)
+    return owner_of(denoiser)
