@@ -120,14 +120,14 @@ def test_calibrate_and_verify_with_the_table(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    assert main(["demo", "--output", str(folder), "--num-images", "8", "--batch-size", "8", "--search-images", "0",
+    assert main(["demo", "--output", str(folder), "--num-images", "4", "--batch-size", "4", "--search-images", "0",
                  "--json", str(folder / "demo.json")]) == 0  # fmt: skip
     return folder, json.loads((folder / "demo.json").read_text())
 
 
 def test_demo_writes_the_documented_json(demo_run):
     _, results = demo_run
-    assert results["n"] == 8
+    assert results["n"] == 4
     assert results["seed"] == 0
     assert {"torch", "processor"} <= set(results["machine"])
     first = results["rows"][0]
@@ -157,7 +157,7 @@ def test_an_interrupted_demo_goes_on_with_the_same_images(demo_run, tmp_path):
     lost = sorted((folder / "batches").iterdir())[3]
     before_loss = load_file(lost)["images"]
     lost.unlink()
-    again = compare(folder, Settings(num_images=8, batch_size=8, search_images=0), show=False)
+    again = compare(folder, Settings(num_images=4, batch_size=4, search_images=0), show=False)
     assert torch.equal(load_file(lost)["images"], before_loss)
     for before, after in zip(results["rows"], again["rows"], strict=True):
         assert before["frechet_distance"] == pytest.approx(after["frechet_distance"])
@@ -166,7 +166,7 @@ def test_an_interrupted_demo_goes_on_with_the_same_images(demo_run, tmp_path):
 def test_a_folder_of_another_run_is_refused(demo_run):
     folder, _ = demo_run
     with pytest.raises(sostenuto.InputError, match="batch_size"):
-        compare(folder, Settings(num_images=8, batch_size=4, search_images=0), show=False)
+        compare(folder, Settings(num_images=4, batch_size=2, search_images=0), show=False)
 
 
 def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, demo_run):
