@@ -104,9 +104,9 @@ def kept_bytes(network: Any, method: Any, separate: bool = False) -> tuple[list[
 def peaks(separate: bool = False) -> dict[str, dict[str, Any]]:
     """Of each method: the peak that was counted, what the statistics and the prediction say."""
     rows = {}
+    plain, _ = kept_bytes(build_wide(), NoCache(), separate)
     for name, make in METHODS.items():
         network = build_wide()
-        plain, _ = kept_bytes(network, NoCache(), separate)
         seen, (stated, predicted) = kept_bytes(network, make(), separate)
         # Of calls that are spared nothing is seen; the others are the first, the second, … whatever the method.
         counted = max(seen) - min(plain)

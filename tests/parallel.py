@@ -223,8 +223,8 @@ def main():
     found = {}
     for name in ("FluxTransformer2DModel", "WanTransformer3DModel"):
         for label, method in METHODS.items():
+            whole, (plan, size) = generate(TINY_MODELS[name].build(), name, method())
             for order in ("before", "after"):
-                whole, (plan, size) = generate(TINY_MODELS[name].build(), name, method())
                 model = TINY_MODELS[name].build()
                 if order == "before":
                     parallelize(model)

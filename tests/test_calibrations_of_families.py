@@ -25,7 +25,10 @@ def calibrated(name, calibration):
     return network, sample, scheduler, made
 
 
-@pytest.mark.parametrize("name", [FLUX, "SD3Transformer2DModel", "HunyuanVideoTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name",
+    [FLUX, pytest.param("SD3Transformer2DModel", marks=pytest.mark.slow), "HunyuanVideoTransformer3DModel"],
+)
 @pytest.mark.parametrize(
     ("calibration", "method"),
     [

@@ -25,7 +25,12 @@ def _fresh_compiler():
 
 @pytest.mark.parametrize(
     ("form", "order"),
-    [("in-place", 0), ("wrapper", 0), ("in-place", 1), pytest.param("wrapper", 1, marks=pytest.mark.slow)],
+    [
+        pytest.param("in-place", 0, marks=pytest.mark.slow),
+        ("wrapper", 0),
+        ("in-place", 1),
+        pytest.param("wrapper", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_one_graph_per_mode_without_a_break(scheduler, form, order):
     model = build_tiny(num_layers=2)
