@@ -131,6 +131,8 @@ class DryRun:
             (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None
         )
         self._needs_data = False
+        # One for all runs: it remembers what stands for each weight.
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._cost: Cost | None = None
         self._macs: dict[Carried, int] = {}
 
@@ -264,7 +266,7 @@ class DryRun:
 
     def _run_without_data(self, counter: MacCounter, set_taps: Callable[[], None]) -> Any:
         with ExitStack() as stack:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(self._mode)
             stack.enter_context(set_aside(self._denoiser, self._device or torch.device("cpu")))
             self._enter(stack, counter)
             set_taps()
