@@ -156,19 +156,32 @@ def _printed(rows: Sequence[Printed], device: str) -> Iterator[Case]:
         )
 
 
+# Of random weights no threshold means anything: there it lets through what the library lets be skipped.
+_SKIPS_ALL = {
+    "cache-dit": ":residual_diff_threshold=1.0,max_warmup_steps=1",
+    "cache-dit-taylorseer": ":residual_diff_threshold=1.0,max_warmup_steps=1",
+    "diffusers-first-block-cache": ":threshold=1.0",
+    "para-attn": ":residual_diff_threshold=1.0",
+}
+
+
 def _peers(device: str) -> Iterator[Case]:
-    ours = (
-        ("EB-Cache, stack N=2", "reuse-stack:interval=2"),
-        ("FORA N=2", "fora:interval=2,anchor=start"),
-        ("TaylorSeer N=2 O=1", "taylorseer:interval=2,order=1"),
-        ("FirstBlockCache of ours", "dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold=0.1"),
-    )
     for model in ("dit", "flux", "demo"):
+        trained = model == "demo"
+        threshold = 0.1 if trained else 1.0
         yield Case(f"{model}: uncached", UNCACHED, model)
-        for name, method in ours:
+        for name, method in (
+            ("EB-Cache, stack N=2", "reuse-stack:interval=2"),
+            ("FORA N=2", "fora:interval=2,anchor=start"),
+            ("TaylorSeer N=2 O=1", "taylorseer:interval=2,order=1"),
+            ("FirstBlockCache of ours", f"dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold={threshold}"),
+        ):
             yield Case(f"{model}: {name}", method, model)
         for peer in sorted(available_peers()):
-            yield Case(f"{model}: {peer}", f"{PEER}{peer}", model)
+            settings = ":modules=branches" if peer == "diffusers-taylorseer" else ""
+            yield Case(
+                f"{model}: {peer}", f"{PEER}{peer}{settings if trained else _SKIPS_ALL.get(peer, settings)}", model
+            )
 
 
 def _growth(device: str) -> Iterator[Case]:
