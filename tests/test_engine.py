@@ -222,6 +222,17 @@ def test_a_copy_of_an_enabled_model_is_the_plain_one_and_the_original_goes_on(ti
     assert torch.equal(sample_loop(tiny, scheduler)[0], stock)
 
 
+def test_attributes_that_somebody_else_put_on_the_model_stay(tiny, scheduler):
+    mine, newer = object(), object()
+    tiny.compile = mine
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        assert tiny.compile is not mine
+    assert tiny.compile is mine
+    with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):
+        tiny.compile = newer
+    assert tiny.compile is newer
+
+
 def test_a_pickle_of_an_enabled_model_holds_no_second_set_of_weights(tiny, scheduler):
     size = len(pickle.dumps(tiny))
     with sostenuto.enable(tiny, FORA(2), scheduler=scheduler):

@@ -110,12 +110,16 @@ def is_traced() -> bool:
 
 
 def place(module: nn.Module, **attributes: Any) -> Callable[[], None]:
-    """Put attributes on this instance of a module's class, which has others or none; returns what takes them away again."""
-    vars(module).update(attributes)
+    """Put attributes on this instance of a module's class; returns what restores those that were there, but for a newer one."""
+    own = vars(module)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
 
     def restore() -> None:
-        for name in attributes:
-            vars(module).pop(name, None)
+        for name, value in attributes.items():
+            if own.get(name) is value:
+                del own[name]
+                own.update({name: before[name]} if name in before else {})
 
     return restore
 
