@@ -37,7 +37,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	awk -F== 'NR == FNR { old[$$1] } NR == FNR || !($$1 in old)' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e ".[demo,yaml]" \
-		hypothesis peft psutil pytest pytest-timeout pytest-xdist transformers
+		ftfy hypothesis peft psutil pytest pytest-timeout pytest-xdist transformers
 	touch $@
 
 lint: install

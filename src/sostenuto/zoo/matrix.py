@@ -19,11 +19,12 @@ def exported() -> list[str]:
     from torch import nn
 
     diffusers = diffusers_package()
+    # By name first: a pipeline is imported when it is looked at, and may need packages that aren't there.
+    names = [name for name in dir(diffusers) if ("Transformer" in name or "DiT" in name) and "Pipeline" not in name]
     found = []
-    for name in dir(diffusers):
+    for name in names:
         value = getattr(diffusers, name, None)
-        is_network = isinstance(value, type) and issubclass(value, nn.Module)
-        if is_network and ("Transformer" in name or "DiT" in name) and "ControlNet" not in name and "Vae" not in name:
+        if isinstance(value, type) and issubclass(value, nn.Module) and "ControlNet" not in name and "Vae" not in name:
             found.append(name)
     return found
 
