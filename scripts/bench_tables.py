@@ -151,20 +151,33 @@ def support(results: dict[str, Any]) -> str:
 
 _EFFICIENCY: dict[str, Show] = {"mode": lambda row: row["mode"], **_NAME, **_SPEED}
 
+
+def _of(model: str, tables: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """The rows of one model that were measured."""
+
+    def chosen(results: dict[str, Any]) -> str:
+        rows = [row for row in results["rows"] if row["name"].startswith(f"{model}: ") and row.get("error") is None]
+        return tables(results | {"rows": rows})
+
+    return chosen
+
+
+_PEERS = bench(
+    {
+        **_NAME,
+        "library": lambda row: row["peer"] or "sostenuto",
+        **_SPEED,
+        "computed step": _STEPS["computed step"],
+        "skipped step": _STEPS["skipped step"],
+    },
+    quality={"Fréchet distance": _number("frechet_distance", "{:.3f}"), "PSNR": _number("psnr", "{:.1f}")},
+)
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
     "efficiency.json": bench(_EFFICIENCY),
     "efficiency-networks.json": bench(_EFFICIENCY),
-    "peers.json": bench(
-        {
-            **_NAME,
-            "library": lambda row: row["peer"] or "sostenuto",
-            **_SPEED,
-            "computed step": _STEPS["computed step"],
-            "skipped step": _STEPS["skipped step"],
-        },
-        quality={"Fréchet distance": _number("frechet_distance", "{:.3f}"), "PSNR": _number("psnr", "{:.1f}")},
-    ),
+    "peers.json": _PEERS,
+    "peers.json dit": _of("dit", _PEERS),
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
     "flux-like.json": bench({**_NAME, **_SPEED, **_STEPS, **_STATE, **_ERROR}, _COUNTED),
     "growth.json": bench(_GROWTH),
