@@ -149,7 +149,7 @@ def support(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_EFFICIENCY: dict[str, Show] = {"mode": lambda row: row["mode"], **_NAME, **_SPEED}
+_EFFICIENCY: dict[str, Show] = {**_NAME, **_SPEED}
 
 
 def _of(model: str, tables: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
@@ -175,7 +175,6 @@ _PEERS = bench(
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
     "efficiency.json": bench(_EFFICIENCY),
-    "efficiency-networks.json": bench(_EFFICIENCY),
     "peers.json": _PEERS,
     "peers.json dit": _of("dit", _PEERS),
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
