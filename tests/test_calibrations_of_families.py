@@ -27,7 +27,13 @@ def calibrated(name, calibration):
 
 @pytest.mark.parametrize(
     "name",
-    [FLUX, pytest.param("SD3Transformer2DModel", marks=pytest.mark.slow), "HunyuanVideoTransformer3DModel"],
+    [
+        FLUX,
+        *(
+            pytest.param(f"{name}Model", marks=pytest.mark.slow)
+            for name in ("SD3Transformer2D", "HunyuanVideoTransformer3D")
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     ("calibration", "method"),

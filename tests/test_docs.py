@@ -70,7 +70,7 @@ def test_tables_of_results_show_what_the_benchmark_measured_counted_and_could_no
     ]
     results = {"rows": [row.as_dict() for row in rows], "machine": prepare(settings)}
     for name, table in bench_tables.SUITES.items():
-        if name == "peer-support.json":  # in a form of its own
+        if name in ("peer-support.json", "peers.json dit"):  # in a form of its own, and some of another's rows
             continue
         text = table(results)
         lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -79,7 +79,7 @@ def test_tables_of_results_show_what_the_benchmark_measured_counted_and_could_no
         assert f"- broken: {rows[2].error}" in text
         assert "threads: 1" in text
         if name.startswith("efficiency"):
-            assert cells[:2] == ["eager", "reused"]
+            assert cells[0] == "reused"
             assert cells[-1] == f"{rows[0].efficiency:.3f}"
         if name == "dit-xl.json":
             (counted,) = [line for line in lines if line.startswith("| dry |")]

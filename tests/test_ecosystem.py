@@ -197,6 +197,8 @@ HOOKS = {
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_put_on_before_or_after_and_taken_off_in_any_order(scheduler, name, order, first_off, method):
     put_on, take_off = HOOKS[name]
+    if take_off is None and first_off == "sostenuto":
+        pytest.skip("never taken off: the same as the other order")
     plain, model = build_tiny(), build_tiny()
     if name == "layerwise casting":  # loses bits for good
         cast(plain)
