@@ -9,6 +9,9 @@ import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
+from sostenuto.zoo import TINY_MODELS
+from sostenuto.zoo.check import Support, check
+
 # The last: group offloading once needed an accelerator.
 _TOO_OLD = re.compile(
     r"diffusers.* has no |No module named 'diffusers|cannot import name .* from '?diffusers|of diffusers .* is too old"
@@ -43,6 +46,14 @@ def _same_attention_backend():
     before = _AttentionBackendRegistry._active_backend
     yield
     _AttentionBackendRegistry._active_backend = before  # its setter came after the oldest diffusers that is supported
+
+
+def supported(name: str) -> Support:
+    """What ``sostenuto models --check`` finds out about a class; of one that an older diffusers lacks the test is skipped."""
+    support = check(TINY_MODELS[name])
+    if support.error:
+        raise ImportError(support.error)
+    return support
 
 
 def build_tiny(num_layers: int = 3, out_channels: int = 2, seed: int = 0) -> DiTTransformer2DModel:

@@ -58,11 +58,25 @@ def test_a_name_that_is_missing_is_told_with_the_version_that_is_needed(monkeypa
     for module in [name for name in sys.modules if name.startswith("diffusers.")]:
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(
-        DependencyError, match=r"diffusers 0\.20\.1 has no .*needs diffusers 0\.35 or newer: pip install"
+        DependencyError, match=r"diffusers 0\.20\.1 has no .*needs a newer one, 0\.35 at the least: pip install"
     ):
         compat.diffusers_name(*asked)
     with pytest.raises(ImportError, match=r"0\.35"):
         TINY_MODELS["DiTTransformer2DModel"].build()
+
+
+def test_a_package_that_diffusers_lacks_for_a_name_is_told(monkeypatch):
+    class Lazy(ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError(
+                f"Failed to import diffusers.{name} because of the following error:\nNo module named 'ftfy'"
+            )
+
+    old = Lazy("diffusers")
+    old.__version__ = "0.35.0"
+    monkeypatch.setitem(sys.modules, "diffusers", old)
+    with pytest.raises(DependencyError, match=r"^diffusers 0\.35\.0 can't import WanPipeline: No module named 'ftfy'$"):
+        compat.diffusers_name("WanPipeline")
 
 
 def test_diffusers_that_is_missing_is_told(monkeypatch):

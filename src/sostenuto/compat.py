@@ -15,7 +15,7 @@ from sostenuto.errors import AnatomyError, DependencyError, EngineError
 from sostenuto.features import leaves, mapped
 
 OLDEST_DIFFUSERS = "0.35"
-_NEEDED = f"this needs diffusers {OLDEST_DIFFUSERS} or newer: pip install -U 'sostenuto[diffusers]'"
+_INSTALL = "pip install -U 'sostenuto[diffusers]'"
 
 
 def diffusers_package() -> Any:
@@ -27,7 +27,8 @@ def diffusers_package() -> Any:
     try:
         return importlib.import_module("diffusers")
     except ImportError as error:
-        raise DependencyError(f"diffusers can't be imported ({error}): {_NEEDED}") from error
+        needed = f"this needs diffusers {OLDEST_DIFFUSERS} or newer: {_INSTALL}"
+        raise DependencyError(f"diffusers can't be imported ({error}): {needed}") from error
 
 
 def diffusers_name(name: str, module: str = "") -> Any:
@@ -38,16 +39,18 @@ def diffusers_name(name: str, module: str = "") -> Any:
         module: the module of diffusers that holds it; by default the package itself.
 
     Raises:
-        DependencyError: diffusers is not installed, or the installed one has no such name; says which version is needed.
+        DependencyError: diffusers is not installed, or the installed one has no such name or can't import it; says what to do.
     """
     diffusers = diffusers_package()
     version = getattr(diffusers, "__version__", "of unknown version")
     try:
         return getattr(importlib.import_module(f"diffusers.{module}") if module else diffusers, name)
-    except (ImportError, AttributeError, RuntimeError) as error:  # it wraps the errors of its own lazy imports
-        raise DependencyError(
-            f"diffusers {version} has no {name}: {_NEEDED} (classes that came later need the version they came with)"
-        ) from error
+    except RuntimeError as error:  # so it wraps the errors of its own lazy imports
+        reason = str(error).strip().splitlines()[-1]
+        raise DependencyError(f"diffusers {version} can't import {name}: {reason}") from error
+    except (ImportError, AttributeError) as error:
+        newer = f"it needs a newer one, {OLDEST_DIFFUSERS} at the least: {_INSTALL}"
+        raise DependencyError(f"diffusers {version} has no {name}: {newer}") from error
 
 
 def attention_of_diffusers() -> str:

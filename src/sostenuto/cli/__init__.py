@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 
@@ -26,6 +27,9 @@ from sostenuto.distributed.world import apart, joined
 from sostenuto.errors import SostenutoError
 
 __all__ = ["COMMANDS", "ModelChoice", "main"]
+
+# Where torchao is installed, they say at diffusers' import what of it doesn't fit this torch; no command needs it.
+_QUIET = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 COMMANDS = {
     "demo": Demo,
@@ -53,6 +57,8 @@ def main(args: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    for name in () if debug else _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS, prog="sostenuto", description="Faster sampling for diffusion transformers.", args=words
     )
