@@ -338,7 +338,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(("build", "backend"), [(build_plain, "eager"), (build_conditional, "aot_eager")])
+@pytest.mark.parametrize(
+    ("build", "backend"), [pytest.param(build_plain, "eager", marks=pytest.mark.slow), (build_conditional, "aot_eager")]
+)
 def test_compiled_in_one_graph_per_mode(build, backend):
     torch._dynamo.reset()
     counters.clear()

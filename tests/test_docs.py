@@ -41,6 +41,7 @@ def test_a_table_whose_results_are_not_there_yet_is_left_as_it_is():
     assert results_tables.filled(page) == page
 
 
+@pytest.mark.slow  # make docs does it, too
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs", reason="the docs extra is not installed")
     run = subprocess.run(
