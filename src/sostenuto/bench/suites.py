@@ -134,7 +134,7 @@ def _flux_like(device: str) -> Iterator[Case]:
         ("FORA N=3", "fora:interval=3,anchor=start"),
         ("TaylorSeer N=3 O=2", "taylorseer:interval=3,order=2"),
         ("DBCache", "dbcache:front_blocks=1,back_blocks=0,warmup=1,threshold=0.1"),
-        ("ToCa N=4, random tokens", "toca:interval=4,selection=random"),
+        ("ToCa N=4, random tokens", "toca:interval=4,selection=random,spatial_bonus=0.0"),
         ("stack N=3", "reuse-stack:interval=3"),
     ):
         yield Case(f"flux: {name}", method, "flux")
