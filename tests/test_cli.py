@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -221,3 +222,10 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(missin
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1].startswith(f"sostenuto: {words}")
+
+
+def test_what_torchao_says_of_itself_is_not_shown_but_for_debug(monkeypatch, capsys):
+    monkeypatch.setattr("sostenuto.cli._QUIET", ("a.package",))
+    for debug, level in ((["--debug"], logging.NOTSET), ([], logging.ERROR)):
+        assert main(["methods", *debug]) == 0
+        assert logging.getLogger("a.package").level == level
