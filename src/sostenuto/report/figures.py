@@ -152,7 +152,8 @@ def headline_figure(rows: Sequence[dict[str, Any]], images: torch.Tensor, column
 
 def grid_figure(images: torch.Tensor, names: Sequence[str], column_labels: Sequence[str]) -> Figure:
     """The sample grid alone."""
-    figure = Figure(figsize=(11, 0.62 * len(names) + 0.6), layout="constrained")
+    # The columns share what the names leave of the width, and the images are square.
+    figure = Figure(figsize=(11, 9.2 / images.shape[1] * len(names) + 0.5), layout="constrained")
     draw_grid(figure.subplots(), images, names, column_labels)
     return figure
 
