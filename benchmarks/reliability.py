@@ -157,7 +157,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=10_000, help="of the model-based test")
-    parser.add_argument("--compiled-steps", type=int, default=2_000, help="of the same with compilation among its rules")
+    parser.add_argument(
+        "--compiled-steps", type=int, default=2_000, help="of the same with compilation among its rules"
+    )
     parser.add_argument("--inputs", type=int, default=100_000, help="hostile files, parameters and command lines")
     parser.add_argument("--kills", type=int, default=100, help="of processes that make images")
     parser.add_argument("--interrupts", type=int, default=300, help="of generations, at random moments")

@@ -25,14 +25,13 @@ def _graphs(row: dict[str, Any]) -> str:
     return f"{row['graphs']} / {row['graph_breaks']} / {row['recompiles']}"
 
 
-def _step(seconds: str, macs: str, which: Callable[[Sequence[int]], int]) -> Show:
+def step_ms(row: dict[str, Any], seconds: str, macs: str, which: Callable[[Sequence[int]], int]) -> float:
     """Milliseconds of the steps with the most or the fewest multiply-accumulates."""
+    return 1e3 * median(s for s, n in zip(row[seconds], row[macs], strict=True) if n == which(row[macs]))
 
-    def show(row: dict[str, Any]) -> str:
-        chosen = [s for s, n in zip(row[seconds], row[macs], strict=True) if n == which(row[macs])]
-        return f"{median(chosen) * 1e3:.1f}"
 
-    return show
+def _step(seconds: str, macs: str, which: Callable[[Sequence[int]], int]) -> Show:
+    return lambda row: f"{step_ms(row, seconds, macs, which):.1f}"
 
 
 def _per_row(name: str) -> Show:
@@ -149,9 +148,6 @@ def support(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_EFFICIENCY: dict[str, Show] = {**_NAME, **_SPEED}
-
-
 def _of(model: str, tables: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
     """The rows of one model that were measured."""
 
@@ -174,7 +170,7 @@ _PEERS = bench(
 )
 SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "overhead.json": bench({**_NAME, **_STEPS, **_STATE, "graphs / breaks / recompiles": _graphs}),
-    "efficiency.json": bench(_EFFICIENCY),
+    "efficiency.json": bench({**_NAME, **_SPEED}),
     "peers.json": _PEERS,
     "peers.json dit": _of("dit", _PEERS),
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from bench_tables import step_ms
 from matplotlib.figure import Figure
 
 from sostenuto.report.figures import png
@@ -30,7 +30,7 @@ def growth_figure(results: dict[str, Any]) -> Figure:
             ("computed", "step_s", "step_macs", max, "s-"),
             ("skipped", "step_s", "step_macs", min, "^-"),
         ):
-            time.plot(sizes, [1e3 * _median(row, seconds, macs, which) for row in rows], mark, label=name)
+            time.plot(sizes, [step_ms(row, seconds, macs, which) for row in rows], mark, label=name)
         memory.plot(sizes, [row["cache_bytes_peak"] / 2**20 for row in rows], "D-", color="grey")
         memory.set_xlabel(label)
         for panel in (time, memory):
@@ -41,10 +41,6 @@ def growth_figure(results: dict[str, Any]) -> Figure:
     grid[1, 0].set_ylabel("MiB kept")
     grid[0, 0].legend(title="step", fontsize="small")
     return figure
-
-
-def _median(row: dict[str, Any], seconds: str, macs: str, which: Any) -> float:
-    return median(s for s, n in zip(row[seconds], row[macs], strict=True) if n == which(row[macs]))
 
 
 if __name__ == "__main__":

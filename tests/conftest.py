@@ -12,10 +12,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from sostenuto.zoo import TINY_MODELS
 from sostenuto.zoo.check import Support, check
 
-# The last: group offloading once needed an accelerator.
 _TOO_OLD = re.compile(
     r"diffusers.* has no |No module named 'diffusers|cannot import name .* from '?diffusers|of diffusers .* is too old"
-    r"|^'NoneType' object has no attribute 'type'$"
 )
 
 

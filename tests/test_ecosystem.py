@@ -157,14 +157,17 @@ def hook_everything(model):
         add_hook_to_module(module, Idle())
 
 
-def group_offload(model):
-    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+def group_offload(model, offload_type="leaf_level", **options):
+    try:
+        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type=offload_type, **options)
+    except AttributeError as error:
+        if torch.accelerator.is_available():
+            raise
+        raise AttributeError("this diffusers has no group offloading without an accelerator") from error
 
 
 def group_offload_blocks(model):
-    apply_group_offloading(
-        model, onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1
-    )
+    group_offload(model, "block_level", num_blocks_per_group=1)
 
 
 def remove_group_offloading(model):

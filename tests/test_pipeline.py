@@ -159,8 +159,8 @@ def test_verify_proves_the_shipped_model(pipe):
 
 
 def test_generated_garments_are_recognized(pipe):
-    labels = torch.arange(50) % 10
+    labels = torch.arange(100) % 10
     with torch.autocast("cpu", torch.bfloat16):  # as good, and quick
-        images = torch.cat([generate(pipe, part.tolist(), steps=50, seed=i) for i, part in enumerate(labels.split(25))])
-    # The bar is 0.85 over many images; of 50 it may miss by a standard error of 0.05.
-    assert Judge().judge(images, labels).class_accuracy >= 0.8
+        images = torch.cat([generate(pipe, part.tolist(), steps=50, seed=i) for i, part in enumerate(labels.split(50))])
+    # The bar is 0.85 over many images; of 100 it may miss by a standard error of 0.036.
+    assert Judge().judge(images, labels).class_accuracy >= 0.81

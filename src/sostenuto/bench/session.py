@@ -81,7 +81,8 @@ def run(
         raise InputError(f"--time-limit must be above 0 seconds, not {time_limit:g}")
     for case in cases:
         check(case)
-    keyed = {key_of(case, settings): case for case in cases}
+    keys = [key_of(case, settings) for case in cases]
+    keyed = dict(zip(keys, cases, strict=True))
     machine, unwritten = prepare(settings), None
 
     def measured(case: Case) -> Row:
@@ -96,9 +97,9 @@ def run(
 
         def begin() -> list[str]:
             known = ResultsFile(folder / RESULTS, machine)
-            keys = missing(known)
-            forget(folder, [key for key in keys if key in known.rows])
-            return keys
+            todo = missing(known)
+            forget(folder, [key for key in todo if key in known.rows])
+            return todo
 
         found = measure_shared(folder, machine, settings, begin, lambda key: measured(keyed[key]))
         if found is None or not world().is_main:
@@ -114,4 +115,4 @@ def run(
             for key in todo:
                 unwritten = file.append(measured(keyed[key]))
                 bar.update()
-    return Outcome([file.rows[key_of(case, settings)] for case in cases], machine, settings, unwritten)
+    return Outcome([file.rows[key] for key in keys], machine, settings, unwritten)

@@ -156,8 +156,9 @@ def _printed(rows: Sequence[Printed], device: str) -> Iterator[Case]:
         )
 
 
+_SETTINGS = {"diffusers-taylorseer": ":modules=branches"}
 # Of random weights no threshold means anything: there it lets through what the library lets be skipped.
-_SKIPS_ALL = {
+_SKIPS_ALL = _SETTINGS | {
     "cache-dit": ":residual_diff_threshold=1.0,max_warmup_steps=1",
     "cache-dit-taylorseer": ":residual_diff_threshold=1.0,max_warmup_steps=1",
     "diffusers-first-block-cache": ":threshold=1.0",
@@ -168,7 +169,7 @@ _SKIPS_ALL = {
 def _peers(device: str) -> Iterator[Case]:
     for model in ("dit", "flux", "demo"):
         trained = model == "demo"
-        threshold = 0.1 if trained else 1.0
+        settings, threshold = (_SETTINGS, 0.1) if trained else (_SKIPS_ALL, 1.0)
         yield Case(f"{model}: uncached", UNCACHED, model)
         for name, method in (
             ("EB-Cache, stack N=2", "reuse-stack:interval=2"),
@@ -178,10 +179,7 @@ def _peers(device: str) -> Iterator[Case]:
         ):
             yield Case(f"{model}: {name}", method, model)
         for peer in sorted(available_peers()):
-            settings = ":modules=branches" if peer == "diffusers-taylorseer" else ""
-            yield Case(
-                f"{model}: {peer}", f"{PEER}{peer}{settings if trained else _SKIPS_ALL.get(peer, settings)}", model
-            )
+            yield Case(f"{model}: {peer}", f"{PEER}{peer}{settings.get(peer, '')}", model)
 
 
 def _growth(device: str) -> Iterator[Case]:
