@@ -192,6 +192,8 @@ def test_what_decides_while_it_runs_is_not_counted_without_running():
 def test_methods_are_written_in_one_word():
     assert method_of("fora:interval=3", 10) == sostenuto.FORA(3)
     assert method_of("fora.flux_dev", 10) == sostenuto.FORA.flux_dev()
+    assert method_of("fora.qwen_image:interval=6", 10) == sostenuto.FORA(6, anchor="start")
+    assert method_of("taylorseer.qwen_image:interval=3", 10) == sostenuto.TaylorSeer.qwen_image(3)
     assert method_of("pab:window=(100,850),spatial_range=3", 10) == sostenuto.PAB(3, window=(100, 850))
     assert method_of("fora:interval=2,anchor=start", 10) == sostenuto.FORA(2, anchor="start")
     combined = method_of("fora:interval=3|epsilon-scaling:scale=1.01", 10)
@@ -202,6 +204,7 @@ def test_methods_are_written_in_one_word():
 @pytest.mark.parametrize(("word", "match"), [
     ("foro", "did you mean fora"), ("fora:intervall=3", "did you mean interval"), ("fora.flux", "did you mean flux_dev"),
     ("fora:3", "isn't name:key=value"), ("fora:interval=", "isn't name:key=value"), ("fora:interval=0", "interval"),
+    ("fora.flux_dev:intervall=3", "did you mean interval"),
     ("reuse-stack:x=1", "unexpected"),
 ])  # fmt: skip
 def test_a_misspelt_method_is_refused_before_anything_runs(word, match, tmp_path):

@@ -39,7 +39,8 @@ class Printed:
 
 
 _XL = "dit-xl-2-256"
-_TOCA = "toca:interval=4,fresh_ratio=0.1"
+_TOCA = "toca.dit_xl_2:interval=4,fresh_ratio=0.1"
+_TOCA_250 = "toca.dit_xl_2_ddpm250:fresh_ratio=0.1"
 
 # EB-Cache, arXiv 2503.07120 (v1): DiT-XL/2 at 256², guidance 1.5, ancestral DDPM; "FLOPs" are multiply-accumulates of one
 # half. Methods whose tables are not published (EB-Cache, DiTFastAttn, L2C) can't be counted from their names.
@@ -49,7 +50,7 @@ DIT_XL = (
     Printed(_XL, "FORA N=2, 250 steps", "fora:interval=2", 250, 16.27, 49.96, 1.55),
     Printed(_XL, "100 steps", "uncached", 100, 11.93, 30.96, 2.50, 250),
     Printed(_XL, "FORA N=4, 250 steps", "fora:interval=4", 250, 11.31, 31.49, 2.46),
-    Printed(_XL, "ToCa N=4 R=90 %, 250 steps", _TOCA, 250, 11.87, 31.79, 2.44),
+    Printed(_XL, "ToCa N=4 R=90 %, 250 steps", _TOCA_250, 250, 11.87, 31.79, 2.44),
     Printed(_XL, "DiT-XL/2, 50 steps", "uncached", 50, 5.98, 15.52, 1.0),
     Printed(_XL, "33 steps", "uncached", 33, 3.87, 10.37, 1.50, 50),
     Printed(_XL, "FORA N=2, 50 steps", "fora:interval=2", 50, 3.51, 10.01, 1.55),
@@ -60,16 +61,16 @@ DIT_XL = (
     Printed("dit-xl-2-512", "DiT-XL/2 512², 100 steps", "uncached", 100, 11.87, 88.73, 1.0),
     Printed("dit-xl-2-512", "60 steps, 512²", "uncached", 60, None, None, 1.65, 100),
     Printed("dit-xl-2-512", "FORA N=2, 512²", "fora:interval=2", 100, None, None, 1.67),
-    Printed("dit-xl-2-512", "ToCa N=3 R=70 %, 512²", "toca:interval=3,fresh_ratio=0.3", 100, None, None, 1.62),
+    Printed("dit-xl-2-512", "ToCa N=3 R=70 %, 512²", "toca.dit_xl_2:fresh_ratio=0.3", 100, None, None, 1.62),
     # DDIM, from the papers of FORA, ToCa, DuCa and TaylorSeer, which count 2 × MAC of both halves: 23.74 T there.
     Printed(_XL, "DiT-XL/2, DDIM 50", "uncached", 50, 23.74 / 4, None, 1.0, scheduler="DDIMScheduler"),
     Printed(_XL, "FORA N=3, DDIM 50", "fora:interval=3", 50, None, None, 2.77, scheduler="DDIMScheduler"),
-    Printed(_XL, "ToCa N=3, DDIM 50", "toca:interval=3", 50, 10.23 / 4, None, 2.32, scheduler="DDIMScheduler"),
-    Printed(_XL, "DuCa N=3, DDIM 50", "duca:interval=3", 50, 9.58 / 4, None, 2.48, scheduler="DDIMScheduler"),
+    Printed(_XL, "ToCa N=3, DDIM 50", "toca.dit_xl_2", 50, 10.23 / 4, None, 2.32, scheduler="DDIMScheduler"),
+    Printed(_XL, "DuCa N=3, DDIM 50", "duca.dit_xl_2", 50, 9.58 / 4, None, 2.48, scheduler="DDIMScheduler"),
     Printed(
         _XL,
         "TaylorSeer N=3 O=3, DDIM 50",
-        "taylorseer:interval=3,order=3",
+        "taylorseer.dit_xl_2",
         50,
         None,
         None,
@@ -81,17 +82,13 @@ DIT_XL = (
 _SIGMA, _DPM = "pixart-sigma-1024", "DPMSolverMultistepScheduler"
 _FLUX, _FLOW = "flux-1-dev", "FlowMatchEulerDiscreteScheduler"
 _VIDEO = "cogvideox-2b"
-_TOCA_FLUX = (  # its preset with another interval
-    "toca:interval=6,fresh_ratio=0.1,ratio_schedule=flux,anchor='last-full',first_full_steps=3,selection=random"
-)
-
 LARGE = (
     Printed(_SIGMA, "PixArt-Σ 1024, 20 steps", "uncached", 20, 173.08, 1.39, 1.0, scheduler=_DPM),
     Printed(_SIGMA, "PixArt-Σ 1024, 13 steps", "uncached", 13, 112.52, 0.93, None, 20, scheduler=_DPM),
     Printed(
         _SIGMA,
         "PixArt-Σ 1024, ToCa N=3 R=50 %",
-        "toca:interval=3,fresh_ratio=0.5",
+        "toca.pixart_alpha:fresh_ratio=0.5",
         20,
         109.93,
         0.95,
@@ -100,17 +97,25 @@ LARGE = (
     ),
     # 2 × MAC, no guidance in two halves: 3719.5 T for 50 steps.
     Printed(_FLUX, "FLUX.1-dev, 50 steps", "uncached", 50, 3719.5 / 2, None, 1.0, scheduler=_FLOW),
-    Printed(_FLUX, "FLUX.1-dev, FORA N=3", "fora:interval=3", 50, 1320.07 / 2, None, 2.82, scheduler=_FLOW),
-    Printed(_FLUX, "FLUX.1-dev, FORA N=6", "fora:interval=6", 50, None, None, 4.99, scheduler=_FLOW),
-    Printed(_FLUX, "FLUX.1-dev, ToCa N=6", _TOCA_FLUX, 50, 924.3 / 2, None, 4.0, scheduler=_FLOW),
-    Printed(_FLUX, "FLUX.1-dev, DuCa N=5", "duca:interval=5", 50, 978.76 / 2, None, 3.80, scheduler=_FLOW),
+    Printed(_FLUX, "FLUX.1-dev, FORA N=3", "fora.flux_dev", 50, 1320.07 / 2, None, 2.82, scheduler=_FLOW),
+    Printed(_FLUX, "FLUX.1-dev, FORA N=6", "fora.flux_dev:interval=6", 50, None, None, 4.99, scheduler=_FLOW),
+    Printed(_FLUX, "FLUX.1-dev, ToCa N=6", "toca.flux_dev:interval=6", 50, 924.3 / 2, None, 4.0, scheduler=_FLOW),
+    Printed(_FLUX, "FLUX.1-dev, DuCa N=5", "duca.flux_dev", 50, 978.76 / 2, None, 3.80, scheduler=_FLOW),
     Printed(
-        _FLUX, "FLUX.1-dev, TaylorSeer N=3 O=2", "taylorseer:interval=3,order=2", 50, None, None, 2.82, scheduler=_FLOW
+        _FLUX, "FLUX.1-dev, TaylorSeer N=3 O=2", "taylorseer.flux_dev:interval=3", 50, None, None, 2.82, scheduler=_FLOW
     ),
-    Printed(
-        _FLUX, "FLUX.1-dev, TaylorSeer N=6 O=2", "taylorseer:interval=6,order=2", 50, None, None, 4.99, scheduler=_FLOW
-    ),
+    Printed(_FLUX, "FLUX.1-dev, TaylorSeer N=6 O=2", "taylorseer.flux_dev", 50, None, None, 4.99, scheduler=_FLOW),
     Printed(_VIDEO, "CogVideoX-2B, 50 steps", "uncached", 50, 8417.40, 142.10, 1.0, scheduler="DDIMScheduler"),
     Printed(_VIDEO, "CogVideoX-2B, 35 steps", "uncached", 35, 5892.18, 98.73, None, 50, scheduler="DDIMScheduler"),
-    Printed(_VIDEO, "CogVideoX-2B, PAB", "pab", 50, 5905.38, 97.52, None, scheduler="DDIMScheduler"),
+    # Printed is PAB357; this network's attention is joint, for which 3 counts, in the window of its preset.
+    Printed(
+        _VIDEO,
+        "CogVideoX-2B, PAB357",
+        "pab.cogvideox_2b:spatial_range=3",
+        50,
+        5905.38,
+        97.52,
+        None,
+        scheduler="DDIMScheduler",
+    ),
 )

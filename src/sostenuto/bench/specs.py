@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from functools import reduce
+from dataclasses import fields, replace
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def method_of(text: str, num_inference_steps: int) -> Method:
 
     Args:
         text: a name of ``sostenuto methods`` with parameters (``taylorseer:interval=4,order=2``), a preset
-            (``fora.flux_dev``), a combination of them with ``|``, or one of :data:`PROBES`. ``table`` is a file, or the name
-            of a shipped one.
+            (``fora.flux_dev``), also with parameters of its own (``fora.flux_dev:interval=6``), a combination of them with
+            ``|``, or one of :data:`PROBES`. ``table`` is a file, or the name of a shipped one.
         num_inference_steps: of the generation that it is for.
 
     Raises:
@@ -62,19 +63,26 @@ def _single(text: str, num_inference_steps: int) -> Method:
     if name not in known:
         raise InputError(f"there is no method {name!r}; {nearest(name, [*known, *PROBES])}")
     make: Any = known[name]
+    taken = [field.name for field in fields(make)]
     if preset:
         presets = [key for key, value in vars(make).items() if isinstance(value, classmethod)]
         if preset not in presets:
             raise InputError(f"{name} has no preset {preset!r}; {nearest(preset, presets)}")
-        make = getattr(make, preset)
-    else:
-        names = [field.name for field in fields(make)]
-        odd = next((key for key in given if key not in names), None)
-        if odd is not None:
-            raise InputError(f"{name} has no parameter {odd!r}; {nearest(odd, names)}")
+        make = partial(_changed, getattr(make, preset))
+        taken += inspect.signature(make.args[0]).parameters
+    odd = next((key for key in given if key not in taken), None)
+    if odd is not None:
+        raise InputError(f"{name} has no parameter {odd!r}; {nearest(odd, taken)}")
     if isinstance(given.get("table"), str):
         given["table"] = _table(given["table"])
     return _called(make, given, text)
+
+
+def _changed(preset: Callable[..., Method], **given: Any) -> Method:
+    """A preset with what it takes itself, and then with other fields."""
+    own = inspect.signature(preset).parameters
+    made = preset(**{key: value for key, value in given.items() if key in own})
+    return replace(made, **{key: value for key, value in given.items() if key not in own})
 
 
 def _called(make: Callable[..., Method], given: dict[str, Any], text: str) -> Method:
