@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from sostenuto import FORA, L2C, available_methods
+from sostenuto import FORA, L2C, EpsilonScaling, available_methods
 from sostenuto.methods.base import parts
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "methods.py"
@@ -43,7 +43,7 @@ def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypa
     monkeypatch.setattr(
         script.Workshop, "calibrated", lambda self, name, *_: asked.append(name) or tmp_path / f"{name}.json"
     )
-    grid = script.settings_of_every_method(script.Workshop(None, tmp_path, 0, None))
+    grid = script.settings_of_every_method(script.Workshop(None, tmp_path, 0))
     tried = {part.name for methods in grid.values() for method in methods for part in parts(method)}
     known = {name for name, method in available_methods().items() if method.denoisers != "U-Net"}
     assert known - tried == {
@@ -54,35 +54,29 @@ def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypa
     assert {name.partition("-")[0] for name in asked} == {"eb", "feb", "smoothcache", "mag", "tea", "ditfastattn"}
 
 
-def test_noise_scales_are_measured_one_generation_at_a_time_on_the_rows_that_real_data_is_given_for(
+def test_the_noise_scale_of_the_smallest_distance_is_taken_and_kept_and_sees_none_of_the_judged_noise(
     script, tmp_path, monkeypatch
 ):
-    generations, given = [], {}
+    given = []
 
-    class Pipe:
-        def __call__(self, labels, *_, **__):
-            generations.append(labels)
-            return SimpleNamespace(images=torch.zeros(len(labels), 1, 1, 1))
+    def sample(num_images):
+        return lambda pipe, generator: given.append((num_images, generator.initial_seed()))
 
-    def calibrate(pipe, calibration, sample, *, num_samples, **_):
-        while sum(map(len, generations)) < num_samples:
-            before = len(generations)
-            sample(pipe, None, 50)
-            assert len(generations) == before + 1
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script.sostenuto, "calibrate", calibrate)
-    monkeypatch.setattr(
-        script.data, "of_labels", lambda part, labels, folder: given.setdefault("labels", labels) and None
-    )
-    with pytest.raises(KeyboardInterrupt):
-        script.Workshop(Pipe(), tmp_path, 0, None).with_noise_scale("FORA", FORA(2))
-    assert [label for labels in generations for label in labels] == given["labels"]
+    distances = iter((3.0, 1.0, 2.0, 4.0, 5.0))
+    monkeypatch.setattr(script, "demo_sample", sample)
+    monkeypatch.setattr(script, "Judge", lambda: SimpleNamespace(distance=lambda _: next(distances)))
+    monkeypatch.setattr(script.sostenuto, "enable", lambda *_: nullcontext())
+    shop = script.Workshop(None, tmp_path, 7)
+    wanted = FORA(2) | EpsilonScaling(1 / 0.98)
+    assert shop.with_noise_scale(FORA(2)) == wanted
+    assert given == [(7, script.SEARCH_SEED)] * 5
+    assert script.Workshop(None, tmp_path, 7).with_noise_scale(FORA(2)) == wanted
+    assert script.SEARCH_SEED >= 900_000  # a row's batches begin at their seed × 1 000 003 + the first image
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys):
-    arguments = [str(SCRIPT), "--num-images", "4", "--batch-size", "4", "--search-images", "0", "--only", "FORA", "L2C"]
+    arguments = [str(SCRIPT), "--num-images", "4", "--batch-size", "4", "--search-images", "4", "--only", "FORA", "L2C"]
     arguments += ["--output", str(tmp_path), "--json", str(tmp_path / "found.json"), "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
