@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -277,6 +277,18 @@ class Nothing(torch.nn.Module):
             TableError,
             "made for Other",
         ),
+        (
+            lambda m: m,
+            EBCache(CacheTable(STATES, model={"class": "PixArtTransformer2DModel"})),
+            TableError,
+            "made for PixArtTransformer2DModel, this is a DiTTransformer2DModel: calibrate",
+        ),
+        (
+            lambda m: m,
+            EBCache(CacheTable(STATES, model={"class": "DiTTransformer2DModel", "num_blocks": 28})),
+            TableError,
+            "made for 28 blocks, this DiTTransformer2DModel has 3: calibrate",
+        ),
         (lambda m: m, EBCache(CacheTable(STATES, scheduler={"class": "DDIMScheduler"})), TableError, "DDIMScheduler"),
     ],
 )
@@ -285,6 +297,17 @@ def test_a_refused_enable_leaves_the_model_as_it_was(tiny, scheduler, target, me
         sostenuto.enable(target(tiny), method, scheduler=scheduler)
     assert isinstance(caught.value, sostenuto.SostenutoError)
     assert leftovers(tiny) == []
+
+
+class Finetuned(DiTTransformer2DModel):
+    """What users, and wrappers such as FSDP's, make of a class."""
+
+
+def test_a_table_for_a_class_and_depth_also_serves_subclasses_and_compiled_networks(tiny, scheduler):
+    method = EBCache(CacheTable(STATES, model={"class": "DiTTransformer2DModel", "num_blocks": 3}))
+    method.table.check(torch.compile(tiny), scheduler)
+    tiny.__class__ = Finetuned
+    sostenuto.enable(tiny, method, scheduler=scheduler).disable()
 
 
 def test_a_bare_denoiser_without_scheduler_is_refused(tiny):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_another_network_scheduler_or_number_of_steps_is_refused(tiny, scheduler
         sostenuto.enable(build_tiny(num_layers=4), L2C(router), scheduler=scheduler)
     with pytest.raises(TableError, match="DDIMScheduler"):
         sostenuto.enable(tiny, L2C(router), scheduler=DDPMScheduler())
+    for model in ({"class": "PixArtTransformer2DModel"}, {"class": "DiTTransformer2DModel", "num_blocks": 28}):
+        with pytest.raises(TableError, match=r"router was made for (PixArt|28 blocks)"):
+            sostenuto.enable(tiny, L2C(replace(router, model=model)), scheduler=scheduler)
     with sostenuto.enable(tiny, L2C(router), scheduler=scheduler):
         with pytest.raises(TableError, match="trained for 6 steps, the sampler runs 8"):
             sample_loop(tiny, scheduler, 8)

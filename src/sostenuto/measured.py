@@ -60,7 +60,7 @@ def check_made_for(
 
     Args:
         what: what was made, in words.
-        model: ``class`` and ``fingerprint`` of the network it was made for; empty: any.
+        model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was made for; empty: any.
         scheduler: ``class`` and ``prediction_type`` of the scheduler it was made for; empty: any.
         denoiser: the network at hand.
         sampler: the scheduler at hand.
@@ -68,13 +68,7 @@ def check_made_for(
     Raises:
         TableError: with both names and the remedy.
     """
-    own = fingerprint(denoiser)
-    known = model.get("fingerprint")
-    if known and known != own:
-        raise TableError(
-            f"the {what} was made for {model.get('class', 'another network')} ({known[:12]}…), this is a "
-            f"{type(denoiser).__name__} ({own[:12]}…): calibrate one for it with sostenuto.calibrate"
-        )
+    _check_network(what, model, denoiser)
     made_for = scheduler.get("class")
     if made_for and type(sampler).__name__ != made_for:
         raise TableError(
@@ -85,6 +79,29 @@ def check_made_for(
     given = getattr(getattr(sampler, "config", None), "prediction_type", wanted)
     if wanted and given != wanted:
         raise TableError(f"the {what} was made for {wanted}-prediction, this scheduler expects {given}")
+
+
+def _check_network(what: str, model: Mapping[str, Any], denoiser: nn.Module) -> None:
+    names = [base.__name__ for base in type(compat.unwrapped(denoiser)).__mro__]
+    known = model.get("fingerprint")
+    if known:  # which tells more than class and depth, and is the same under a wrapper's class
+        own = fingerprint(denoiser)
+        if known != own:
+            raise TableError(
+                f"the {what} was made for {model.get('class', 'another network')} ({known[:12]}…), this is a "
+                f"{names[0]} ({own[:12]}…): calibrate one for it with sostenuto.calibrate"
+            )
+        return
+    made_for, depth = model.get("class"), model.get("num_blocks")
+    if made_for is not None and made_for not in names:
+        raise TableError(
+            f"the {what} was made for {made_for}, this is a {names[0]}: calibrate one for it with sostenuto.calibrate"
+        )
+    if depth is not None and depth != num_blocks(denoiser):
+        raise TableError(
+            f"the {what} was made for {depth} blocks, this {names[0]} has {num_blocks(denoiser)}: calibrate one for it "
+            "with sostenuto.calibrate"
+        )
 
 
 def check_timesteps(what: str, own: Sequence[float], timesteps: Sequence[float]) -> None:

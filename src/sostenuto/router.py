@@ -16,7 +16,7 @@ from torch import nn
 
 from sostenuto.errors import TableError
 from sostenuto.files import publish
-from sostenuto.measured import parse_json, table_file
+from sostenuto.measured import check_made_for, parse_json, table_file
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
 from sostenuto.table import CacheTable, in_sampling_order, read_made_for
@@ -140,9 +140,8 @@ class Router:
         Raises:
             TableError: with what differs and the remedy.
         """
-        table = self.to_table()
-        table.check(denoiser, scheduler)
-        table.plan(inspect(denoiser))
+        check_made_for("router", self.model, self.scheduler, denoiser, scheduler)
+        self.to_table().plan(inspect(denoiser))
 
     def check_steps(self, timesteps: Sequence[float]) -> None:
         """Refuse a generation of another length or with other timesteps.
