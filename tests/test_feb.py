@@ -99,6 +99,10 @@ def test_the_predicted_noise_is_scaled_by_the_curve_unless_told_otherwise(model)
     assert torch.equal(overridden, run(model, EBCache(TABLE, eps_scale=0.9))[0])
 
 
+def test_the_published_scale_is_a_preset_for_a_table_of_ones_own():
+    assert FEBCache.dit_xl_2(TABLE) == FEBCache(TABLE, b_high=0.98, b_low=0.96, tau_threshold=0.4)
+
+
 def test_a_multiplier_counts_where_febs_calibration_found_it(model):
     curve = noise_scale_curve(normalized_times(8))
     found = CacheTable(STATES, method="feb", calibration={"multiplier": 1.02})

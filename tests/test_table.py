@@ -128,6 +128,21 @@ def test_the_authors_npy_loads_in_both_orders(tmp_path):
     assert CacheTable.load(tmp_path / "table.npy").actions == sampling.actions[::-1]  # as their loop reads it
 
 
+def test_the_authors_table_for_dit_xl_2_is_a_preset_in_both_orders(tmp_path):
+    printed = "0 2 2 0 2 2 0 2 2 2 0 2 0 2 0 2 0 2 0 2 0 2 0 2 0 2 0 2" + 22 * " 0"
+    sampling = EBCache.dit_xl_2("sampling").table
+    assert [(C, A, B).index(state) for state in sampling.actions] == [int(state) for state in printed.split()]
+    method = EBCache.dit_xl_2()
+    assert method.table.actions == sampling.actions[::-1]
+    assert (method.table.num_inference_steps, method.table.actions.count(C)) == (50, 34)
+    assert (method.eps_scale, method.table.forecast_order) == (0.955, 0)
+    assert EBCache.dit_xl_2(eps_scale=1 / 0.965).eps_scale == 1 / 0.965
+    np.save(tmp_path / "table.npy", np.array([int(state) for state in printed.split()]))
+    assert CacheTable.load(tmp_path / "table.npy").actions == method.table.actions
+    with pytest.raises(TableError, match="unknown action 4 at entry 1"):
+        CacheTable.from_numbers([0, 4])
+
+
 def test_an_npy_that_is_a_pickle_is_never_opened(tmp_path):
     class Bomb:
         def __reduce__(self):

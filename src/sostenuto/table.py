@@ -254,6 +254,25 @@ class CacheTable:
         return _from_json(content, None)
 
     @classmethod
+    def from_numbers(cls, numbers: Sequence[int], order: str = "timestep_index", **fields: Any) -> CacheTable:
+        """The table that EB-Cache's authors write in numbers.
+
+        Args:
+            numbers: one per step: 0 compute, 1 reuse attention, 2 reuse both; 3, of FEB-Cache's text, reuse the MLP.
+            order: ``"timestep_index"`` (entry 0 is the last, cleanest step), as their loop reads them, or ``"sampling"``.
+            fields: the other fields of the table.
+
+        Raises:
+            TableError: a number or the order is not known, or step 0 reuses.
+        """
+        for index, number in enumerate(numbers):
+            if number not in range(len(_NPY_STATES)):
+                raise TableError(
+                    f"unknown action {number!r} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)"
+                )
+        return cls(tuple(_NPY_STATES[number] for number in in_sampling_order(list(numbers), order)), **fields)
+
+    @classmethod
     def load(cls, path: str | Path, order: str | None = None) -> CacheTable:
         """Read a table: our JSON, or the EB-Cache authors' bare ``.npy`` of 0, 1, 2.
 
@@ -266,16 +285,15 @@ class CacheTable:
             TableError: the file can't be read or its content is wrong; the message names the field and value.
         """
         path = table_file(path, "cache table")
-        if path.suffix == ".npy":
-            return _from_npy(path, order or "timestep_index")
-        content = read_json(path, "cache table")
+        is_npy = path.suffix == ".npy"
+        content = _read_npy(path) if is_npy else read_json(path, "cache table")
         try:
-            return _from_json(content, order)
+            return cls.from_numbers(content, order or "timestep_index") if is_npy else _from_json(content, order)
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
 
 
-def _from_npy(path: Path, order: str) -> CacheTable:
+def _read_npy(path: Path) -> list[Any]:
     values: list[Any] | None = None
     try:
         with path.open("rb") as file:
@@ -289,12 +307,7 @@ def _from_npy(path: Path, order: str) -> CacheTable:
         raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
     if values is None:
         raise TableError(f"{path} must hold one whole number per step, but has shape {shape} of {dtype}")
-    for index, value in enumerate(values):
-        if not 0 <= value < len(_NPY_STATES):
-            raise TableError(
-                f"{path}: unknown action {value} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)"
-            )
-    return CacheTable(tuple(_NPY_STATES[value] for value in in_sampling_order(values, order)))
+    return values
 
 
 def _one_or_all(values: tuple[Any, ...]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from sostenuto.clock import normalized_times
@@ -106,6 +107,11 @@ class FEBCache(ScaledTableMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_curve(self.b_high, self.b_low, self.tau_threshold, self.denominator)
+
+    @classmethod
+    def dit_xl_2(cls, table: CacheTable | str | Path) -> FEBCache:
+        """DiT-XL/2 256², DDPM with 50 steps: b_h = 0.98, b_l = 0.96, τ_thre = 0.4, for a table of your own."""
+        return cls(table, b_high=0.98, b_low=0.96, tau_threshold=0.4)
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """b(τ) at every step."""
