@@ -70,7 +70,11 @@ def test_published_settings():
     first = DBCache.first_block_cache()
     assert (first.front_blocks, first.back_blocks, first.threshold, first.warmup) == (1, 0, 0.05, 0)
     assert DBCache.first_block_cache(0.12).threshold == 0.12
-    assert (DBCache.flux_dev().front_blocks, DBCache.flux_dev().warmup) == (8, 4)
+    assert DBCache.flux_dev() == DBCache(8, 0, 0.08, 4)
+    for front, in_a_row in ((8, 2), (8, 3), (4, 3), (4, 4)):  # F8B0_W4MC2_R0.12, …
+        assert DBCache.flux_dev(front, in_a_row) == DBCache(front, 0, 0.12, 4, max_consecutive=in_a_row)
+    with pytest.raises(MethodError, match=r"published as \(8, None\), .* not \(4, None\)"):
+        DBCache.flux_dev(4)
     lightning = DBCache.qwen_image_lightning()
     assert (lightning.front_blocks, lightning.back_blocks, lightning.max_consecutive) == (16, 16, 1)
 

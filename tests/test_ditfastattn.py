@@ -316,6 +316,7 @@ def test_a_mask_is_refused_where_the_window_is_to_run(tiny):
         (lambda: DiTFastAttn(window=1.5), "window must be a whole number"),
         (lambda: DiTFastAttn(conditional_half="both"), "conditional_half must be"),
         (lambda: DiTFastAttn.pixart_sigma(image_size=512), "published for images of 1024 and 2048"),
+        (lambda: DiTFastAttn.open_sora(window=100), "windows of 50 and 200 are published"),
         (lambda: DiTFastAttnCalibration(theta=0), "theta must be a number above 0"),
         (lambda: DiTFastAttnCalibration(theta=float("nan")), "theta must be a number above 0"),
         (lambda: DiTFastAttnCalibration(window=-1), "window must be a whole number"),

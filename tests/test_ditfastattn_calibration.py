@@ -129,6 +129,7 @@ def test_the_presets_are_the_published_ones():
     assert DiTFastAttnCalibration.pixart_alpha(6) == DiTFastAttnCalibration(0.15, 512, "second")
     assert DiTFastAttnCalibration.pixart_sigma(1).window == DiTFastAttn.pixart_sigma().window == 2048
     assert DiTFastAttnCalibration.open_sora(5, 50) == DiTFastAttnCalibration(0.05, 50)
+    assert DiTFastAttn.open_sora() == DiTFastAttn(window=200, conditional_half="first")
 
 
 def test_the_command_line_calibrates_and_takes_the_table(tmp_path, capsys):

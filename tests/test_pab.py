@@ -72,6 +72,9 @@ def test_presets_are_the_published_ones():
     plan = PAB.open_sora_plan()
     assert (max(plan.mlp), min(plan.mlp), len(plan.mlp)) == (738, 426, 14)
     assert all(list(blocks) == [0, 1, 2, 3, 4, 5, 6] and skipped == 2 for blocks, skipped in plan.mlp.values())
+    assert PAB.open_sora_plan("1.2") == PAB(2, None, 6, (100, 850))
+    with pytest.raises(MethodError, match=r"version must be one of 1\.1, 1\.2, not '1\.3'"):
+        PAB.open_sora_plan("1.3")
     for preset in (PAB.cogvideox_2b(), PAB.cogvideox_5b()):
         assert (preset.spatial_range, preset.cross_range, preset.window) == (2, None, (100, 850))
     assert PAB.vchitect() == PAB.pab_246()

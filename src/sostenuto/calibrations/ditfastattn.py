@@ -92,7 +92,7 @@ class DiTFastAttnCalibration(Calibration):
     @classmethod
     def open_sora(cls, level: int = 4, window: Literal[50, 200] = 200) -> DiTFastAttnCalibration:
         """Published for Open-Sora: windows of 50 and 200, θ of D1 … D6 = 0.01, 0.02 … 0.06, 4 samples."""
-        return cls._published(DiTFastAttn(window=window, conditional_half="first"), level, unit=0.01)
+        return cls._published(DiTFastAttn.open_sora(window=window), level, unit=0.01)
 
     @classmethod
     def _published(cls, method: DiTFastAttn, level: int, unit: float = 0.025) -> DiTFastAttnCalibration:

@@ -78,6 +78,13 @@ class DiTFastAttn(TableMethod):
             )
         return cls(table, window=published[image_size], conditional_half="second")
 
+    @classmethod
+    def open_sora(cls, table: CacheTable | str | Path | None = None, window: Literal[50, 200] = 200) -> DiTFastAttn:
+        """The windows published for Open-Sora: 50 and 200 tokens."""
+        if window not in (50, 200):
+            raise MethodError(f"windows of 50 and 200 are published for Open-Sora, not {window!r}: choose one yourself")
+        return cls(table, window=window, conditional_half="first")
+
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """Every self-attention."""
         return [site for site in inspect(denoiser) if site.kind is SiteKind.SELF_ATTENTION]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
-from sostenuto.methods.checks import is_number, is_whole
+from sostenuto.methods.checks import check_choice, is_number, is_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site
 
@@ -92,8 +92,14 @@ class PAB(Method):
         return cls(2, 4, 6, (450, 930), {t: (range(5), 2) for t in (864, 788, 676)})
 
     @classmethod
-    def open_sora_plan(cls) -> PAB:
-        """Open-Sora-Plan 1.1: 2/4/6 for t in 100–850, MLPs of blocks 0–6 from t = 738, 714, …, 426 for two steps."""
+    def open_sora_plan(cls, version: Literal["1.1", "1.2"] = "1.1") -> PAB:
+        """Open-Sora-Plan 1.1: 2/4/6 for t in 100–850, MLPs of blocks 0–6 from t = 738, 714, …, 426 for two steps.
+
+        Version 1.2 has no temporal attention and was published without MLPs: 2/–/6.
+        """
+        check_choice("Open-Sora-Plan's version", version, ("1.1", "1.2"))
+        if version == "1.2":
+            return cls(2, None, 6, (100, 850))
         return cls(2, 4, 6, (100, 850), {t: (range(7), 2) for t in range(738, 425, -24)})
 
     @classmethod
