@@ -257,14 +257,18 @@ def test_the_published_schedules(model):
     attention_and_mlp = SmoothCache.dit_xl_2().table.strip()
     assert attention_and_mlp == "·BBB·BB·BB" + "·B" * 19 + "··"
     assert SmoothCache.dit_xl_2(alpha=0.08).table.strip() == "·BB·B·B" + "·" * 43
-    assert SmoothCacheCalibration.dit_xl_2(30).alpha == 0.35
+    # from the authors' files 30-N-3-threshold-0.35.json and 70-N-3-threshold-0.08.json
+    assert SmoothCache.dit_xl_2(0.35, 30).table.strip() == "·BB·B·B·B·B·B·B·B·B·B·B·B·B···"
+    assert SmoothCache.dit_xl_2(0.08, 70).table.strip() == "·BBB·BB·BB" + "·B" * 29 + "··"
+    assert [SmoothCacheCalibration.dit_xl_2(steps).alpha for steps in (50, 30, 70)] == [0.18, 0.35, 0.08]
     anywhere = SmoothCache(replace(SmoothCache.dit_xl_2().table, model={}))
     with sostenuto.enable(model, anywhere, scheduler=DDIMScheduler()) as handle:
         sample_loop(model, handle._scheduler(), 50)
         assert handle.stats.actions["reuse"] == 26 * 6
-    for wrong in (lambda: SmoothCache.dit_xl_2(0.2), lambda: SmoothCacheCalibration.dit_xl_2(20)):
+    wrong_ones = (SmoothCache.dit_xl_2, 0.2), (SmoothCache.dit_xl_2, 0.18, 30), (SmoothCacheCalibration.dit_xl_2, 20)
+    for preset, *arguments in wrong_ones:
         with pytest.raises(MethodError, match="published for"):
-            wrong()
+            preset(*arguments)
 
 
 def test_the_noise_may_be_scaled_besides(model):

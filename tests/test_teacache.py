@@ -81,14 +81,17 @@ def test_published_polynomials():
         TeaCache.open_sora(), TeaCache.open_sora_plan(), TeaCache.latte(), TeaCache.mochi(), TeaCache.ltx_video(),
         TeaCache.hidream(0.1), TeaCache.lumina_2(0.1),
     ]  # fmt: skip
-    assert len({preset.coefficients for preset in presets}) == 11
-    assert all(len(preset.coefficients) == 5 for preset in presets)
+    assert len({preset.coefficients.coefficients for preset in presets}) == 11
+    assert all(len(preset.coefficients.coefficients) == 5 for preset in presets)
     flux = TeaCache.flux_dev()
     assert flux.threshold == 0.25
-    assert polynomial(flux.coefficients, 0.0) == 0.264230861  # not 0: the sum grows though nothing changes
+    coefficients = flux.coefficients.coefficients
+    assert polynomial(coefficients, 0.0) == 0.264230861  # not 0: the sum grows though nothing changes
     # by powers, not by Horner's rule
     by_powers = 498.651651e-4 - 283.781631e-3 + 55.8554382e-2 - 3.82021401e-1 + 0.264230861
-    assert polynomial(flux.coefficients, 0.1) == pytest.approx(by_powers, rel=1e-12)
+    assert polynomial(coefficients, 0.1) == pytest.approx(by_powers, rel=1e-12)
+    for same in (TeaCache.consisid(), TeaCache.lumina_t2x(0.1)):  # as of CogVideoX-5B and Lumina-2
+        assert any(same.coefficients.coefficients == preset.coefficients.coefficients for preset in presets)
 
 
 def teacache(coefficients, threshold, num_steps, log=None):

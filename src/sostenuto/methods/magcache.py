@@ -11,6 +11,7 @@ from torch import nn
 
 from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers
+from sostenuto.methods import published
 from sostenuto.methods.base import Facts, Method, whole_steps
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.plan import Plan
@@ -102,7 +103,10 @@ class MagCache(Method):
     @classmethod
     def flux_dev(cls) -> MagCache:
         """FLUX.1-dev, 28 steps: δ = 0.24, K = 5, retention 0.1 (2.8×); the authors' code never skips step 11."""
-        return cls(_FLUX_DEV, threshold=0.24, max_consecutive=5, retention=0.1, always_computed=(11,))
+        ratios = MagCacheRatios(
+            _FLUX_DEV, model=published.FLUX_DEV, scheduler={"class": "FlowMatchEulerDiscreteScheduler"}
+        )
+        return cls(ratios, threshold=0.24, max_consecutive=5, retention=0.1, always_computed=(11,))
 
     @classmethod
     def hunyuan_video(cls, ratios: tuple[float, ...] | MagCacheRatios | str | Path) -> MagCache:

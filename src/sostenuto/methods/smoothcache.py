@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from sostenuto.anatomy import SiteKind
 from sostenuto.errors import MethodError, TableError
+from sostenuto.methods import published
 from sostenuto.methods.checks import check_number, check_whole, is_number
 from sostenuto.methods.tabled import TableMethod, loaded
 from sostenuto.plan import Action
@@ -21,8 +22,13 @@ from sostenuto.table import CacheTable, StepActions, StepState
 GroupBy = Literal["type", "site"]
 Errors = Sequence[Sequence[float]]  # [lag − 1][p]
 
-# The authors' schedules for 50 DDIM steps, 1 computed and 0 reused, the same for attention and MLP.
-_DIT_XL_2 = {0.18: "1000100100" + "10" * 19 + "11", 0.08: "1001010" + "1" * 43}
+# The authors' schedules by steps and α, 1 computed and 0 reused, the same for attention and MLP.
+_DIT_XL_2 = {
+    (50, 0.18): "1000100100" + "10" * 19 + "11",
+    (50, 0.08): "1001010" + "1" * 43,
+    (30, 0.35): "100" + "10" * 12 + "111",
+    (70, 0.08): "1000100100" + "10" * 29 + "11",
+}
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,22 @@ class SmoothCache(TableMethod):
         )
 
     @classmethod
-    def dit_xl_2(cls, alpha: float = 0.18) -> SmoothCache:
-        """The schedules published for DiT-XL/2 256² with 50 DDIM steps: α = 0.18 (24 computed steps) or 0.08 (46)."""
-        if alpha not in _DIT_XL_2:
-            raise MethodError(f"schedules for DiT-XL/2 are published for alpha 0.18 and 0.08, not {alpha!r}: calibrate")
+    def dit_xl_2(cls, alpha: float = 0.18, num_inference_steps: int = 50) -> SmoothCache:
+        """DiT-XL/2 256² with DDIM, the authors' schedules: 50 steps with α = 0.18 or 0.08, 30 with 0.35, 70 with 0.08.
+
+        They compute 24, 46, 16 and 34 steps.
+        """
+        if (num_inference_steps, alpha) not in _DIT_XL_2:
+            known = ", ".join(f"{steps} steps with alpha {value}" for steps, value in _DIT_XL_2)
+            raise MethodError(
+                f"schedules for DiT-XL/2 are published for {known}, not {num_inference_steps!r} steps with {alpha!r}: calibrate"
+            )
         states = {"1": StepState.COMPUTE, "0": StepState.REUSE_BOTH}
         return cls(
             CacheTable(
-                tuple(states[letter] for letter in _DIT_XL_2[alpha]),
+                tuple(states[letter] for letter in _DIT_XL_2[num_inference_steps, alpha]),
                 method=cls.name,
-                model={"class": "DiTTransformer2DModel", "num_blocks": 28},
+                model=published.DIT_XL_2,
                 scheduler={"class": "DDIMScheduler"},
             )
         )

@@ -14,6 +14,7 @@ from torch import nn
 from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers, check_timesteps
+from sostenuto.methods import published
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.signals import relative_l1
@@ -68,7 +69,8 @@ class TeaCache(Method):
 
     Attributes:
         coefficients: of the polynomial, highest power first, or the measured :class:`TeaCacheFit`, or its file. They belong to
-            one model, sampler and resolution. By default the identity: the output is taken to change as the signal does.
+            one model, sampler and resolution: those of the presets are refused on another network. By default the identity: the
+            output is taken to change as the signal does.
         threshold: the paper's δ, 0 or more; by default the fit's, else 0.1.
         clamp_negative: take a negative estimate as 0. Published polynomials have negative values in places and, as in the
             authors' code, those lower the sum.
@@ -110,57 +112,67 @@ class TeaCache(Method):
     @classmethod
     def flux_dev(cls, threshold: float = 0.25) -> TeaCache:
         """FLUX.1-dev: δ = 0.25, 0.4, 0.6, 0.8 for 1.5×, 1.8×, 2.0×, 2.25×."""
-        return cls(_FLUX_DEV, threshold)
+        return cls(TeaCacheFit(_FLUX_DEV, model=published.FLUX_DEV), threshold)
 
     @classmethod
     def hunyuan_video(cls, threshold: float = 0.1) -> TeaCache:
         """HunyuanVideo: δ = 0.1, 0.15 for 1.6×, 2.1×."""
-        return cls(_HUNYUAN_VIDEO, threshold)
+        return cls(TeaCacheFit(_HUNYUAN_VIDEO, model=published.HUNYUAN_VIDEO), threshold)
 
     @classmethod
     def cogvideox_5b(cls, threshold: float = 0.1) -> TeaCache:
-        """CogVideoX-5B, also ConsisID: δ from 0.1 to 0.3."""
-        return cls(_COGVIDEOX_5B, threshold)
+        """CogVideoX-5B: δ from 0.1 to 0.3."""
+        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.COGVIDEOX_5B), threshold)
+
+    @classmethod
+    def consisid(cls, threshold: float = 0.1) -> TeaCache:
+        """ConsisID, with the polynomial of CogVideoX-5B: δ from 0.1 to 0.3."""
+        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.CONSISID), threshold)
 
     @classmethod
     def cogvideox_2b(cls, threshold: float) -> TeaCache:
         """CogVideoX-2B; no δ is at hand."""
-        return cls(_COGVIDEOX_2B, threshold)
+        return cls(TeaCacheFit(_COGVIDEOX_2B, model=published.COGVIDEOX_2B), threshold)
 
     @classmethod
     def open_sora(cls, threshold: float = 0.1) -> TeaCache:
         """Open-Sora 1.2: δ = 0.1 (1.55×), 0.2 (2.25×)."""
-        return cls(_OPEN_SORA, threshold)
+        return cls(TeaCacheFit(_OPEN_SORA, model=published.OPEN_SORA), threshold)
 
     @classmethod
     def open_sora_plan(cls, threshold: float = 0.1) -> TeaCache:
-        """Open-Sora-Plan: δ = 0.1 (4.41×), 0.2 (6.83×)."""
-        return cls(_OPEN_SORA_PLAN, threshold)
+        """Open-Sora-Plan 1.1: δ = 0.1 (4.41×), 0.2 (6.83×)."""
+        return cls(TeaCacheFit(_OPEN_SORA_PLAN, model=published.OPEN_SORA_PLAN), threshold)
 
     @classmethod
     def latte(cls, threshold: float = 0.1) -> TeaCache:
         """Latte: δ = 0.1 (1.86×), 0.2 (3.28×)."""
-        return cls(_LATTE, threshold)
+        return cls(TeaCacheFit(_LATTE, model=published.LATTE), threshold)
 
     @classmethod
     def mochi(cls, threshold: float = 0.06) -> TeaCache:
         """Mochi: δ = 0.06, 0.09, not confirmed."""
-        return cls(_MOCHI, threshold)
+        return cls(TeaCacheFit(_MOCHI, model=published.MOCHI), threshold)
 
     @classmethod
     def ltx_video(cls, threshold: float = 0.03) -> TeaCache:
         """LTX-Video: δ = 0.03, 0.05, not confirmed."""
-        return cls(_LTX_VIDEO, threshold)
+        return cls(TeaCacheFit(_LTX_VIDEO, model=published.LTX_VIDEO), threshold)
 
     @classmethod
     def hidream(cls, threshold: float) -> TeaCache:
         """HiDream; no δ is at hand."""
-        return cls(_HIDREAM, threshold)
+        return cls(TeaCacheFit(_HIDREAM, model=published.HIDREAM), threshold)
 
     @classmethod
     def lumina_2(cls, threshold: float) -> TeaCache:
-        """Lumina-2 and Lumina-T2X; no δ is at hand."""
-        return cls(_LUMINA_2, threshold)
+        """Lumina-2; no δ is at hand."""
+        return cls(TeaCacheFit(_LUMINA_2, model=published.LUMINA_2), threshold)
+
+    @classmethod
+    def lumina_t2x(cls, threshold: float) -> TeaCache:
+        """Lumina-T2X, with the polynomial of Lumina-2; no δ is at hand."""
+        return cls(TeaCacheFit(_LUMINA_2, model=published.LUMINA_T2X), threshold)
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> TeaCache:
         """Load the fit and refuse one that was made on something else."""

@@ -1,0 +1,107 @@
+"""Presets for another model: what was measured on one network is refused elsewhere, mere settings run anywhere."""
+
+from inspect import signature
+
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
+
+import sostenuto
+from conftest import build_tiny
+from sostenuto import DiTFastAttn, EBCache, MagCache, SmoothCache, TableError, TeaCache
+from sostenuto.methods import published
+from test_engine import leftovers
+from tiny_pixart import build_pixart
+
+MEASURED = {  # on which network
+    EBCache.dit_xl_2: published.DIT_XL_2,
+    SmoothCache.dit_xl_2: published.DIT_XL_2,
+    MagCache.flux_dev: published.FLUX_DEV,
+} | {
+    getattr(TeaCache, name): getattr(published, name.upper())
+    for name, member in vars(TeaCache).items()
+    if isinstance(member, classmethod)
+}
+SCHEDULERS = {EBCache: DDPMScheduler, SmoothCache: DDIMScheduler, MagCache: FlowMatchEulerDiscreteScheduler}
+every_measured = pytest.mark.parametrize("preset", MEASURED, ids=lambda preset: preset.__qualname__)
+
+
+def made(preset):
+    """The method, and the scheduler that it was published with."""
+    needs_threshold = preset.__self__ is TeaCache
+    return preset(threshold=0.1) if needs_threshold else preset(), SCHEDULERS.get(preset.__self__, DDIMScheduler)()
+
+
+def build(network, num_layers):
+    """A tiny DiT that is of that class, too."""
+    model = build_tiny(num_layers)
+    model.__class__ = type("Tiny", (DiTTransformer2DModel, type(network["class"], (), {})), {})
+    return model
+
+
+@every_measured
+def test_what_was_measured_on_one_network_is_refused_on_another_class(preset):
+    method, scheduler = made(preset)
+    model = build_pixart(1)
+    with pytest.raises(TableError, match=f"made for {MEASURED[preset]['class']}, this is a PixArtTransformer2DModel"):
+        sostenuto.enable(model, method, scheduler=scheduler)
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [preset for preset, network in MEASURED.items() if "num_blocks" in network],
+    ids=lambda preset: preset.__qualname__,
+)
+def test_what_was_measured_on_one_network_is_refused_at_another_depth(preset):
+    method, scheduler = made(preset)
+    model = build(MEASURED[preset], 2)
+    with pytest.raises(TableError, match=rf"made for {MEASURED[preset]['num_blocks']} blocks, this \w+ has 2"):
+        sostenuto.enable(model, method, scheduler=scheduler)
+
+
+@every_measured
+def test_it_is_taken_on_its_own_network(preset):
+    method, scheduler = made(preset)
+    sostenuto.enable(
+        build(MEASURED[preset], MEASURED[preset].get("num_blocks", 1)), method, scheduler=scheduler
+    ).disable()
+
+
+def test_the_depth_of_flux_is_that_of_both_its_lists():
+    flux = FluxTransformer2DModel(
+        num_layers=19,
+        num_single_layers=38,
+        in_channels=4,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+    sostenuto.enable(flux, MagCache.flux_dev(), scheduler=FlowMatchEulerDiscreteScheduler()).disable()
+
+
+def test_ratios_measured_with_one_scheduler_are_refused_with_another():
+    with pytest.raises(TableError, match="made with FlowMatchEulerDiscreteScheduler, this is DDIMScheduler"):
+        sostenuto.enable(build(published.FLUX_DEV, 57), MagCache.flux_dev(), scheduler=DDIMScheduler())
+
+
+def test_settings_are_taken_by_any_network():
+    model, taken = build_pixart(57), 0
+    for kind in sostenuto.available_methods().values():
+        for name, member in vars(kind).items():
+            if (
+                not isinstance(member, classmethod) or name.startswith("_") or kind is DiTFastAttn
+            ):  # which needs a table
+                continue
+            preset = getattr(kind, name)
+            if preset not in MEASURED and all(p.default is not p.empty for p in signature(preset).parameters.values()):
+                preset().prepare(model, DDPMScheduler())
+                taken += 1
+    assert taken > 40
