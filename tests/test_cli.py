@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 import sostenuto
 from conftest import build_tiny
+from sostenuto import ABCache, Forecast
 from sostenuto.cli import ModelChoice, main
 from sostenuto.demo import compare as comparison
 from sostenuto.demo.compare import Settings, compare
 from sostenuto.demo.compare import entries as all_entries
+from sostenuto.refusals import check_graph
 from unets import build_plain
 
 
@@ -28,6 +30,23 @@ def test_methods_and_inspect_write_what_they_print(tmp_path, capsys):
     sites = json.loads((tmp_path / "s.json").read_text())
     assert len(sites) == 16
     assert sites[0]["id"] == "transformer_blocks.0.attn1"
+
+
+def test_the_rows_say_what_works_on_a_unet_and_on_a_compiled_network(tiny, scheduler):
+    def taken(check, *arguments):
+        try:
+            check(*arguments)
+        except sostenuto.SostenutoError:
+            return False
+        return True
+
+    unet = build_plain()
+    for kind in sostenuto.available_methods().values():
+        method = ABCache() | kind() if kind is Forecast else kind()  # which is nothing by itself
+        fits = taken(lambda method: sostenuto.enable(unet, method, scheduler=scheduler).disable(), method)
+        assert fits == (kind.denoisers != "transformer"), kind
+        compiles = taken(check_graph, kind(), tiny, True)
+        assert compiles == (kind.compiles and "compiled only" not in kind.summary), kind
 
 
 def test_inspect_groups_the_sites_of_a_tiny_network_and_proves_them(capsys, tmp_path):

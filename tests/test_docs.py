@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import sostenuto
 from sostenuto.bench.cases import Case, Settings
 from sostenuto.bench.machine import prepare
 from sostenuto.bench.runner import measure
@@ -34,6 +35,13 @@ def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, guide, "exec", dont_inherit=True), names)
     assert {name for name in GUIDES[guide] if not (tmp_path / name).is_file()} == set()
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: sostenuto\.(\w+)$", page, re.MULTILINE))
+    assert "errors" in named  # all of them, as a module
+    assert set(sostenuto.__all__) - named - set(vars(sostenuto.errors)) == set()
 
 
 def test_a_table_whose_results_are_not_there_yet_is_left_as_it_is():

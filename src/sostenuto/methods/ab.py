@@ -63,6 +63,7 @@ class ABCache(Method):
     summary: ClassVar[str] = "extrapolates the denoiser's output from the last k, no network call in between"
     state: ClassVar[str] = "order outputs of the denoiser (one more with mode='recursive')"
     bytes_per_token: ClassVar[str] = "b × out × order"
+    denoisers: ClassVar[str] = "any"
 
     def __post_init__(self) -> None:
         check_whole("ABCache's order", self.order, least=1, most=5)

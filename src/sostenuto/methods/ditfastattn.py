@@ -48,7 +48,9 @@ class DiTFastAttn(TableMethod):
 
     name: ClassVar[str] = "ditfastattn"
     paper: ClassVar[str] = "arXiv 2406.08552"
-    summary: ClassVar[str] = "self-attention over a window, or shared between steps or guidance halves"
+    summary: ClassVar[str] = (
+        "plain self-attention (no mask, no rotary embedding) over a window, or shared between steps or guidance halves"
+    )
     state: ClassVar[str] = "of each self-attention the last output and the last residual, where a later step reads them"
     bytes_per_token: ClassVar[str] = "2 × b × d × attentions"
 

@@ -27,7 +27,8 @@ class ToCa(TokenCycle):
     name: ClassVar[str] = "toca"
     paper: ClassVar[str] = "arXiv 2410.05317"
     summary: ClassVar[str] = (
-        "full steps every N steps, in between only the most important tokens of MLPs and cross-attention"
+        "full steps every N steps, in between only the most important tokens of MLPs and cross-attention; compiled only "
+        "with selection='random'"
     )
     state: ClassVar[str] = "one output per branch, and two numbers per token and branch"
     bytes_per_token: ClassVar[str] = "b × d × branches"
