@@ -1,6 +1,6 @@
 """The networks that published tables, ratios and polynomials were measured on, by which these are refused on any other.
 
-The depth is there where presets or published sizes of a class differ in it.
+By class alone: pruned and small networks of a class may try what was measured on the large one.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Any
 
 Network = dict[str, Any]
 
-DIT_XL_2: Network = {"class": "DiTTransformer2DModel", "num_blocks": 28}
-FLUX_DEV: Network = {"class": "FluxTransformer2DModel", "num_blocks": 57}  # 19 of two streams, 38 of one
-COGVIDEOX_2B: Network = {"class": "CogVideoXTransformer3DModel", "num_blocks": 30}
-COGVIDEOX_5B: Network = {"class": "CogVideoXTransformer3DModel", "num_blocks": 42}
+DIT_XL_2: Network = {"class": "DiTTransformer2DModel"}
+FLUX_DEV: Network = {"class": "FluxTransformer2DModel"}
+COGVIDEOX_2B: Network = {"class": "CogVideoXTransformer3DModel"}
+COGVIDEOX_5B: Network = {"class": "CogVideoXTransformer3DModel"}
 CONSISID: Network = {"class": "ConsisIDTransformer3DModel"}
 HIDREAM: Network = {"class": "HiDreamImageTransformer2DModel"}
 HUNYUAN_VIDEO: Network = {"class": "HunyuanVideoTransformer3DModel"}
