@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler
 
 import sostenuto
 from conftest import build_tiny, sample_loop
 from naive_toca import naive_copy
 from sostenuto import MethodError, RatioSchedule, ToCa
+from sostenuto.attended import Attended, Listening
 from sostenuto.state import Wanted
-from sostenuto.tokens import ObservedScores, RandomScores, TokenSelector, raise_best_of_tiles
+from sostenuto.tokens import ObservedScores, RandomScores, TokenSelector, column_sums, raise_best_of_tiles
 from tiny_pixart import build_pixart, sample_pixart
 
 EVEN = {"threshold_weight": 0.0, "middle_interval": None}
@@ -114,14 +116,28 @@ def test_entropy_is_of_the_map_averaged_over_both_halves_whatever_form_the_mask_
     both = (maps[:2] + maps[2:]) / 2
     expected = 1 - (both * both.log()).sum(-1)
     expected = expected / expected.norm(dim=-1, keepdim=True)
-    bias = torch.zeros(4, 5).masked_fill(~seen, -10000.0)
-    for mask in (seen, bias, bias[:, None], bias[:, None, None].expand(-1, 2, 16, -1)):
+    query, key = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (query, key))
+    bias = torch.zeros(4, 1, 1, 5).masked_fill(~seen[:, None, None], -torch.inf)
+    for mask in (seen[:, None, None], bias, bias.clamp(min=-10000), bias.expand(-1, 2, 16, -1)):
         latents = torch.zeros(4, 2, 8, 8)
         scores = ObservedScores("cross-entropy", model, sostenuto.inspect(model), latents)
-        scores.observe("transformer_blocks.0.attn2.to_q", query, {})
-        scores.observe("transformer_blocks.0.attn2.to_k", key, {})
-        scores.observe("transformer_blocks.0.attn2", None, {"attention_mask": mask})
+        scores.observe("transformer_blocks.0.attn2", None, [Attended(query, key, key, mask)])
         torch.testing.assert_close(scores.at(1, [1, 2], 16), torch.stack([expected] * 2))
+
+
+def test_column_sums_are_those_of_torchs_attention_whatever_its_arguments(monkeypatch):
+    """Of the map that attention applies to a unit matrix for values."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 6, 8, generator=generator), torch.randn(2, 2, 6, 8, generator=generator)
+    unit = torch.eye(6).expand(2, 2, 6, 6)
+    by_head = torch.randn(2, 4, 6, 6, generator=generator)
+    hidden = torch.rand(2, 1, 6, 6, generator=generator) < 0.6
+    hidden[1, 0, 3] = False  # a query that sees nothing
+    monkeypatch.setattr("sostenuto.tokens._QUERIES_AT_ONCE", 4)
+    for options in ({}, {"scale": 0.7}, {"is_causal": True}, {"attn_mask": by_head}, {"attn_mask": hidden}):
+        with Listening() as listening:
+            maps = F.scaled_dot_product_attention(query, key, unit, enable_gqa=True, **options)
+        torch.testing.assert_close(column_sums(*listening.calls), maps.nan_to_num().mean(1).sum(1))
 
 
 def test_attention_that_is_itself_partial_is_not_scored():
@@ -223,15 +239,10 @@ def without_to_v(model):
     del model.transformer_blocks[1].attn1.to_v
 
 
-def with_norm(model):
-    model.transformer_blocks[1].attn1.norm_q = torch.nn.LayerNorm(16)
-
-
 @pytest.mark.parametrize(
     ("change", "selection", "words"),
     [
         (without_to_v, "value-norm", r"blocks\.1\.attn1 has no to_v.*selection=\"random\""),
-        (with_norm, "attention", r"blocks\.1\.attn1 normalises its queries.*selection=\"random\""),
         (lambda model: None, "cross-entropy", r"block 0 has no cross-attention.*selection=\"random\""),
     ],
 )
@@ -243,12 +254,38 @@ def test_attention_that_cannot_be_read_is_refused_by_name(scheduler, change, sel
     assert "_sostenuto_handle" not in vars(model)
 
 
-def test_fused_projections_are_noticed_when_they_run(tiny, scheduler):
+def fuse(model):
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    model.transformer_blocks[2].attn1.fuse_projections(fuse=True)
+    model.transformer_blocks[2].attn1.set_processor(FusedAttnProcessor2_0())
+
+
+def without_torchs_attention(model):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model.transformer_blocks[2].attn1.set_processor(AttnProcessor())
+
+
+@pytest.mark.parametrize(
+    ("change", "selection", "words"),
+    [
+        (fuse, "value-norm", r"blocks\.2\.attn1 ran without its to_v.*\"random\""),
+        (without_torchs_attention, "attention", r"2\.attn1 calls .* 0 times, not once.*\"random\" or \"value-norm\""),
+    ],
+)
+def test_what_cannot_be_scored_is_noticed_when_it_runs(tiny, scheduler, change, selection, words):
+    method = ToCa(fresh_ratio=0.3, selection=selection, ratio_schedule="constant", **EVEN)
+    with sostenuto.enable(tiny, method, scheduler=scheduler):
+        change(tiny)
+        with pytest.raises(MethodError, match=words):
+            sample_loop(tiny, scheduler)
+
+
+def test_the_map_is_seen_with_fused_projections_too(tiny, scheduler):
     method = ToCa(fresh_ratio=0.3, ratio_schedule="constant", **EVEN)
     with sostenuto.enable(tiny, method, scheduler=scheduler):
-        tiny.transformer_blocks[2].attn1.fuse_projections(fuse=True)
-        from diffusers.models.attention_processor import FusedAttnProcessor2_0
-
-        tiny.transformer_blocks[2].attn1.set_processor(FusedAttnProcessor2_0())
-        with pytest.raises(MethodError, match=r"blocks\.2\.attn1 ran without its to_q"):
-            sample_loop(tiny, scheduler)
+        plain, _ = sample_loop(tiny, scheduler)
+        fuse(tiny)
+        fused, _ = sample_loop(tiny, scheduler)
+    torch.testing.assert_close(fused, plain)

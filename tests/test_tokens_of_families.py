@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import sostenuto
-from sostenuto import DuCa, SiteKind, ToCa
+from sostenuto import DuCa, MethodError, SiteKind, ToCa
 from sostenuto.errors import SostenutoError
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
@@ -187,3 +189,133 @@ def test_the_list_above_is_complete():
         if any(site.kind is SiteKind.FUSED and site.takes_some_tokens for site in sites):
             found.add(name)
     assert found == set(SINGLE_STREAM)
+
+
+# --- scores where text and image attend to each other ----------------------------------------------------------------
+
+TEXT_FIRST = {
+    "FluxTransformer2DModel": True,
+    "QwenImageTransformer2DModel": True,
+    "CogVideoXTransformer3DModel": True,
+    "SD3Transformer2DModel": False,
+    "HunyuanVideoTransformer3DModel": False,
+}
+
+
+def with_as_much_text_as_image(tiny):
+    """FLUX, such that no length tells which stream is meant."""
+
+    def inputs(timestep, generator):
+        given = tiny.inputs(timestep, generator)
+        image = given["hidden_states"].shape[1]
+        text = torch.randn(2, image, given["encoder_hidden_states"].shape[-1], generator=generator)
+        return given | {"encoder_hidden_states": text, "txt_ids": torch.zeros(image, 3)}
+
+    return replace(tiny, inputs=inputs)
+
+
+def scored_by_hand(network, sample, selection, text_first, monkeypatch):
+    """The scores of the tokens of every MLP and shared projection at the first step, on the stock network."""
+    joined, values, lengths, scores, handles = {}, {}, {}, {}, []
+    under_way = [None]  # a refiner of the text attends before
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, **kwargs):
+        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
+        if attn_mask is not None:
+            logits = logits + torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
+        joined.setdefault(under_way[-1], logits.softmax(-1).mean(1).sum(1))
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    sites = inspect(network)
+    of_block = {}
+    for site in sites:
+        if site.kind in (SiteKind.JOINT_ATTENTION, SiteKind.FUSED):
+            path = of_block.setdefault(site.block, site.hollow[0] if site.hollow else site.id)
+            module = network.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: under_way.append(path)))
+            for name in ("to_v", "add_v_proj"):
+                if getattr(module, name, None) is not None:
+                    hook = lambda _module, _args, out, path=path: values.setdefault(path, []).append(out)  # noqa: E731
+                    handles.append(getattr(module, name).register_forward_hook(hook))
+        if site.kind in (SiteKind.MLP, SiteKind.FUSED):
+            hook = lambda _module, _args, out, site=site: lengths.update({site.id: out.shape[1]})  # noqa: E731
+            handles.append(network.get_submodule(site.id).register_forward_hook(hook))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        sample(network, torch.Generator().manual_seed(1), 1)
+    for handle in handles:
+        handle.remove()
+    for index, site in enumerate(sites):
+        if site.id in lengths:
+            path, length = of_block[site.block], lengths[site.id]
+            is_text = any(word in site.id for word in ("context", "txt"))
+            if selection == "value-norm":
+                value = values[path][int(is_text)]
+                score = (1 - value.unflatten(-1, (network.get_submodule(path).heads, -1)).norm(dim=-1)).sum(-1)
+            else:
+                score = joined[path][:, :length] if is_text is text_first else joined[path][:, -length:]
+            assert score.shape[1] == length
+            scores[index] = score / score.norm(dim=-1, keepdim=True)
+    return scores
+
+
+@pytest.mark.parametrize("selection", ["attention", "value-norm"])
+@pytest.mark.parametrize("name", [*TEXT_FIRST, "as much text as image"])
+def test_the_chosen_rows_of_joint_attention_have_the_highest_scores(name, selection, chosen, monkeypatch):
+    known = TINY_MODELS.get(name) or with_as_much_text_as_image(TINY_MODELS["FluxTransformer2DModel"])
+    network, sample, scheduler = flow_sampler(known)
+    scores = scored_by_hand(network, sample, selection, TEXT_FIRST.get(name, True), monkeypatch)
+    method = ToCa(interval=3, **{**OPTIONS, "selection": selection})
+    chosen.clear()
+    with sostenuto.enable(network, method, scheduler=scheduler) as handle:
+        output = sample(network, torch.Generator().manual_seed(1), 4)
+        assert handle.stats.actions["partial"] > 0
+    assert output.isfinite().all()
+    assert [step for step, _ in chosen] == [1, 2]
+    first = chosen[0][1]
+    assert first.keys() == scores.keys()
+    for site, tokens in first.items():
+        best = scores[site].topk(tokens.shape[1], dim=-1).indices
+        assert torch.equal(tokens.sort().values, best.sort().values)
+
+
+@pytest.mark.parametrize("selection", ["attention", "value-norm"])
+def test_rows_of_fused_guidance_are_scored_as_in_separate_calls(selection, chosen):
+    tiny = TINY_MODELS["FluxTransformer2DModel"]
+    network, _, scheduler = flow_sampler(tiny)
+    method = ToCa(interval=3, **{**OPTIONS, "selection": selection})
+
+    @torch.no_grad()
+    def sample(fused):
+        scheduler.set_timesteps(STEPS)
+        latents = tiny.inputs(0.0, torch.Generator().manual_seed(1))["hidden_states"][:1]
+        for timestep in scheduler.timesteps:
+            given = tiny.inputs(float(timestep), torch.Generator().manual_seed(2)) | {
+                "hidden_states": latents.repeat(2, 1, 1)
+            }
+            parts = [slice(None)] if fused else [slice(0, 1), slice(1, 2)]
+            calls = [{k: v if "ids" in k else v[part] for k, v in given.items()} for part in parts]
+            one, other = torch.cat([network(**call).sample for call in calls]).split(1)
+            latents = scheduler.step(other + 3 * (one - other), timestep, latents).prev_sample
+        return latents
+
+    with sostenuto.enable(network, method, scheduler=scheduler):
+        fused, together = sample(True), [tokens for _, tokens in chosen]
+        chosen.clear()
+        separate, apart = sample(False), [tokens for _, tokens in chosen]
+    torch.testing.assert_close(fused, separate, rtol=1e-4, atol=1e-4)
+    assert 2 * len(together) == len(apart) > 0
+    for tokens, one, other in zip(together, apart[::2], apart[1::2], strict=True):
+        for site, both in tokens.items():
+            assert torch.equal(both.sort().values, torch.stack([one[site], other[site]]).sort().values)
+    assert any(not torch.equal(*both.sort().values) for tokens in together for both in tokens.values())
+
+
+def test_joint_attention_without_projections_of_its_own_is_refused_by_name():
+    network, _, scheduler = flow_sampler(TINY_MODELS["FluxTransformer2DModel"])
+    del network.transformer_blocks[1].attn.to_v
+    for selection, remedy in {"attention": '"random" or "value-norm"', "value-norm": '"random"'}.items():
+        with pytest.raises(MethodError, match=rf"blocks\.1\.attn has no to_v.* use selection={remedy}$"):
+            sostenuto.enable(network, ToCa(**{**OPTIONS, "selection": selection}), scheduler=scheduler)
+    assert "_sostenuto_handle" not in vars(network)

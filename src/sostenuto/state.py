@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sostenuto.attended import Attended
 from sostenuto.cost import empty
 from sostenuto.features import Feature, Slots, leaves, num_bytes
 from sostenuto.plan import Program, Weights
@@ -63,8 +64,8 @@ class Selector(Protocol):
         """Multiply-accumulates spent on scores so far."""
         ...
 
-    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take in what an observed module has just returned, and the keyword arguments that it was given.
+    def observe(self, path: str, output: Any, attended: Sequence[Attended]) -> None:
+        """Take in what an observed module has just returned, and what torch's attention was given within it.
 
         Called where the site that the module belongs to is computed for all tokens, at the steps whose outputs are
         partially refreshed later.

@@ -11,6 +11,7 @@ from torch import nn
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.attachment import Attachment, runs
+from sostenuto.attended import Attended, Listening
 from sostenuto.errors import EngineError
 from sostenuto.features import Feature, Slots, combine, keep, kept
 from sostenuto.plan import Action, Op
@@ -146,14 +147,14 @@ class Observer(Attachment):
     """Tells of every call of a module in which it is computed, while ``hear`` is set.
 
     Args:
-        path: what is told of it besides its output and keyword arguments.
+        path: what is told of it besides its output and what attention was given within it.
         module: the module.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         self.path = path
-        self.hear: Callable[[str, Any, Mapping[str, Any]], None] | None = None
+        self.hear: Callable[[str, Any, Sequence[Attended]], None] | None = None
         self._module = module
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
@@ -161,9 +162,11 @@ class Observer(Attachment):
         compute = runs(self._module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            output = compute(*args, **kwargs)
-            if self.hear is not None:
-                self.hear(self.path, output, kwargs)
+            if self.hear is None:
+                return compute(*args, **kwargs)
+            with Listening() as listening:
+                output = compute(*args, **kwargs)
+            self.hear(self.path, output, listening.calls)
             return output
 
         return [(self._module, forward)]

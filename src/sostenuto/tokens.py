@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sostenuto.anatomy import SiteKind
+from sostenuto.attended import Attended
 from sostenuto.attention_tap import is_guided
 from sostenuto.errors import MethodError
 from sostenuto.sites import Site
@@ -20,7 +20,7 @@ from sostenuto.state import Wanted
 Selection = Literal["random", "value-norm", "attention", "cross-entropy"]
 SELECTIONS: tuple[Selection, ...] = ("random", "value-norm", "attention", "cross-entropy")
 
-Maps = Iterator[torch.Tensor]  # of each head [rows, queries, keys]
+_QUERIES_AT_ONCE = 4096  # of a map, whose whole would not fit for a video's tokens
 
 
 class Scores(Protocol):
@@ -29,8 +29,8 @@ class Scores(Protocol):
     macs: int
     """Multiply-accumulates spent so far."""
 
-    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take in what an observed module returned."""
+    def observe(self, path: str, output: Any, attended: Sequence[Attended]) -> None:
+        """Take in what an observed module returned, and what attention was given within it."""
         ...
 
     def at(self, step: int, sites: Sequence[int], num_tokens: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ class RandomScores:
     def __init__(self, seed: int, num_sites: int) -> None:
         self._seed, self._num_sites = seed, num_sites
 
-    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
+    def observe(self, path: str, output: Any, attended: Sequence[Attended]) -> None:
         """Nothing: random scores know no features."""
 
     def at(self, step: int, sites: Sequence[int], num_tokens: int) -> torch.Tensor:
@@ -69,30 +69,18 @@ def value_norms(value: torch.Tensor, heads: int) -> torch.Tensor:
     return (1 - value.float().unflatten(-1, (heads, -1)).norm(dim=-1)).sum(dim=-1)
 
 
-def head_maps(query: torch.Tensor, key: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> Maps:
-    """The softmax map of one head after the other, to hold one at a time.
-
-    Args:
-        query: ``[rows, queries, channels]``.
-        key: ``[rows, keys, channels]``, of as many heads or of fewer that are shared.
-        heads: heads of the query.
-        mask: added to the logits, or ``False`` where a key is hidden; broadcasts to ``[rows, queries, keys]``.
-    """
-    query = query.float().unflatten(-1, (heads, -1))
-    key = key.float().unflatten(-1, (-1, query.shape[-1]))
-    for head in range(heads):
-        shared = head * key.shape[-2] // heads
-        logits = query[..., head, :] @ key[..., shared, :].transpose(1, 2) * query.shape[-1] ** -0.5
-        if mask is not None and mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, -math.inf)
-        elif mask is not None:
-            logits = logits + mask
-        yield logits.softmax(dim=-1)
+def column_sums(attended: Attended) -> torch.Tensor:
+    """``Σ_q P_qj`` of the head-averaged map: how much all tokens attend to token j, ``[rows, keys]``."""
+    heads, queries = attended.query.shape[1:3]
+    parts = [slice(first, first + _QUERIES_AT_ONCE) for first in range(0, queries, _QUERIES_AT_ONCE)]
+    total: Any = sum(attended.head_map(head, part).sum(dim=1) for head in range(heads) for part in parts)
+    return total / heads
 
 
-def column_sums(maps: Maps, heads: int) -> torch.Tensor:
-    """``Σ_q P_qj`` of the head-averaged map: how much all tokens attend to token j."""
-    total: Any = sum(head.sum(dim=1) for head in maps)
+def averaged_map(attended: Attended) -> torch.Tensor:
+    """The head-averaged map ``[rows, queries, keys]``."""
+    heads = attended.query.shape[1]
+    total: Any = sum(attended.head_map(head) for head in range(heads))
     return total / heads
 
 
@@ -101,64 +89,58 @@ def entropy(attention_map: torch.Tensor) -> torch.Tensor:
     return 1 + torch.special.entr(attention_map).sum(dim=-1)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a score is read off the attention of a block.
+def of_streams(sums: torch.Tensor, value: torch.Tensor, sample: torch.Tensor) -> list[torch.Tensor]:
+    """What joint attention says of all tokens ``[rows, keys]`` by stream, the sample's first; its text comes before or behind.
 
-    Attributes:
-        kind: which attention.
-        inner: its projections that are observed.
-        statistic: of their outputs, the number of heads and the mask: a tensor that guidance halves may be averaged in.
-        importance: of that, ``[rows, tokens]``, before it is normalised over the tokens.
+    Args:
+        sums: of all tokens.
+        value: what attention is given, ``[rows, heads, keys, channels]``.
+        sample: the values of the sample's stream, ``[rows, tokens, channels]``: unlike keys no network changes them on the way.
     """
+    sample, tokens = sample.unflatten(-1, (value.shape[1], -1)).transpose(1, 2).to(value.dtype), sample.shape[1]
+    if torch.equal(value[:, :, :tokens], sample):
+        return [sums[:, :tokens], sums[:, tokens:]]
+    return [sums[:, -tokens:], sums[:, :-tokens]] if torch.equal(value[:, :, -tokens:], sample) else []
 
-    kind: SiteKind
-    inner: tuple[str, ...]
-    statistic: Callable[..., torch.Tensor]
-    importance: Callable[[torch.Tensor], torch.Tensor] = lambda statistic: statistic
 
-
-_READINGS: dict[str, Reading] = {
-    "value-norm": Reading(SiteKind.SELF_ATTENTION, ("to_v",), lambda v, heads, mask: value_norms(v, heads)),
-    "attention": Reading(
-        SiteKind.SELF_ATTENTION,
-        ("to_q", "to_k"),
-        lambda q, k, heads, mask: column_sums(head_maps(q, k, heads, mask), heads),
-    ),
-    "cross-entropy": Reading(
-        SiteKind.CROSS_ATTENTION,
-        ("to_q", "to_k"),
-        lambda q, k, heads, mask: sum(head_maps(q, k, heads, mask)) / heads,
-        entropy,
-    ),
+_JOINT = SiteKind.JOINT_ATTENTION
+_READ: dict[Selection, dict[SiteKind, tuple[str, ...]]] = {
+    "value-norm": {
+        SiteKind.SELF_ATTENTION: ("to_v",),
+        SiteKind.FUSED: ("to_v",),
+        _JOINT: ("to_v", "add_v_proj", "to_v_t"),
+    },
+    "attention": {SiteKind.SELF_ATTENTION: (), SiteKind.FUSED: (), _JOINT: ("to_v",)},
+    "cross-entropy": {SiteKind.CROSS_ATTENTION: ()},
 }
+"""The kinds of attention that a selection reads, each with its projections that are observed besides, the sample's first."""
+
+
+class Reading(NamedTuple):
+    """What is observed of the attention of a block: its path, its projections; and its number of heads, 0 if unknown."""
+
+    path: str
+    projections: tuple[str, ...]
+    heads: int
 
 
 def observed_modules(selection: Selection, denoiser: nn.Module, sites: Sequence[Site]) -> list[str]:
-    """Paths of what a selection listens to: the attention of every block and its projections.
+    """Paths of what a selection listens to: the attention of every block, and projections of it.
 
     Raises:
-        MethodError: a block has no such attention, or it isn't made of the projections.
+        MethodError: a block has no such attention, or it lacks what is observed.
     """
     if selection == "random":
         return []
-    reading = _READINGS[selection]
-    paths = []
-    for site in _attention_of_blocks(selection, sites).values():
-        attention = denoiser.get_submodule(site.id)
-        missing = [name for name in reading.inner if not isinstance(getattr(attention, name, None), nn.Module)]
-        if missing:
-            raise _unscored(f"{site.id} has no {missing[0]}", selection)
-        if not _heads(denoiser, site):
-            raise _unscored(f"{site.id} doesn't say its number of heads", selection)
-        if "to_q" in reading.inner and getattr(attention, "norm_q", None) is not None:
-            raise _unscored(f"{site.id} normalises its queries after to_q", selection)
-        paths += [f"{site.id}.{name}" for name in reading.inner] + [site.id]
-    return paths
+    readings = _attention_of_blocks(selection, denoiser, sites).values()
+    return [path for read in readings for path in (*(f"{read.path}.{name}" for name in read.projections), read.path)]
 
 
 class ObservedScores:
     """Scores of all tokens from the attention of their block at its last full step, L2-normalised over the tokens.
+
+    Where two streams attend to each other, the tokens of a stream are scored by how much those of both attend to them, and
+    are normalised among themselves, as in ToCa's code for FLUX.
 
     In a network with cross-attention the conditional and the unconditional half of a batch (told by equal latents) get the
     same scores, from the average of both, as in the papers' PixArt code; otherwise every row has scores of its own.
@@ -173,35 +155,59 @@ class ObservedScores:
     def __init__(self, selection: Selection, denoiser: nn.Module, sites: Sequence[Site], latents: torch.Tensor) -> None:
         self.macs = 0
         self._selection: Selection = selection
-        self._reading = _READINGS[selection]
-        attention = _attention_of_blocks(selection, sites)
-        self._attention = [attention[site.block].id for site in sites]  # of each site's block
-        self._heads = {site.id: _heads(denoiser, site) for site in attention.values()}
+        attention = _attention_of_blocks(selection, denoiser, sites)
+        self._readings = {read.path: read for read in attention.values()}
+        self._attention = {i: attention[site.block].path for i, site in enumerate(sites) if site.block in attention}
+        # Which of its block's branches of the kind a site is: they stand in the order of the streams, the sample's first.
+        alike = [(site.block, site.kind) for site in sites]
+        self._stream = [alike[:index].count(one) for index, one in enumerate(alike)]
         self._num_rows = latents.shape[0]
         crossed = any(site.kind is SiteKind.CROSS_ATTENTION for site in sites)
         self._halves_agree = crossed and is_guided(latents)
         self._projected: dict[str, torch.Tensor] = {}  # of the attention that is under way
-        self._scores: dict[str, torch.Tensor] = {}
+        self._scores: dict[str, list[torch.Tensor]] = {}  # by stream, where the attention tells them apart
 
     @torch.no_grad()
-    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
+    def observe(self, path: str, output: Any, attended: Sequence[Attended]) -> None:
         """Take in a projection, or the end of its attention."""
-        if path not in self._heads:
+        if path not in self._readings:
             self._projected[path.rpartition(".")[2]] = output
             return
-        missing = [name for name in self._reading.inner if name not in self._projected]
+        projected, self._projected = self._projected, {}
+        self._scores[path] = []
+        for statistic in self._statistics(self._readings[path], projected, attended):
+            if len(statistic) != self._num_rows:
+                raise _unscored(f"{path} has {len(statistic)} rows for a batch of {self._num_rows}", self._selection)
+            if self._halves_agree:
+                statistic = statistic.unflatten(0, (2, -1)).mean(dim=0)
+            importance = entropy(statistic) if self._selection == "cross-entropy" else statistic
+            self._scores[path].append(F.normalize(importance, dim=-1))
+
+    def _statistics(
+        self, read: Reading, projected: Mapping[str, torch.Tensor], attended: Sequence[Attended]
+    ) -> list[torch.Tensor]:
+        """What is averaged over the halves of guidance, by stream: a number for each token, or the map of cross-attention."""
+        missing = [name for name in read.projections if name not in projected]
         if missing:
-            raise _unscored(f"{path} ran without its {missing[0]}, as with fused projections", self._selection)
-        projected, self._projected = [self._projected[name] for name in self._reading.inner], {}
-        if len(projected) == 2:
-            query, key = projected
-            self.macs += query.numel() * key.shape[1]
-        statistic = self._reading.statistic(*projected, self._heads[path], _mask(kwargs))
-        if len(statistic) != self._num_rows:
-            raise _unscored(f"{path} has {len(statistic)} rows for a batch of {self._num_rows}", self._selection)
-        if self._halves_agree:
-            statistic = statistic.unflatten(0, (2, -1)).mean(dim=0)
-        self._scores[path] = F.normalize(self._reading.importance(statistic), dim=-1)
+            raise _unscored(f"{read.path} ran without its {missing[0]}, as with fused projections", self._selection)
+        if self._selection == "value-norm":
+            return [value_norms(projected[name], read.heads) for name in read.projections]
+        if len(attended) != 1:
+            raise _unscored(
+                f"{read.path} calls torch's scaled_dot_product_attention {len(attended)} times, not once (attention backends "
+                "other than 'native' never do)",
+                self._selection,
+            )
+        self.macs += attended[0].query.numel() * attended[0].key.shape[-2]
+        if self._selection == "cross-entropy":
+            return [averaged_map(attended[0])]
+        sums = column_sums(attended[0])
+        if not read.projections or projected["to_v"].shape[1] == sums.shape[1]:
+            return [sums]
+        streams = of_streams(sums, attended[0].value, projected["to_v"])
+        if not streams:
+            raise _unscored(f"{read.path} attends to other values than those of its to_v", self._selection)
+        return streams
 
     def at(self, step: int, sites: Sequence[int], num_tokens: int) -> torch.Tensor:
         """The scores of these sites' blocks."""
@@ -210,11 +216,12 @@ class ObservedScores:
             path = self._attention[index]
             if path not in self._scores:
                 raise _unscored(f"{path} was not computed at the last full step", self._selection)
-            scores = self._scores[path]
-            if scores.shape[-1] != num_tokens:
-                length = scores.shape[-1]
+            streams, own = self._scores[path], self._stream[index]
+            scores = next((one for one in streams[own:] + streams[:own] if one.shape[-1] == num_tokens), None)
+            if scores is None:
+                lengths = " and ".join(str(one.shape[-1]) for one in streams)
                 raise _unscored(
-                    f"{path} sees {length} tokens, another branch of its block {num_tokens}", self._selection
+                    f"{path} sees {lengths} tokens, another branch of its block {num_tokens}", self._selection
                 )
             found.append(scores)
         return torch.stack(found)
@@ -253,9 +260,9 @@ class TokenSelector:
         """Multiply-accumulates spent on scores so far."""
         return self._scores.macs
 
-    def observe(self, path: str, output: Any, kwargs: Mapping[str, Any]) -> None:
+    def observe(self, path: str, output: Any, attended: Sequence[Attended]) -> None:
         """Hand on what the scores are made of."""
-        self._scores.observe(path, output, kwargs)
+        self._scores.observe(path, output, attended)
 
     def computed(self, step: int, site: int) -> None:
         """All tokens of the site are fresh."""
@@ -314,35 +321,33 @@ def raise_best_of_tiles(score: torch.Tensor, grid: tuple[int, int], tile: int, b
     return score.scatter_add(-1, best, bonus * score.gather(-1, best).abs())
 
 
-def _attention_of_blocks(selection: Selection, sites: Sequence[Site]) -> dict[int, Site]:
-    """The attention of every block that a selection reads."""
-    kind = _READINGS[selection].kind
-    found: dict[int, Site] = {}
+def _attention_of_blocks(selection: Selection, denoiser: nn.Module, sites: Sequence[Site]) -> dict[int, Reading]:
+    """The attention of every block that a selection reads; a block that runs no branch for some tokens may lack it."""
+    read = _READ[selection]
+    found: dict[int, Reading] = {}
     for site in sites:
-        if site.kind is kind:
-            found.setdefault(site.block, site)
-    bare = sorted({site.block for site in sites if site.kind is not SiteKind.BLOCKS} - found.keys())
+        if site.block in found or site.kind not in read or (site.kind is SiteKind.FUSED and not site.takes_some_tokens):
+            continue
+        path = site.hollow[0] if site.kind is SiteKind.FUSED else site.id
+        attention = denoiser.get_submodule(path)
+        names, heads = read[site.kind], getattr(attention, "heads", None)
+        there = tuple(name for name in names if isinstance(getattr(attention, name, None), nn.Module))
+        if there[:1] != names[:1]:
+            raise _unscored(f"{path} has no {names[0]}", selection)
+        if selection == "value-norm" and not (isinstance(heads, int) and heads):
+            raise _unscored(f"{path} doesn't say its number of heads", selection)
+        found[site.block] = Reading(path, there, heads or 0)
+    bare = {site.block for site in sites if site.takes_some_tokens and site.kind is not SiteKind.BLOCKS} - found.keys()
     if bare:
-        raise _unscored(f"block {bare[0]} has no {kind.value}", selection)
+        kinds = " or ".join(kind.value for kind in read if kind.is_attention)
+        raise _unscored(f"block {min(bare)} has no {kinds}", selection)
     return found
-
-
-def _heads(denoiser: nn.Module, site: Site) -> int:
-    heads = getattr(denoiser.get_submodule(site.id), "heads", 0)
-    return heads if isinstance(heads, int) else 0
 
 
 def _like(score: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.full_like(score, value)
 
 
-def _mask(kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """An attention's mask such that it broadcasts to ``[rows, queries, keys]``."""
-    mask = kwargs.get("attention_mask")
-    if mask is None or mask.ndim == 3:
-        return mask
-    return mask[:, None] if mask.ndim == 2 else mask[:, 0]  # the same for all heads
-
-
 def _unscored(reason: str, selection: Selection) -> MethodError:
-    return MethodError(f'{reason}: selection="{selection}" can\'t score its tokens, use selection="random"')
+    remedy = 'selection="random"' + (' or "value-norm"' if selection == "attention" else "")
+    return MethodError(f'{reason}: selection="{selection}" can\'t score its tokens, use {remedy}')

@@ -70,7 +70,7 @@ class ToCa(TokenCycle):
     def flux_dev(cls) -> ToCa:
         """FLUX.1-dev, 50 steps: N = 4 (later 5), 10 % of the tokens, the first three steps full.
 
-        Published by attention scores, which queries that are normalised and rotated don't allow here: random ones.
+        Published by attention scores, for which every map is computed a second time; random ones here, as DuCa has them.
         """
         return cls._at_random(
             interval=4, fresh_ratio=0.1, ratio_schedule="flux", anchor="last-full", first_full_steps=3

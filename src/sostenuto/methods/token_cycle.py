@@ -104,9 +104,10 @@ class TokenCycle(Method):
     token of each tile of the image is raised. Selections:
 
     - ``"random"``: uniform, the same draw for all rows of a batch and for separate calls of guidance.
-    - ``"attention"``: column sums of the block's head-averaged self-attention map; ``"value-norm"``: ``Σ_heads (1 − ‖v‖₂)``;
-      ``"cross-entropy"``: 1 + the entropy of the block's cross-attention map. All are L2-normalised over the tokens, taken
-      at full steps, and need an uncompiled denoiser. Maps are computed a second time, since fused attention hides its own.
+    - ``"attention"``: column sums of the block's head-averaged self- or joint-attention map; ``"value-norm"``:
+      ``Σ_heads (1 − ‖v‖₂)``; ``"cross-entropy"``: 1 + the entropy of the block's cross-attention map. All are
+      L2-normalised over the tokens, taken at full steps, and need an uncompiled denoiser. Maps are computed a second time,
+      since fused attention hides its own.
 
     Attributes:
         interval: the paper's N, 1 (no caching) or more.
