@@ -16,11 +16,12 @@ def four():
     return build_tiny(4)
 
 
-def decisions(method, levels):
+def decisions(method, levels, first_step=0):
     """What the policy decides on front residuals that are constant, of these levels."""
-    policy = method.policy(Facts((), (), None, None))
+    timesteps = tuple(range(first_step + len(levels), 0, -1))
+    policy = method.policy(Facts((), timesteps, None, None, first_step))
     computed, skipped = [], []
-    for step, level in enumerate(levels):
+    for step, level in enumerate(levels, first_step):
         skipped.append(policy.skips(step, len(levels), torch.full((1, 2, 3), float(level)), tuple(computed)))
         if not skipped[-1]:
             computed.insert(0, step)
@@ -47,14 +48,50 @@ LEVELS = (10, 11, 12, 13, 13, 12, 14)
         (dict(threshold=2.0, max_cached=3), "csssccc"),
         (dict(threshold=2.0, max_cached=3, max_consecutive=1), "cscscsc"),
         (dict(threshold=2.0, max_cached=0), "ccccccc"),
+        # against the last computed, summed: .1, .1 + .2 → 12; .0833, .1667, .1667, .3333
+        (dict(threshold=2.0, max_accumulated=0.25), "cscsssc"),
+        (dict(threshold=0.25, max_accumulated=0.4), "csscsss"),  # .1, .3, then .3 alone is too much
+        # against the previous one, summed: .1, .1909 → 12; .0833, .0833, .1603, .327
+        (dict(threshold=0.25, max_accumulated=0.19, compare_to="previous"), "cscsssc"),
+        (dict(threshold=0.0, max_accumulated=9.0), "ccccccc"),
+        (dict(threshold=2.0, warmup=5, warmup_interval=2), "cscscss"),
+        (dict(threshold=0.0, warmup=5, warmup_interval=2), "ccccccc"),  # d decides about the steps in between
+        (dict(threshold=2.0, warmup=5, warmup_interval=3, max_consecutive=1), "csccscs"),
     ],
 )
 def test_a_step_is_cached_while_the_front_residual_hardly_changes(options, expected):
     assert decisions(DBCache(1, 0, **{"warmup": 0, **options}), LEVELS) == expected
 
 
+@pytest.mark.parametrize(
+    ("mask", "options", "expected"),
+    [
+        ("1010011", dict(threshold=0.25), "cscsscc"),  # .1; against 12: .0833, .0833
+        ("1000000", dict(threshold=0.25), "csscsss"),
+        ("1111111", dict(threshold=2.0), "ccccccc"),
+        ("1000000", dict(threshold=2.0, warmup=4), "cssssss"),  # the mask takes the place of the warm-up
+        ("1000100", dict(threshold=2.0, max_consecutive=2), "cssccss"),
+        ("1000100", dict(threshold=0.0, steps_computation_policy="static"), "cssscss"),
+        ("1000100", dict(threshold=0.1, max_cached=1, steps_computation_policy="static"), "cssscss"),
+    ],
+)
+def test_a_mask_says_which_steps_are_computed_and_its_policy_who_decides_about_the_others(mask, options, expected):
+    method = DBCache(1, 0, **{"warmup": 0, **options}, steps_computation_mask=tuple(map(int, mask)))
+    assert decisions(method, LEVELS) == expected
+
+
+def test_the_mask_is_of_the_schedule_and_the_warm_up_of_the_generation():
+    """A generation from the third step on: the mask's first two marks are for steps that it leaves out."""
+    mask = (1, 1, 0, 0, 1, 0, 0)
+    static = DBCache(1, 0, steps_computation_mask=mask, steps_computation_policy="static")
+    assert decisions(static, LEVELS[2:], first_step=2) == "cscss"
+    assert decisions(DBCache(1, 0, 2.0, warmup=3, warmup_interval=2), LEVELS[2:], first_step=2) == "cscss"
+
+
 def test_what_can_not_be_compared_is_computed():
-    assert decisions(DBCache.first_block_cache(0.5), (0, 1, 1, float("nan"), 1, 1)) == "ccsccs"
+    levels = (0, 1, 1, float("nan"), 1, 1)
+    assert decisions(DBCache.first_block_cache(0.5), levels) == "ccsccs"
+    assert decisions(DBCache(1, 0, 2.0, warmup=0, max_accumulated=0.5), levels) == "ccsccs"
 
 
 def test_the_residual_is_compared_in_float32():
@@ -117,6 +154,25 @@ def shrink(model):
     """Make the front residual change slowly, so that thresholds below 1 have something to decide."""
     for block in model.transformer_blocks:
         block.norm1.linear.weight.mul_(0.3)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_steps_that_a_mask_marks_run_and_no_others(four, scheduler, separate):
+    """Independently of the policy: a hook on a middle block sees the steps."""
+    ran, step = [], [0]
+    four.transformer_blocks[1].attn1.register_forward_hook(lambda *_: ran.append(step[0]))
+    four.transformer_blocks[0].attn1.register_forward_hook(lambda *_: step.__setitem__(0, step[0] + 1))
+    mask = (1, 0, 0, 1, 1, 0)
+    method = DBCache(1, 1, 0.0, steps_computation_mask=mask, steps_computation_policy="static")
+    with sostenuto.enable(four, method, scheduler=scheduler):
+        sample_loop(four, scheduler, 6, separate_guidance=separate)
+        expected = [call + 1 for call, mark in enumerate(mask) if mark]
+        if separate:
+            expected = [call for p, mark in enumerate(mask) if mark for call in (2 * p + 1, 2 * p + 2)]
+        assert ran == expected
+        with pytest.raises(MethodError, match="has 6 steps, the sampler runs 7: give one mark per step"):
+            sample_loop(four, scheduler, 7)
+        assert ran == expected  # nothing was computed
 
 
 def test_every_pass_decides_for_itself(four, scheduler):
@@ -183,6 +239,13 @@ def test_promises_shared_by_all_methods(four, scheduler):
         (dict(max_consecutive=0), "max_consecutive must be a whole number of 1 or more"),
         (dict(forecast_order=9), "forecast_order"),
         (dict(compare_to="first"), "compare_to must be 'last_computed' or 'previous'"),
+        (dict(max_accumulated=0.0), "max_accumulated must be a number above 0, not 0.0"),
+        (dict(warmup_interval=0), "warmup_interval must be a whole number of 1 or more, not 0"),
+        (dict(steps_computation_mask=(1, 2)), r"steps_computation_mask must be a tuple of 0 and 1, .* not \(1, 2\)"),
+        (dict(steps_computation_mask=()), r"not \(\)"),
+        (dict(steps_computation_mask=(0, 1)), "must begin with 1"),
+        (dict(steps_computation_mask=(1, 0), steps_computation_policy="slow"), "must be one of dynamic, static"),
+        (dict(steps_computation_policy="static"), "'static' needs a steps_computation_mask"),
     ],
 )
 def test_parameters_without_meaning_are_refused(wrong, words):

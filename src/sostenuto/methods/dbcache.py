@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,7 @@ from sostenuto.block_tap import BlocksTap
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
-from sostenuto.methods.checks import check_finite, check_whole
+from sostenuto.methods.checks import check_choice, check_finite, check_number, check_whole, is_whole
 from sostenuto.signals import relative_l1
 from sostenuto.sites import Site, block_range, stack_range
 
@@ -39,6 +39,12 @@ class DBCache(Method):
         forecast_order: how the middle residual is filled: 0 with the last value, 1 by linear extrapolation from the last two
             computed ones, 2 by the quadratic through three (TaylorSeer's divided differences); up to 4.
         compare_to: the step whose r is r₀: ``"last_computed"``, or ``"previous"`` as in some ports.
+        max_accumulated: bound, above 0, of the sum of d over the steps cached in a row, this one included; ``None``: no bound.
+        warmup_interval: of the warm-up every so many steps are computed, 1 or more; d and the counts decide about the others.
+        steps_computation_mask: for every step of the scheduler 1, must be computed, or 0, may be cached; it takes the place of
+            the warm-up. Where a generation begins is computed in any case.
+        steps_computation_policy: who decides about the steps marked 0: ``"dynamic"``, d and the counts; ``"static"``, nobody:
+            all of them are cached.
     """
 
     front_blocks: int = 8
@@ -49,6 +55,10 @@ class DBCache(Method):
     max_consecutive: int | None = None
     forecast_order: int = 0
     compare_to: Literal["last_computed", "previous"] = "last_computed"
+    max_accumulated: float | None = field(default=None, kw_only=True)
+    warmup_interval: int = field(default=1, kw_only=True)
+    steps_computation_mask: tuple[int, ...] | None = field(default=None, kw_only=True)
+    steps_computation_policy: Literal["dynamic", "static"] = field(default="dynamic", kw_only=True)
 
     name: ClassVar[str] = "dbcache"
     paper: ClassVar[str] = "cache-dit"
@@ -71,6 +81,28 @@ class DBCache(Method):
         check_forecast_order(self.forecast_order)
         if self.compare_to not in ("last_computed", "previous"):
             raise MethodError(f"DBCache's compare_to must be 'last_computed' or 'previous', not {self.compare_to!r}")
+        if self.max_accumulated is not None:
+            check_number("DBCache's max_accumulated", self.max_accumulated, above=0)
+        check_whole("DBCache's warmup_interval", self.warmup_interval, least=1)
+        check_choice("DBCache's steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
+        self._check_mask()
+
+    def _check_mask(self) -> None:
+        mask = self.steps_computation_mask
+        if mask is None:
+            if self.steps_computation_policy == "static":
+                raise MethodError(
+                    "DBCache's steps_computation_policy 'static' needs a steps_computation_mask, which says what is computed"
+                )
+            return
+        if not (isinstance(mask, tuple) and mask and all(is_whole(mark, least=0, most=1) for mark in mask)):
+            raise MethodError(
+                f"DBCache's steps_computation_mask must be a tuple of 0 and 1, one per step, not {mask!r}"
+            )
+        if not mask[0]:
+            raise MethodError(
+                "DBCache's steps_computation_mask must begin with 1: at step 0 there is nothing to reuse yet"
+            )
 
     @classmethod
     def first_block_cache(cls, threshold: float = 0.05) -> DBCache:
@@ -118,40 +150,59 @@ class DBCache(Method):
         return BlocksTap(site, denoiser, watch="front-residual")
 
     def policy(self, facts: Facts) -> _Policy:
-        """Compare what the front blocks add."""
+        """Compare what the front blocks add.
+
+        Raises:
+            MethodError: ``steps_computation_mask`` is for another number of steps.
+        """
+        mask = self.steps_computation_mask
+        if mask is not None and len(mask) != facts.num_steps:
+            raise MethodError(
+                f"DBCache's steps_computation_mask has {len(mask)} steps, the sampler runs {facts.num_steps}: give one "
+                "mark per step"
+            )
         return _Policy(self, facts.first_step)
 
 
 class _Policy:
     def __init__(self, method: DBCache, first_step: int) -> None:
         self._method, self.forecast_order = method, method.forecast_order
-        self._warm_from = first_step + method.warmup
+        self._first_step = first_step
         self._reference: torch.Tensor | None = None
         self._cached = self._in_a_row = 0
+        self._accumulated = 0.0  # change over the steps cached in a row
 
     def skips(self, step: int, num_steps: int, signal: torch.Tensor, computed: Sequence[int]) -> bool:
         """Whether the signal is close enough and the counts allow it."""
-        caches = bool(computed) and self._may_cache(step) and self._is_close(signal)
+        is_static = self._method.steps_computation_policy == "static"
+        caches = bool(computed) and not self._must_compute(step)
+        caches = caches and (is_static or (self._may_cache() and self._is_close(signal)))
         self._cached += caches
         self._in_a_row = self._in_a_row + 1 if caches else 0
+        self._accumulated = self._accumulated if caches else 0.0
         if not caches or self._method.compare_to == "previous":
             self._reference = signal.detach()
         return caches
 
-    def _may_cache(self, step: int) -> bool:
+    def _must_compute(self, step: int) -> bool:
+        mask, since = self._method.steps_computation_mask, step - self._first_step
+        if mask is not None:
+            return mask[step] == 1
+        return since < self._method.warmup and since % self._method.warmup_interval == 0
+
+    def _may_cache(self) -> bool:
         most, most_in_a_row = self._method.max_cached, self._method.max_consecutive
-        return (
-            step >= self._warm_from
-            and (most is None or self._cached < most)
-            and (most_in_a_row is None or self._in_a_row < most_in_a_row)
-        )
+        return (most is None or self._cached < most) and (most_in_a_row is None or self._in_a_row < most_in_a_row)
 
     def _is_close(self, signal: torch.Tensor) -> bool:
-        threshold = self._method.threshold
-        if threshold <= 0 or threshold >= 1:  # the front residual may change by more than its own size
+        threshold, most = self._method.threshold, self._method.max_accumulated
+        if threshold <= 0 or (threshold >= 1 and most is None):
             return threshold >= 1
         assert self._reference is not None
-        return relative_l1(signal, self._reference) < threshold
+        change = relative_l1(signal, self._reference)
+        self._accumulated += change
+        # From a threshold of 1 on the front residual may change by more than its own size.
+        return (threshold >= 1 or change < threshold) and (most is None or self._accumulated < most)
 
     @property
     def num_bytes(self) -> int:
