@@ -154,6 +154,7 @@ _TABLE = {
     "eps_scale": [1.0, 0.9, 1.1],
     "forecast_order": 0,
     "fill": "branches",
+    "include_cross": True,
     "actions": ["compute", "reuse-attn", dict.fromkeys(_SITES, "reuse")],
     "model": {"class": "DiTTransformer2DModel", "num_blocks": 3, "fingerprint": "00"},
     "scheduler": {"class": "DDPMScheduler", "prediction_type": "epsilon", "timesteps": [900, 500, 100]},

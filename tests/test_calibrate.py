@@ -142,6 +142,8 @@ def test_the_table_is_refused_with_another_solver(model):
         dict(eps_scale_grid=()),
         dict(candidates=("reuse-attn",)),
         dict(candidates=(C,)),
+        dict(include_cross=None),
+        dict(include_cross=False, fill="stack"),
     ],
 )
 def test_options_without_meaning_are_refused(wrong):

@@ -37,9 +37,9 @@ class StepState(Enum):
         """The groups of branches that are reused: ``"attention"``, ``"mlp"``."""
         return _GROUPS[self]
 
-    def skips(self, site: Site) -> bool:
-        """Whether the branch at ``site`` is skipped in this state."""
-        return self.skips_kind(site.kind)
+    def skips(self, site: Site, include_cross: bool = True) -> bool:
+        """Whether the branch at ``site`` is skipped in this state, where cross-attention is attention or else never is."""
+        return self.skips_kind(site.kind) and (include_cross or site.kind is not SiteKind.CROSS_ATTENTION)
 
     def skips_kind(self, kind: SiteKind) -> bool:
         """Whether branches of this kind are skipped in this state; a fused one is both."""
@@ -76,6 +76,8 @@ class CacheTable:
         scheduler: ``class``, ``prediction_type`` and ``timesteps`` of the scheduler it was made for; empty: any.
         calibration: how it was made.
         macs_fraction: multiply-accumulates of a generation with it, of one without.
+        include_cross: whether a :class:`StepState` that reuses attention reuses cross-attention too; else that is computed at
+            every step, which ``fill="stack"`` can't do. The papers don't say.
     """
 
     actions: tuple[StepActions, ...]
@@ -87,6 +89,7 @@ class CacheTable:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
     macs_fraction: float | None = None
+    include_cross: bool = True
 
     def __post_init__(self) -> None:
         if not self.actions:
@@ -107,6 +110,7 @@ class CacheTable:
         if self.fill not in ("branches", "stack"):
             raise TableError(f"fill must be 'branches' or 'stack', not {self.fill!r}")
         try:
+            check_include_cross(self.include_cross, self.fill)
             for order in self.forecast_orders:
                 check_forecast_order(order)
             if len(self.forecast_orders) != self.num_inference_steps:
@@ -151,7 +155,7 @@ class CacheTable:
                 rows.append(tuple(Action.SKIP if whole.covers(site) else gap for site in sites))
                 continue
             if isinstance(state, StepState):
-                skipped = [site is not whole and state.skips(site) for site in sites]
+                skipped = [site is not whole and state.skips(site, self.include_cross) for site in sites]
                 rows.append(tuple(gap if skip else Action.COMPUTE for skip in skipped))
                 continue
             if set(state) != ids:
@@ -236,6 +240,7 @@ class CacheTable:
             "eps_scale": _one_or_all(self.eps_scale),
             "forecast_order": self.forecast_order,
             "fill": self.fill,
+            "include_cross": self.include_cross,
             "actions": actions,
             "model": dict(self.model),
             "scheduler": dict(self.scheduler),
@@ -291,6 +296,21 @@ class CacheTable:
             return cls.from_numbers(content, order or "timestep_index") if is_npy else _from_json(content, order)
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
+
+
+def check_include_cross(include_cross: object, fill: str) -> None:
+    """Refuse cross-attention that is computed at every step where the whole stack is kept as one.
+
+    Raises:
+        MethodError: that, or the value is neither true nor false.
+    """
+    if not isinstance(include_cross, bool):
+        raise MethodError(f"include_cross must be true or false, not {include_cross!r}")
+    if fill == "stack" and not include_cross:
+        raise MethodError(
+            "include_cross=False computes cross-attention at every step, but fill='stack' skips it with its block: use "
+            "fill='branches'"
+        )
 
 
 def _read_npy(path: Path) -> list[Any]:
@@ -374,6 +394,7 @@ def _from_json(content: Any, order: str | None) -> CacheTable:
         forecast_order=forecast_order,
         macs_fraction=fraction,
         fill=content.get("fill", "branches"),
+        include_cross=content.get("include_cross", True),
         calibration=calibration,
         **read_made_for(content, len(states), order),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
-from sostenuto.table import StepActions, StepState
+from sostenuto.table import StepActions, StepState, check_include_cross
 
 CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
 
@@ -42,6 +42,7 @@ class Algorithm1Options:
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
         fill: what is kept for the steps that reuse everything: ``"branches"``, as in the paper, or the whole ``"stack"`` as one
             tensor, which makes these steps nearly free; see :class:`~sostenuto.table.CacheTable`.
+        include_cross: whether cross-attention is reused with attention, or else computed at every step; kept in the table.
         candidates: the states that are tried at a step, deepest reuse first; EB-Cache's two by default.
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
@@ -61,6 +62,7 @@ class Algorithm1Options:
     advance: Literal["selected", "no_cache"] = "selected"
     forecast_order: int = 1
     fill: Literal["branches", "stack"] = "branches"
+    include_cross: bool = field(default=True, kw_only=True)
     candidates: tuple[StepState, ...] = CANDIDATES
     last_computed: int = 1
     kappa_start: float = 1.0
@@ -96,6 +98,7 @@ class Algorithm1Options:
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
         ):
             check_choice(name, getattr(self, name), known)
+        check_include_cross(self.include_cross, self.fill)
 
     def candidates_at(self, tau: float) -> tuple[StepState, ...]:
         """The states that are tried at normalised time τ, deepest reuse first."""
@@ -195,7 +198,7 @@ class Algorithm1:
             if whole and not is_stack:
                 histories.append(())
                 ops.append(Op.SKIP)
-            elif whole or (not is_stack and state.skips(site)):
+            elif whole or (not is_stack and state.skips(site, self.options.include_cross)):
                 histories.append(tuple(computed[:depth]))
                 ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
             else:

@@ -54,6 +54,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             eps_scale=options.noise_scales(options.eps_scale, len(states)),
             forecast_order=options.forecast_order,
             fill=options.fill,
+            include_cross=options.include_cross,
             model=facts["model"],
             scheduler=facts["scheduler"],
             calibration={

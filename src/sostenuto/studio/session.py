@@ -283,8 +283,10 @@ class Session:
         if not path.is_file():
             raise InputError(f"there is no table {name!r} in {self.tables}")
         table = CacheTable.load(path)
-        if not all(isinstance(state, StepState) for state in table.actions):
-            raise InputError(f"{name} has actions of single sites, which can't be edited here")
+        if not (table.include_cross and all(isinstance(state, StepState) for state in table.actions)):
+            raise InputError(
+                f"{name} has actions of single sites, or of cross-attention apart: that can't be edited here"
+            )
         return {
             "states": [state.value for state in table.actions if isinstance(state, StepState)],
             "eps_scale": list(table.eps_scale),
