@@ -75,6 +75,20 @@ def test_an_edited_plan_runs_as_it_is_drawn_is_saved_and_loaded(session):
         session.pipe([3], 6, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        CacheTable((StepState.COMPUTE, StepState.REUSE_ATTENTION), include_cross=False),
+        CacheTable((StepState.COMPUTE, {"transformer_blocks.0.attn1": sostenuto.Action.REUSE})),
+    ],
+)
+def test_a_table_that_states_can_not_draw_is_refused(session, table):
+    session.tables.mkdir(exist_ok=True)
+    table.save(session.tables / "odd.json")
+    with pytest.raises(sostenuto.InputError, match="odd has actions of single sites, or of cross-attention apart"):
+        session.load("odd")
+
+
 @pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "x" * 65, "a\\b"])
 def test_no_table_is_written_outside_of_its_folder(session, name):
     with pytest.raises(sostenuto.InputError, match="no name for a table"):
