@@ -106,6 +106,11 @@ CASES = [
     Case("fora | epsilon-scaling", lambda: FORA(2) | EpsilonScaling(1.01), lambda: FORA(1) | EpsilonScaling(1.0)),
     Case("fora | forecast", lambda: FORA(3) | Forecast(1), lambda: FORA(1) | Forecast(1)),
     Case(
+        "ditfastattn | eb, mlp",
+        lambda: DiTFastAttn(_attention("CWRWCR"), 3) | EBCache(CacheTable((C, M, C, M, M, C), forecast_order=1)),
+        lambda: DiTFastAttn(_attention("CCCCCC"), 3) | EBCache(ALL_COMPUTED),
+    ),
+    Case(
         "taylorseer | epsilon-scaling",
         lambda: TaylorSeer(3, 1) | EpsilonScaling(1.01),
         lambda: TaylorSeer(1) | EpsilonScaling(1.0),

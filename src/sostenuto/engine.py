@@ -26,7 +26,7 @@ from sostenuto.features import Feature, leaves
 from sostenuto.finite import FiniteCheck
 from sostenuto.hold import Hold, owner_of
 from sostenuto.methods import by_name
-from sostenuto.methods.base import Facts, Method
+from sostenuto.methods.base import Facts, Method, check_steps
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
 from sostenuto.probe import Prober
 from sostenuto.shared import SharedTimesteps
@@ -379,8 +379,8 @@ class Handle:
         self._passes, self._conversions = {}, None
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler(), tick.step)
         plan = self.method.plan(facts)
-        if plan is not None and plan.num_steps != tick.num_steps:
-            raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {tick.num_steps}")
+        if plan is not None:
+            check_steps(plan, tick.num_steps)
         refusals.check_taps(self.method, self._taps, () if plan is None else plan.actions)
         factors = self.method.noise_scale(facts)
         scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)

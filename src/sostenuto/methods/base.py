@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -157,20 +157,29 @@ def parts(method: Method) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class Combination(Method):
-    """Several methods at once, written ``A | B``: at most one that skips, one that scales the noise, and so on."""
+    """Several methods at once, written ``A | B``: at most one that scales the noise, one that shifts the timestep, and so on.
+
+    Several may skip, where each has a plan of branches before the first step and no branch is skipped by two of them.
+
+    Attributes:
+        methods: the methods, in any order.
+        own: the sites of each method that skips, where there are several, once they are prepared.
+    """
 
     methods: tuple[Method, ...] = ()
+    own: tuple[tuple[Site, ...], ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for verb, members in (
-            ("decides what is skipped", [m for m in self.methods if m.skips]),
             ("scales the noise", [m for m in self.methods if m.scales_noise]),
             ("shifts the timestep", [m for m in self.methods if m.shifts_time]),
             ("says how gaps are filled", [m for m in self.methods if m.refines]),
         ):
             if len(members) > 1:
-                names = " | ".join(type(m).__name__ for m in members)
-                raise MethodError(f"{names} can't be combined: each {verb}; keep one of them")
+                raise _clash(members, f"each {verb}")
+        for method in self._skipping if len(self._skipping) > 1 else ():
+            if type(method).policy is not Method.policy or type(method).selector is not Method.selector:
+                raise _clash(self._skipping, f"{_name(method)} decides while the network runs what is skipped")
 
     @property
     def skips(self) -> bool:
@@ -188,28 +197,77 @@ class Combination(Method):
         return any(method.refines for method in self.methods)
 
     @property
-    def _skipping(self) -> Method:
-        return next((method for method in self.methods if method.skips), Method())
+    def _skipping(self) -> tuple[Method, ...]:
+        return tuple(method for method in self.methods if method.skips)
 
-    def prepare(self, denoiser: nn.Module, scheduler: Any) -> Combination:  # noqa: D102
-        return Combination(tuple(method.prepare(denoiser, scheduler) for method in self.methods))
+    @property
+    def _one(self) -> Method:
+        """The one that skips; where none or several do, one that leaves everything as it is."""
+        return self._skipping[0] if len(self._skipping) == 1 else Method()
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> Combination:
+        """Every method ready for this denoiser; where several skip, refuse those that skip more than branches."""
+        prepared = Combination(tuple(method.prepare(denoiser, scheduler) for method in self.methods))
+        skipping = prepared._skipping
+        if len(skipping) < 2:
+            return prepared
+        own = tuple(tuple(method.sites(denoiser)) for method in skipping)
+        branches = set() if is_unet(denoiser) else set(inspect(denoiser))
+        for method, sites in zip(skipping, own, strict=True):
+            larger = next((site for site in sites if site not in branches), None)
+            if larger is not None:
+                raise _clash(skipping, f"{_name(method)} skips {larger.id!r}, which is more than a branch")
+        return replace(prepared, own=own)
 
     def sites(self, denoiser: nn.Module) -> list[Site]:  # noqa: D102
-        return self._skipping.sites(denoiser)
+        if not self.own:
+            return self._one.sites(denoiser)
+        return [site for site in inspect(denoiser) if any(site in sites for sites in self.own)]
 
-    def tap(self, site: Site, denoiser: nn.Module) -> Tap:  # noqa: D102
-        return self._skipping.tap(site, denoiser)
+    def tap(self, site: Site, denoiser: nn.Module) -> Tap:
+        """That of the method which has one of its own for the site."""
+        owners = [m for m, own in zip(self._skipping, self.own, strict=False) if site in own]
+        special = [method for method in owners if type(method).tap is not Method.tap]
+        if len(special) > 1:
+            raise _clash(special, f"each has a way of its own to run {site.id}")
+        return (special or [self._one])[0].tap(site, denoiser)
 
     def plan(self, facts: Facts) -> Plan | None:  # noqa: D102
-        plan = self._skipping.plan(facts)
+        if self.own:
+            return self._merged(facts)
+        plan = self._one.plan(facts)
         if plan is not None:
             return self.refine(plan)
-        if self.refines and self._skipping.policy(facts) is not None:
+        if self.refines and self._one.policy(facts) is not None:
             raise MethodError(
-                f"{type(self._skipping).__name__} decides while the network runs and fills its gaps itself: "
+                f"{_name(self._one)} decides while the network runs and fills its gaps itself: "
                 "use its own options in place of a forecaster"
             )
         return None
+
+    def _merged(self, facts: Facts) -> Plan:
+        """The plans side by side: every site follows the one method that skips it."""
+        columns = {site.id: (Action.COMPUTE,) * facts.num_steps for site in facts.sites}
+        skippers: dict[str, Method] = {}
+        rule = Plan(())  # of the forecasts
+        for method, sites in zip(self._skipping, self.own, strict=True):
+            plan = method.plan(replace(facts, sites=sites))
+            if plan is None:
+                continue
+            check_steps(plan, facts.num_steps)
+            plan = self.refine(plan)
+            if any(Action.FORECAST in row for row in plan.actions):
+                if rule.actions and replace(rule, actions=plan.actions) != plan:
+                    remedy = "add Forecast(order=…), which fills the gaps of all"
+                    raise _clash(self._skipping, "they fill their gaps by different forecasts", remedy)
+                rule = plan
+            for site, column in zip(sites, zip(*plan.actions, strict=True), strict=True):
+                if set(column) == {Action.COMPUTE}:
+                    continue
+                if site.id in skippers:
+                    raise _clash((skippers[site.id], method), f"both skip {site.id} ({site.kind.value})")
+                skippers[site.id], columns[site.id] = method, column
+        return replace(rule, actions=tuple(zip(*columns.values(), strict=True)))
 
     def refine(self, plan: Plan) -> Plan:  # noqa: D102
         for method in self.methods:
@@ -217,19 +275,38 @@ class Combination(Method):
         return plan
 
     def policy(self, facts: Facts) -> Policy | None:  # noqa: D102
-        return self._skipping.policy(facts)
+        return self._one.policy(facts)
 
     def selector(self, facts: Facts, latents: torch.Tensor) -> Selector | None:  # noqa: D102
-        return self._skipping.selector(facts, latents)
+        return self._one.selector(facts, latents)
 
     def observed(self, denoiser: nn.Module) -> list[str]:  # noqa: D102
-        return self._skipping.observed(denoiser)
+        return self._one.observed(denoiser)
 
     def time_shifter(self, facts: Facts) -> TimeShifter | None:  # noqa: D102
         return next((m.time_shifter(facts) for m in self.methods if m.shifts_time), None)
 
     def noise_scale(self, facts: Facts) -> Sequence[float] | NoiseScale | None:  # noqa: D102
         return next((m.noise_scale(facts) for m in self.methods if m.scales_noise), None)
+
+
+def check_steps(plan: Plan, num_steps: int) -> None:
+    """Refuse a plan for another number of steps.
+
+    Raises:
+        MethodError: with both numbers.
+    """
+    if plan.num_steps != num_steps:
+        raise MethodError(f"the plan has {plan.num_steps} steps, the sampler runs {num_steps}")
+
+
+def _name(method: Method) -> str:
+    return type(method).__name__
+
+
+def _clash(methods: Sequence[Method], reason: str, remedy: str = "keep one of them") -> MethodError:
+    """The error of methods that don't go together."""
+    return MethodError(f"{' | '.join(map(_name, methods))} can't be combined: {reason}; {remedy}")
 
 
 def whole_steps(facts: Facts, skip: Sequence[bool], forecast_order: int = 0) -> Plan:
