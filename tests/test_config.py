@@ -123,7 +123,7 @@ def test_the_limit_of_a_file_holds_unless_one_is_given(tmp_path):
             "fora has no parameter 'n'; it has interval, anchor",
         ),
         ({"method": {"name": "fora", "interval": 0}}, sostenuto.MethodError, "interval"),
-        ({"method": ["fora", "teacache"]}, sostenuto.MethodError, "can't be combined"),
+        ({"method": ["fora", "ab"]}, sostenuto.MethodError, "can't be combined"),
         ({"method": "fora", "max_cache_bytes": -1}, sostenuto.MethodError, "max_cache_bytes must be .* not -1"),
         ({"method": {"name": "toca", "ratio_schedule": {"mpl": 1}}}, sostenuto.ConfigError, "key 'mpl'"),
     ],

@@ -82,6 +82,11 @@ class Method:
         return type(self).plan is not Method.plan or type(self).policy is not Method.policy
 
     @property
+    def skips_every_kind(self) -> bool:
+        """Whether it skips branches of every kind, which leaves nothing for another method to skip; by default if it skips."""
+        return self.skips
+
+    @property
     def scales_noise(self) -> bool:
         """Whether the method scales the predicted noise."""
         return type(self).noise_scale is not Method.noise_scale
@@ -180,6 +185,10 @@ class Combination(Method):
         for method in self._skipping if len(self._skipping) > 1 else ():
             if type(method).policy is not Method.policy or type(method).selector is not Method.selector:
                 raise _clash(self._skipping, f"{_name(method)} decides while the network runs what is skipped")
+            if method.skips_every_kind:
+                raise _clash(
+                    self._skipping, f"{_name(method)} skips branches of every kind, and leaves none for another"
+                )
 
     @property
     def skips(self) -> bool:

@@ -122,6 +122,11 @@ class PAB(Method):
         """Vchitect 2: 2/4/6 for t in 100–800."""
         return cls(2, 4, 6, (100, 800))
 
+    @property
+    def skips_every_kind(self) -> bool:
+        """Attention, and MLPs only where they are listed."""
+        return False
+
     def plan(self, facts: Facts) -> Plan:
         """Reuse by the step's number and timestep.
 

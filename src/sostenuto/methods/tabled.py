@@ -14,7 +14,7 @@ from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Plan
 from sostenuto.sites import Site
-from sostenuto.table import CacheTable
+from sostenuto.table import CacheTable, StepState
 from sostenuto.tables import shipped_table
 
 
@@ -40,6 +40,11 @@ class TableMethod(Method):
             raise MethodError(f"{type(self).__name__}'s table is a CacheTable or the path of one, not {self.table!r}")
         if self.forecast_order is not None:
             check_forecast_order(self.forecast_order)
+
+    @property
+    def skips_every_kind(self) -> bool:
+        """Where the table is known, and reuses all branches of a step."""
+        return isinstance(self.table, CacheTable) and StepState.REUSE_BOTH in self.table.actions
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> TableMethod:
         """Load the table and refuse one that was made for something else."""
