@@ -34,7 +34,7 @@ from sostenuto.quality.statistics import Statistics
         (lambda t, a: t.update({"moments.count": torch.tensor([3, 1])}), "another number"),
         (lambda t, a: t.update({"moments.outer": t["moments.outer"].double()}), "malformed"),
         (lambda t, a: t.pop("moments.total"), "incomplete"),
-        (lambda t, a: a.update(version=9), "version 1"),
+        (lambda t, a: a.update(version=1), "version 2: measure the images again"),
         (lambda t, a: a.update(shape=[3, 16]), "makes no sense"),
         (lambda t, a: a.update(total="many"), "many"),
     ],

@@ -120,7 +120,8 @@ def test_inception_gives_the_features_of_torch_fidelity_and_adms_spatial_ones(tm
     own.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: caught.append(out))
     own(images)
     assert seen.spatial.shape == (3, 7 * 17 * 17)  # mixed_6/conv of the original graph, its first seven channels
-    assert torch.equal(seen.spatial, caught[0][:, :7].flatten(1))
+    laid_out_by_tensorflow = caught[0].numpy().transpose(0, 2, 3, 1)  # [n, h, w, c]; then as ADM's evaluator.py has it
+    assert np.array_equal(seen.spatial.numpy(), laid_out_by_tensorflow[..., :7].reshape(3, -1))
     grey = images[:, :1]
     assert torch.equal(loaded.extract(grey).features, loaded.extract(grey.expand(-1, 3, -1, -1)).features)
     save_file(own.state_dict(), tmp_path / "inception.safetensors")
@@ -129,6 +130,33 @@ def test_inception_gives_the_features_of_torch_fidelity_and_adms_spatial_ones(tm
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(MetricError, match="does not hold the weights of weights-inception"):
         networks.Inception(tmp_path / "other.safetensors")
+
+
+def test_spatial_features_follow_each_other_position_by_position_as_adms(tmp_path, monkeypatch):
+    """Without torch-fidelity's package: a network whose block is known by hand, on pictures that are not square."""
+
+    class Known(torch.nn.Module):
+        def __init__(self, *_, **__):
+            super().__init__()
+            self.Mixed_6d = torch.nn.Conv2d(3, 9, 1, bias=False)
+            self.Mixed_6d.weight.data = torch.arange(27.0).view(9, 3, 1, 1)
+
+        def forward(self, images):
+            maps = self.Mixed_6d(images.float())
+            return maps.mean((2, 3)), maps.mean((2, 3))
+
+    package = types.ModuleType("feature_extractor_inceptionv3")
+    package.FeatureExtractorInceptionV3 = Known
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", package)
+    torch.save({}, tmp_path / "any.pth")
+    images = pictures(2, size=5)[:, :, :3]
+    seen = networks.Inception(tmp_path / "any.pth").extract(images).spatial
+    expected = [
+        [sum((3 * channel + colour) * int(image[colour, row, column]) for colour in range(3))
+         for row in range(3) for column in range(5) for channel in range(7)]
+        for image in images
+    ]  # fmt: skip
+    assert seen.tolist() == expected
 
 
 @pytest.mark.slow  # eigenvalues of matrices of 2048 by 2048

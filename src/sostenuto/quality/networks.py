@@ -56,7 +56,7 @@ class Inception:
     """Inception-v3 of 2015, of the published FID: torch-fidelity's network, which resizes as TensorFlow did.
 
     Features are the 2048 of the last pooling; logits are without bias and the spatial features the first seven channels of
-    ``mixed_6`` (17 × 17), as in ADM's evaluator.
+    ``mixed_6`` (17 × 17), position by position (row, column, channel), as in ADM's evaluator.
 
     Args:
         path: its state dict: torch-fidelity's or pytorch-fid's file, or the same as safetensors.
@@ -99,7 +99,7 @@ class Inception:
             images = images.expand(-1, 3, -1, -1)
         self._spatial.clear()
         features, logits = self._network(images.to(self.device))
-        spatial = self._spatial.pop()
+        spatial = self._spatial.pop().permute(0, 2, 3, 1)  # TensorFlow's order, in which ADM's moments are published
         return Features(features.cpu(), logits.cpu(), spatial.flatten(1).float().cpu())
 
 

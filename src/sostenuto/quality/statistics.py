@@ -19,7 +19,7 @@ from sostenuto.quality.moments import Moments
 from sostenuto.quality.networks import Features
 
 FORMAT = "sostenuto-statistics"
-VERSION = 1
+VERSION = 2  # 1 had the spatial features in another order than ADM's evaluator
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Statistics:
     @classmethod
     def _from(cls, about: Any, tensors: dict[str, torch.Tensor]) -> Statistics:
         if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
-            raise InputError(f"it is not of the format {FORMAT}, version {VERSION}")
+            raise InputError(f"it is not of the format {FORMAT}, version {VERSION}: measure the images again")
         shape = tuple(int(length) for length in about["shape"])
         numbers = {name: int(about[name]) for name in ("total", "frames", "batch_size")}
         if len(shape) != 3 or min(*shape, *numbers.values()) < 1:
