@@ -84,20 +84,29 @@ def test_corrupt_pictures_are_named_before_any_work(tmp_path):
     whole = (folder / "4.png").read_bytes()
     (folder / "4.png").write_bytes(whole[: len(whole) // 2])
     (folder / "6.png").write_bytes(b"not a picture")
+    for suffix in ("jpg", "webp"):  # these have no check sums: only decoding tells that they end early
+        cut = write_folder(tmp_path / suffix, pictures(1, size=64), suffix) / f"0.{suffix}"
+        (folder / f"8{cut.name}").write_bytes(cut.read_bytes()[:-20])
     network = Colours()
-    with pytest.raises(InputError, match=r"unusable pictures: 4\.png .*6\.png") as error:
-        evaluate(folder, network=network, show=False)
-    assert "7.png" not in str(error.value)
+    for samples, reference in ((folder, None), (pictures(9), folder)):
+        with pytest.raises(InputError, match=r"unusable pictures: 4\.png .*6\.png.*80\.jpg.*80\.webp") as error:
+            evaluate(samples, reference, network=network, show=False)
+        assert "7.png" not in str(error.value)
     assert network.batches == []
 
 
-def test_a_jpeg_that_ends_early_is_named_and_what_was_measured_is_kept(tmp_path):
+def test_a_picture_that_is_damaged_meanwhile_is_named_and_what_was_measured_is_kept(tmp_path):
     folder = write_folder(tmp_path / "made", pictures(12, size=64), "jpg")
-    whole = (folder / "9.jpg").read_bytes()
-    (folder / "9.jpg").write_bytes(whole[: len(whole) * 2 // 3])  # JPEG has no check sums: only decoding tells
+
+    class Damaging(Colours):
+        def extract(self, images):
+            whole = (folder / "9.jpg").read_bytes()
+            (folder / "9.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+            return super().extract(images)
+
     kept = tmp_path / "kept.safetensors"
     with pytest.raises(InputError, match=r"9\.jpg is damaged"):
-        evaluate(folder, network=Colours(), batch_size=4, statistics=kept, show=False)
+        evaluate(folder, network=Damaging(), batch_size=4, statistics=kept, show=False)
     assert Statistics.load(kept).indices.tolist() == list(range(8))
 
 
@@ -108,8 +117,12 @@ def test_pictures_of_different_sizes_are_refused(tmp_path):
         FolderSource(folder)
     with pytest.raises(InputError, match="pairs need one size"):
         evaluate(pictures(3), paired=pictures(3, size=20), show=False)
-    found = evaluate(pictures(30), pictures(30, size=20), network=Colours(), show=False)
-    assert any("16 x 16 and the reference 20 x 20" in warning for warning in found.warnings)
+    kept = tmp_path / "real.safetensors"
+    evaluate(pictures(30, size=20), network=Colours(), statistics=kept, show=False)
+    for reference in (pictures(30, size=20), kept):  # the network takes images of any size
+        found = evaluate(pictures(30), reference, network=Colours(), show=False)
+        assert found["frechet_distance"].value is not None
+        assert any("16 x 16 and the reference 20 x 20" in warning for warning in found.warnings)
 
 
 def test_kinds_of_pixels_are_taken_or_refused_by_name(tmp_path):

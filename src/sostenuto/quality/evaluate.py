@@ -164,7 +164,7 @@ def evaluate(
             "give the files of all parts"
         )
     rows = _rows(wanted, measured, subject, reasons, show)
-    size = None if against is None or against.source is None else against.source.shape
+    size = None if against is None else against.shape
     return Evaluation(tuple(rows), measured, name, tuple(_warnings(wanted, rows, measured, size)))
 
 

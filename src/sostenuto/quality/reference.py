@@ -66,6 +66,12 @@ class Reference:
             self.source = open_source(where, video, show)
 
     @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of its images; ``None`` where it is known by its moments alone."""
+        known = self.source if self._statistics is None else self._statistics.origin
+        return None if known is None else known.shape
+
+    @property
     def _shipped(self) -> bool:
         return self.name in ("demo:train", "demo:test")
 
