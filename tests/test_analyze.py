@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import sostenuto
 from conftest import sample, sample_loop
-from sostenuto import FORA, EBCache, EpsilonScaling, InputError, NoCache
+from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache
 from sostenuto.analysis import record
 from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
 from sostenuto.analysis.components import measure as components
@@ -329,6 +329,19 @@ def test_a_wrong_choice_is_refused_or_said(model, options):
         return
     with pytest.raises(InputError):
         sostenuto.analyze(model, sample, scheduler=model.scheduler_for_test, **arguments)
+
+
+def test_a_bare_denoiser_without_its_scheduler_is_refused_as_everywhere(model, tmp_path):
+    calls = []
+    for run in (
+        lambda: sostenuto.enable(model, "none"),
+        lambda: sostenuto.analyze(model, lambda *_, **__: calls.append(1), num_inference_steps=STEPS),
+        lambda: sostenuto.tune(model, lambda *_, **__: calls.append(1), folder=tmp_path / "tuned"),
+    ):
+        with pytest.raises(MethodError, match="a bare denoiser needs its scheduler"):
+            run()
+    assert not calls
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_pipelines_vae_decodes_unscaled_latents_for_the_pictures():

@@ -514,13 +514,22 @@ def attach(
     check_max_cache_bytes(max_cache_bytes)
     if not isinstance(check_finite, bool):
         raise MethodError(f"check_finite is true or false, not {check_finite!r}")
-    if scheduler is None and denoiser is target:
-        raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
-    handle = Handle(
-        denoiser, lambda: target.scheduler if scheduler is None else scheduler, method, max_cache_bytes, check_finite
-    )
+    handle = Handle(denoiser, lambda: scheduler_of(target, scheduler), method, max_cache_bytes, check_finite)
     handle._attach()
     return handle
+
+
+def scheduler_of(target: Any, scheduler: Any = None) -> Any:
+    """The scheduler that drives a pipeline's denoisers, or a bare one: the given one, else the pipeline's of now.
+
+    Raises:
+        MethodError: a bare denoiser comes without one.
+    """
+    if scheduler is not None:
+        return scheduler
+    if isinstance(target, nn.Module):
+        raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
+    return target.scheduler
 
 
 def handle_of(denoiser: nn.Module) -> Handle | None:

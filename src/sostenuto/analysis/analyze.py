@@ -199,6 +199,7 @@ def analyze(
 
     Raises:
         InputError: a name is unknown, or a number makes no sense.
+        MethodError: a bare denoiser comes without its scheduler.
         AlreadyEnabledError: a method is enabled on the model.
     """
     unknown = [name for name in only if name not in INSTRUMENTS]
@@ -219,11 +220,10 @@ def analyze(
             observations[instrument.name] = _observe(instrument, subject)
             bar.update(round(done + instrument.work) - round(done))
             done += instrument.work
-    sampler = scheduler or target.scheduler
     model = {
         "class": type(denoiser).__name__,
         "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
-        "scheduler": type(sampler).__name__,
+        "scheduler": type(subject.sampler).__name__,
         "num_inference_steps": num_inference_steps,
         "num_samples": num_samples,
         "seed": seed,

@@ -14,6 +14,7 @@ import torch
 from sostenuto import compat
 from sostenuto.analysis.trajectory import Trajectory, Watch, record
 from sostenuto.calibrations import EBCalibration, calibrate
+from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError, MethodError, SostenutoError
 from sostenuto.methods import FORA, EBCache, EpsilonScaling
 from sostenuto.methods.base import Method
@@ -58,6 +59,16 @@ class Subject:
             raise InputError(
                 f"an analysis needs 4 steps and 1 sample at least, not {self.num_inference_steps} and {self.num_samples}"
             )
+        _ = self.sampler  # refused now, not by every instrument
+
+    @property
+    def sampler(self) -> Any:
+        """The scheduler.
+
+        Raises:
+            MethodError: a bare denoiser comes without one.
+        """
+        return scheduler_of(self.target, self.scheduler)
 
     @property
     def denoiser(self) -> Any:
@@ -164,9 +175,8 @@ class Subject:
         """EB-Cache's table for this model and sampler: the given one, one that ships, or one calibrated now for 60 %."""
         if self.table is not None:
             return self.table
-        scheduler = self.scheduler or self.target.scheduler
         try:
-            found = EBCache().prepare(self.denoiser, scheduler).table
+            found = EBCache().prepare(self.denoiser, self.sampler).table
             assert isinstance(found, CacheTable)
             found.check_steps(self.uncached.timesteps)
             return found

@@ -16,6 +16,7 @@ import torch
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
+from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
 from sostenuto.measured import fingerprint, read_json
@@ -90,7 +91,7 @@ def tune(
 
     Raises:
         InputError: a speed-up is not above 1, or the folder holds another tuning.
-        MethodError: the sample doesn't run the steps asked for.
+        MethodError: the sample doesn't run the steps asked for, or a bare denoiser comes without its scheduler.
         AlreadyEnabledError: a method is enabled on the model.
     """
     check_speedup(speedup)
@@ -359,9 +360,9 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
 
 def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
     """Make the folder this tuning's, or refuse one that holds what was found for something else."""
-    folder.mkdir(parents=True, exist_ok=True)
     denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
-    sampler = settings.scheduler if settings.scheduler is not None else settings.target.scheduler
+    sampler = scheduler_of(settings.target, settings.scheduler)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
     # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
     chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
