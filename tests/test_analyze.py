@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import sostenuto
 from conftest import sample, sample_loop
@@ -16,16 +16,17 @@ from sostenuto.analysis import record
 from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
 from sostenuto.analysis.components import measure as components
 from sostenuto.analysis.consecutive import changes, finding, residuals
-from sostenuto.analysis.feature_error import features, relative_error
+from sostenuto.analysis.feature_error import FEATURE_ERROR, features, relative_error
 from sostenuto.analysis.feature_error import measure as feature_error
 from sostenuto.analysis.frequency import low_and_high
-from sostenuto.analysis.similarity import cosine
+from sostenuto.analysis.similarity import SIMILARITY, cosine
 from sostenuto.analysis.similarity import measure as similarity
-from sostenuto.analysis.snr import signal_to_noise
+from sostenuto.analysis.snr import SNR, decoded_signal_to_noise, signal_to_noise
 from sostenuto.analysis.subject import Subject
 from sostenuto.analysis.token_importance import path_errors
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
+from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 6
 
@@ -93,6 +94,40 @@ def test_signal_to_noise_of_exactly_noised_samples_is_that_of_the_forward_proces
         power = (clean**2).mean() / (noise**2).mean()
         assert ratio == pytest.approx(10 * math.log10(alpha**2 / sigma**2 * power), abs=1e-3)
         assert intensity == pytest.approx(noise.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_decoded_signal_to_noise_is_that_of_the_images_by_hand_and_of_the_latents_where_the_decoder_scales(subject):
+    path, steps = subject.uncached, [0, 2, 5]
+    scaled = decoded_signal_to_noise(path, lambda latents: 3 * latents, steps)
+    assert scaled == pytest.approx([signal_to_noise(path)[0][step] for step in steps], abs=1e-4)
+    squared = decoded_signal_to_noise(path, torch.square, steps)
+    for step, ratio in zip(steps, squared, strict=True):
+        clean = np.square(path.levels[step][0] * path.clean.double().numpy())
+        noise = np.square(path.latents[step].double().numpy()) - clean
+        assert ratio == pytest.approx(10 * math.log10(np.mean(clean**2) / np.mean(noise**2)), abs=1e-3)
+
+
+def test_the_figure_of_signal_to_noise_says_by_which_estimator_and_shows_decoded_images_too(subject):
+    subject.table = CacheTable((StepState.COMPUTE,) * STEPS)
+    plain = SNR.measure(subject)
+    subject.decode = torch.square
+    decoded = SNR.measure(subject)
+    for data, rows in ((plain, 1), (decoded, 2)):
+        labels = [axes.get_ylabel() for axes in SNR.draw(data).axes if axes.axison]
+        assert "SNR (dB), α²·mean(x₀²) / mean((x − αx₀)²)" in labels
+        assert ("SNR (dB), mean(D(αx₀)²) / mean((D(x) − D(αx₀))²)" in labels) == (rows == 2)
+        assert len(labels) == 1 + 2 * rows
+        assert ("Of decoded images: every 2" in SNR.finding(data)) == (rows == 2)
+    assert decoded["decoded_steps"] == list(range(STEPS))
+
+
+def test_where_images_can_not_be_decoded_the_ratio_of_the_latents_stays(subject):
+    subject.table = CacheTable((StepState.COMPUTE,) * STEPS)
+    subject.decode = lambda latents: latents.flatten(2)
+    data = SNR.measure(subject)
+    assert "lie on no grid" in data["left_out"]["decoded"]
+    assert "decoded" not in SNR.finding(data)
+    assert len(data["curves"]["uncached"]["snr_db"]) == STEPS
 
 
 # --- frequencies -------------------------------------------------------------------------------------------------
@@ -190,6 +225,22 @@ def test_a_table_that_keeps_the_stack_is_looked_at_branch_by_branch(subject):
     assert all(value is not None for row in rows for value in row)
     assert isinstance(subject.eb(), EBCache)
     assert subject.noise_scale == pytest.approx(0.99)
+
+
+def test_rows_of_heat_maps_are_branches_of_which_a_block_may_have_several():
+    scheduler = DDIMScheduler()
+
+    def sampled(network, generator, num_inference_steps):
+        return sample_pixart(network, scheduler, num_inference_steps)
+
+    subject = Subject(build_pixart(num_layers=2), sampled, scheduler, num_inference_steps=4, num_samples=1)
+    subject.table = CacheTable((StepState.COMPUTE,) * 4)
+    error, alike = feature_error(subject), similarity(subject)
+    attention = [site for block in range(2) for site in (f"transformer_blocks.{block}.attn{k}" for k in (1, 2))]
+    assert error["sites"]["attention"] == alike["maps"]["attention"]["sites"] == attention
+    for figure in (FEATURE_ERROR.draw(error), SIMILARITY.draw(alike)):
+        maps = [axes for axes in figure.axes if axes.get_title().endswith(("attention", "MLP"))]
+        assert {axes.get_ylabel() for axes in maps} == {"branch, in running order"}
 
 
 # --- consecutive outputs -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How far are the features of cached paths from those of the uncached one, block by block? (EB-Cache, figure 10)"""
+"""How far are the features of cached paths from those of the uncached one, branch by branch? (EB-Cache, figure 10)"""
 
 from __future__ import annotations
 
@@ -97,22 +97,26 @@ def measure(subject: Subject) -> Data:
     except SostenutoError as error:
         left_out["EB-Cache"] = str(error)
     maps: dict[str, Any] = {}
+    places = {"attention": subject.places(True), "MLP": subject.places(False)}
     for name, method in methods.items():
         subject.tell(f"features, {name}")
         errors = relative_error(fresh, features(subject, method))
         maps[name] = {
-            kind: [
-                [errors.get((place, step)) for step in range(num_steps)]
-                for place in subject.places(kind == "attention")
-            ]
-            for kind in ("attention", "MLP")
+            kind: [[errors.get((place, step)) for step in range(num_steps)] for place in own]
+            for kind, own in places.items()
         }
-    return {"errors": maps, "step": round(_SHARE * num_steps), "num_steps": num_steps, "left_out": left_out}
+    return {
+        "errors": maps,
+        "sites": {kind: [subject.sites[place].id for place in own] for kind, own in places.items()},
+        "step": round(_SHARE * num_steps),
+        "num_steps": num_steps,
+        "left_out": left_out,
+    }
 
 
 def draw(data: Data) -> Figure:
-    """A map for each method and kind, and the blocks' errors at one step."""
-    from sostenuto.analysis.style import dress, figure, heat_map, line
+    """A map for each method and kind, and the branches' errors at one step."""
+    from sostenuto.analysis.style import BRANCHES, dress, figure, heat_map, line
 
     maps = data["errors"]
     made, axes = figure(len(maps), 3, width=9.5, height=2.5)
@@ -128,7 +132,7 @@ def draw(data: Data) -> Figure:
         for index, (kind, rows) in enumerate(kinds.items()):
             if rows:
                 line(row[2], [errors[data["step"]] for errors in rows], kind, index)
-        dress(row[2], f"{name}: at step {data['step']}", "relative error", xlabel="block")
+        dress(row[2], f"{name}: at step {data['step']}", "relative error", xlabel=BRANCHES)
     if mesh is not None:
         made.colorbar(mesh, ax=axes[:, :2], label="relative error")
     return made
@@ -143,7 +147,7 @@ def finding(data: Data) -> str:
         means[name] = fmean(v for values in known.values() for v in values)
         parts = ", ".join(f"{kind} {fmean(values):.3f}" for kind, values in known.items() if values)
         here = f", {fmean(at):.3f} at step {data['step']}" if at else ""
-        words.append(f"{name}: {parts} on average over blocks and steps{here}")
+        words.append(f"{name}: {parts} on average over branches and steps{here}")
     text = "; ".join(words) + "."
     uniform = next(iter(means))
     if "EB-Cache" in means:

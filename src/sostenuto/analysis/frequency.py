@@ -20,7 +20,6 @@ CUTS = (0.1, 0.25, 0.5)
 """Radii between low and high, as shares of the highest frequency of an axis (Nyquist's); figures show the second."""
 
 _INTERVAL = 3
-_MOST_DECODED = 12  # steps of a path, where decoding is work
 
 
 def low_and_high(images: torch.Tensor, cut: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,9 +44,7 @@ def measure(subject: Subject) -> Data:
     states = {"attention cached": StepState.REUSE_ATTENTION, "MLP cached": StepState.REUSE_MLP}
     if not subject.places(attention=True) or all(site.kind.value != "mlp" for site in subject.sites):
         raise InputError("the network has no attention and MLP apart, so that they can't be cached apart")
-    base = subject.uncached
-    every = 1 if subject.decode is None else max(1, -(-base.num_steps // _MOST_DECODED))
-    steps = list(range(0, base.num_steps, every))
+    base, steps = subject.uncached, subject.pictured_steps
     subject.images(base.latents[0][:1])  # refuses latents that are no images before anything is sampled
     paths = {name: subject.path(name, subject.kinds_cached(state, _INTERVAL)) for name, state in states.items()}
     bands: dict[str, dict[str, list[float]]] = {}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sostenuto.analysis.instrument import Data, Instrument
 from sostenuto.analysis.subject import Subject
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SLIGHT = 0.02  # dB, below which a difference is not worth a word
+_ESTIMATOR = "α²·mean(x₀²) / mean((x − αx₀)²)"
+_DECODED_ESTIMATOR = "mean(D(αx₀)²) / mean((D(x) − D(αx₀))²)"
 
 
 def signal_to_noise(path: Trajectory) -> tuple[list[float | None], list[float | None]]:
@@ -33,21 +38,43 @@ def signal_to_noise(path: Trajectory) -> tuple[list[float | None], list[float | 
     return ratios, intensities
 
 
+def decoded_signal_to_noise(
+    path: Trajectory, images: Callable[[torch.Tensor], torch.Tensor], steps: Sequence[int]
+) -> list[float | None]:
+    """The ratio among decoded images in dB at some steps, ``mean(D(α·x₀)²) / mean((D(x_t) − D(α·x₀))²)``.
+
+    Where the decoder only scales, it is that of the latents.
+    """
+    ratios: list[float | None] = []
+    for step in steps:
+        clean = images(path.levels[step][0] * path.clean).double()
+        signal = clean.square().mean().item()
+        noise = (images(path.latents[step]).double() - clean).square().mean().item()
+        ratios.append(10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None)
+    return ratios
+
+
 def measure(subject: Subject) -> Data:
     """Curves of the uncached path, of uniform caching at several intervals, scaled, and of EB-Cache."""
     curves: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    uncached = subject.uncached
+    steps = subject.pictured_steps if subject.decode is not None else []
 
     def add(name: str, path: Trajectory) -> None:
         ratios, intensities = signal_to_noise(path)
         curves[name] = {"snr_db": ratios, "noise_over_sigma": intensities}
+        if steps and "decoded" not in left_out:
+            try:
+                curves[name]["decoded_snr_db"] = decoded_signal_to_noise(path, subject.images, steps)
+            except SostenutoError as error:
+                left_out["decoded"] = str(error)
 
-    uncached = subject.uncached
     add("uncached", uncached)
     for interval in subject.intervals:
         add(f"every {interval}", subject.path(f"every {interval}", subject.uniform(interval)))
     first = subject.intervals[0]
     add(f"every {first}, b", subject.path(f"every {first}, b", subject.scaled(subject.uniform(first))))
-    left_out = {}
     try:
         add("EB-Cache", subject.path("EB-Cache", subject.eb()))
     except SostenutoError as error:
@@ -59,6 +86,7 @@ def measure(subject: Subject) -> Data:
     ]
     return {
         "curves": curves,
+        "decoded_steps": [] if "decoded" in left_out else steps,
         "forward_process_db": theory,
         "b": subject.noise_scale,
         "intervals": list(subject.intervals),
@@ -73,31 +101,48 @@ def mean_difference(curve: list[float | None], base: list[float | None]) -> floa
 
 
 def draw(data: Data) -> Figure:
-    """The ratio, its difference from the uncached path, and the intensity of the noise."""
+    """The ratio, its difference from the uncached path, and the intensity of the noise; below, two of decoded images."""
     from sostenuto.analysis.style import dress, figure, line
 
-    made, axes = figure(1, 3, width=9.5, height=2.8)
-    left, middle, right = axes[0]
-    base = data["curves"]["uncached"]["snr_db"]
-    line(left, data["forward_process_db"], "forward process", 5)
-    for index, (name, curve) in enumerate(data["curves"].items()):
-        line(left, curve["snr_db"], name, index)
-        if name != "uncached":
-            gap = [None if a is None or b is None else a - b for a, b in zip(curve["snr_db"], base, strict=True)]
-            line(middle, gap, name, index)
+    curves = data["curves"]
+    rows = [("snr_db", None, "signal to noise", _ESTIMATOR)]
+    if data["decoded_steps"]:
+        rows.append(("decoded_snr_db", data["decoded_steps"], "signal to noise, decoded by D", _DECODED_ESTIMATOR))
+    made, axes = figure(len(rows), 3, width=9.5, height=2.8)
+    for (left, middle, right), (key, steps, title, estimator) in zip(axes, rows, strict=True):
+        if steps is None:
+            line(left, data["forward_process_db"], "forward process", 6)
+        for index, (name, curve) in enumerate(curves.items()):
+            line(left, curve[key], name, index, x=steps)
+            if name != "uncached":
+                pairs = zip(curve[key], curves["uncached"][key], strict=True)
+                line(middle, [None if a is None or b is None else a - b for a, b in pairs], name, index, x=steps)
+        middle.axhline(0, color="black", linewidth=0.8)
+        dress(left, title, f"SNR (dB), {estimator}")
+        left.yaxis.label.set_fontsize(6.5)
+        dress(middle, "against uncached", "difference (dB)")
+        right.set_axis_off()
+    right = axes[0][2]
+    right.set_axis_on()
+    for index, (name, curve) in enumerate(curves.items()):
         line(right, curve["noise_over_sigma"], name, index)
-    middle.axhline(0, color="black", linewidth=0.8)
-    dress(left, "signal to noise", "SNR (dB)")
-    dress(middle, "against uncached", "difference (dB)")
     dress(right, "intensity of the noise", "std(x − αx₀) / σ", legend=False)
     return made
 
 
+def _gaps(curves: dict[str, Any], key: str) -> dict[str, float]:
+    """Mean difference of each curve from the uncached one."""
+    base = curves["uncached"][key]
+    return {name: mean_difference(curve[key], base) for name, curve in curves.items() if name != "uncached"}
+
+
+def _listed(gaps: dict[str, float]) -> str:
+    return ", ".join(f"{name} {gap:+.2f} dB" for name, gap in gaps.items())
+
+
 def finding(data: Data) -> str:
     """What the numbers say."""
-    curves = data["curves"]
-    base = curves["uncached"]["snr_db"]
-    gaps = {name: mean_difference(curve["snr_db"], base) for name, curve in curves.items() if name != "uncached"}
+    gaps = _gaps(data["curves"], "snr_db")
     uniform = [gaps[f"every {interval}"] for interval in data["intervals"]]
     verdict = "raises it at some intervals and lowers it at others"
     if all(gap > _SLIGHT for gap in uniform):
@@ -109,10 +154,13 @@ def finding(data: Data) -> str:
     first = data["intervals"][0]
     before, after = gaps[f"every {first}"], gaps[f"every {first}, b"]
     repaired = "nearer to" if abs(after) < abs(before) else "farther from"
-    listed = ", ".join(f"{name} {gap:+.2f} dB" for name, gap in gaps.items())
+    decoded = (
+        f" Of decoded images: {_listed(_gaps(data['curves'], 'decoded_snr_db'))}." if data["decoded_steps"] else ""
+    )
     return (
-        f"Averaged over the steps, against the uncached path: {listed}. So uniform caching {verdict}; a constant "
+        f"Averaged over the steps, against the uncached path: {_listed(gaps)}. So uniform caching {verdict}; a constant "
         f"b = {data['b']:.3f} brings the path at interval {first} {repaired} uncached ({before:+.2f} to {after:+.2f} dB)."
+        f"{decoded}"
     )
 
 
@@ -126,8 +174,8 @@ SNR = Instrument(
         "longer the interval, as exposure bias does; scaling the noise brings the path back towards the uncached one."
     ),
     method=(
-        "α²·mean(x₀²) / mean((x − αx₀)²) of what the network is given, with x₀ the sample that the path itself ends at, since "
-        "the papers don't give their estimator; in the sampler's own space, not decoded."
+        f"{_ESTIMATOR} of what the network is given, with x₀ the sample that the path itself ends at, since the papers don't "
+        f"give their estimator; in the sampler's own space. With a decoder D also {_DECODED_ESTIMATOR}."
     ),
     measure=measure,
     draw=draw,

@@ -43,6 +43,8 @@ _RC: Any = {
 }
 SHADES = "Greys"
 """Colours of heat maps: light is low, in print as on screen."""
+BRANCHES = "branch, in running order"
+"""What stands at an axis of branches: a block with self- and cross-attention has two of attention."""
 
 
 @contextmanager
@@ -93,7 +95,7 @@ def heat_map(
     high: float | None = None,
     first_step: int = 0,
 ) -> Any:
-    """A map of branches over steps, the first block at the top; what was not measured is hatched."""
+    """A map of branches over steps, in running order from the top; what was not measured is hatched."""
     import numpy
 
     values = numpy.array([[numpy.nan if value is None else value for value in row] for row in rows], dtype=float)
@@ -115,5 +117,5 @@ def heat_map(
     axes.invert_yaxis()
     axes.set_title(title)
     axes.set_xlabel("step (noise → image)")
-    axes.set_ylabel("block")
+    axes.set_ylabel(BRANCHES)
     return mesh

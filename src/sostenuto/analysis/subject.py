@@ -21,6 +21,7 @@ from sostenuto.methods.base import Method
 from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable, StepState
 
+_MOST_DECODED = 12  # steps of a path, where decoding is work
 _SCALE = 0.98  # of the noise, where no table says better; the papers' models had 0.955 to 0.98
 
 
@@ -136,6 +137,12 @@ class Subject:
         if len(clean) < sum(rows):
             raise InputError(f"real_latents has {len(clean)} rows, the samples have {sum(rows)}: give one for each")
         return list(clean[: sum(rows)].split(list(rows)))
+
+    @property
+    def pictured_steps(self) -> list[int]:
+        """The steps whose images are looked at: all of them, or a dozen where they must be decoded."""
+        steps = self.uncached.num_steps
+        return list(range(0, steps, 1 if self.decode is None else -(-steps // _MOST_DECODED)))
 
     def images(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as images ``[rows, channels, height, width]``, of a video frame by frame.
