@@ -146,10 +146,12 @@ def test_what_is_saved_loads_and_runs(model, begun):
     found = tuned(model, folder=begun)
     content = json.loads((begun / "frontier.json").read_text())
     assert [row["ideal_speedup"] for row in content["frontier"]] == [p.ideal_speedup for p in found.frontier]
-    for point in found.frontier:
-        table = CacheTable.load(begun / f"tuned-{point.target:g}x.json")
+    assert set(found.answers) == {1.3, 2.0}
+    for target, point in found.answers.items():
+        table = CacheTable.load(begun / f"tuned-{target:g}x.json")
         assert table == point.table
         assert speedup_of(model, EBCache(table)) == pytest.approx(point.ideal_speedup)
+        assert point.ideal_speedup >= target
 
 
 def test_a_folder_of_another_tuning_is_refused(model, begun):
@@ -294,6 +296,7 @@ def test_the_budget_may_be_time(model, begun):
     )
     found = tuned(model, options, speedup=1.5, folder=begun)
     assert found.point.speedup == found.point.time_speedup >= 1.5
+    assert found.budget == "time"
 
 
 def test_an_instrumented_run_is_the_uncached_one(model):

@@ -1,11 +1,13 @@
 """The commands, on a network of one block as ``demo.train`` would leave it."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import sostenuto
 from sostenuto import TuneOptions
 from sostenuto.cli import main
 from sostenuto.cli.tune import Tune
@@ -14,6 +16,7 @@ from sostenuto.demo.pipeline import load_trained_pipeline
 from sostenuto.errors import InputError
 from sostenuto.table import CacheTable
 from sostenuto.tuning.published import PUBLISHED
+from test_tuned import tuned_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +67,19 @@ def test_tune_saves_tables_and_figures_and_goes_on_where_it_was(trained, tmp_pat
     captured = capsys.readouterr()
     assert "uncached generations" in captured.err
     assert "minutes on this machine" in captured.err
+    expected = re.search(r"about (\d+) uncached", captured.err)[1]
+    assert re.search(rf"\d+/{expected} \[", captured.err)  # the bar counts to the estimate
+    assert re.search(r"100%.* (\d+)/\1 \[", captured.err)  # and ends at what was done
+    assert re.search(r"note: FID of 8 says little, it wants 128; 8 real images get [\d.]+, compare", captured.err)
     content = json.loads((tmp_path / "numbers.json").read_text())
     assert content["uncached_score"] is not None
     for row in content["frontier"]:
-        table = CacheTable.load(tmp_path / f"tuned-{row['target']:g}x.json")
-        assert 1 / table.macs_fraction == pytest.approx(row["ideal_speedup"])
+        for target in row["answers"]:
+            table = CacheTable.load(tmp_path / f"tuned-{target:g}x.json")
+            assert 1 / table.macs_fraction == pytest.approx(row["ideal_speedup"])
         assert f"{row['plan']}  {row['origin']}" in captured.out
+    assert sorted(target for row in content["frontier"] for target in row["answers"]) == [1.3, 1.5]
+    assert f"left out of the frontier: 2, beyond the limit of {content['limit']:.2f} times" in captured.out
     for name in ("frontier.png", "frontier.pdf", "plans.png", "plans.pdf"):
         assert (tmp_path / name).stat().st_size > 1000
     trials = (tmp_path / "trials.json").read_text()
@@ -79,6 +89,20 @@ def test_tune_saves_tables_and_figures_and_goes_on_where_it_was(trained, tmp_pat
 
 def test_what_may_compete_is_what_the_library_knows():
     assert Tune().published == TuneOptions().published == PUBLISHED
+
+
+def test_numbers_are_written_before_figures_that_may_fail(trained, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(sostenuto, "tune", lambda *_, **__: tuned_by_hand())
+    monkeypatch.setattr("sostenuto.report.frontier.save_figures", fail)
+    words = ["tune", "--model", str(trained), "--score-images", "128", "--output", str(tmp_path)]
+    assert main([*words, "--json", str(tmp_path / "numbers.json")]) == 1
+    assert json.loads((tmp_path / "numbers.json").read_text())["frontier"]
+    err = capsys.readouterr().err
+    assert "no fonts" in err
+    assert "says little" not in err  # 128 images are as many as there are features
 
 
 def test_a_speedup_of_one_is_refused_in_a_line(trained, tmp_path, capsys):

@@ -8,7 +8,13 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """What is used of a progress bar."""
+    """What is used of a progress bar.
+
+    Attributes:
+        total: pieces of work that are expected; ``None`` as long as that isn't known.
+    """
+
+    total: float | None
 
     def update(self, n: int = 1) -> object:
         """Note that ``n`` more are done."""
@@ -16,13 +22,15 @@ class Bar(Protocol):
 
 
 class _Silent:
+    total: float | None = None
+
     def update(self, n: int = 1) -> None:
         pass
 
 
 @contextlib.contextmanager
-def progress(total: int, desc: str, show: bool = True) -> Iterator[Bar]:
-    """A bar over ``total`` pieces of work; nothing if it is not wanted, another process shows it, or tqdm isn't installed."""
+def progress(total: int | None, desc: str, show: bool = True) -> Iterator[Bar]:
+    """A bar over ``total`` pieces of work (``None``: not known yet); nothing if unwanted, shown elsewhere, or without tqdm."""
     from sostenuto.distributed.world import world  # its package shows progress too
 
     if not (show and world().is_main):

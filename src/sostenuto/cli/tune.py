@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -40,7 +41,7 @@ class Tune:
     published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
     score_images: int = 128
-    """On the demo's images: how many a distance is taken of; 0 goes by nearness alone."""
+    """On the demo's images: how many a distance is taken of, 128 or more to say something; 0 goes by nearness alone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's matrix products."""
     json: Path | None = None
@@ -63,7 +64,11 @@ class Tune:
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
 
-            extra = {"score": Judge().distance, "score_sample": demo_sample(self.score_images)}
+            judge = Judge()
+            extra = {"score": judge.distance, "score_sample": demo_sample(self.score_images)}
+            few = judge.too_few(self.score_images)
+            if few and world().is_main:
+                print(f"note: {few}", file=sys.stderr)
         options = sostenuto.TuneOptions(
             speedups=self.speedups,
             budget=self.budget,
@@ -90,9 +95,9 @@ class Tune:
         if not world().is_main:
             return
         print(tuned)
+        write_json(self.json, tuned.as_dict())
         for path in save_figures(self.output, tuned):
             print(path)
-        write_json(self.json, tuned.as_dict())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sostenuto.demo.classifier import NUM_FEATURES, Classifier, extract
 from sostenuto.errors import InputError
 from sostenuto.quality import metrics, spread
 from sostenuto.quality.networks import Features
+from sostenuto.quality.registry import available_metrics
 from sostenuto.quality.weights import digest
 
 NUM_TRAINING_IMAGES = 60_000
@@ -110,6 +111,11 @@ class Judge:
         """What the classifier says of the test images, ``[10000, 10]``."""
         with torch.inference_mode():
             return self.network.classifier.head(self.test_features)
+
+    def too_few(self, n: int) -> str | None:
+        """What a distance of n images is worth, and what as many real ones get; ``None`` where n is enough."""
+        metric = available_metrics()["frechet_distance"]
+        return metric.says_little(n, self.network.num_features, (self.floor(n), n))
 
     def floor(self, n: int) -> float:
         """The distance of n real test images to the training set: what a perfect generator would get at this n."""

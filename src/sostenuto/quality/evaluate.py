@@ -301,10 +301,9 @@ def _warnings(
     warnings = []
     for metric in wanted:
         row = found.get(metric.name)
-        if row is None or row.n >= metric.sensible_count(width):
-            continue
-        floor = "" if row.floor is None else f"; {row.floor_n} real images get {row.floor:.4g}, compare with that"
-        warnings.append(f"{metric.label} of {row.n} says little, it wants {metric.sensible_count(width)}{floor}")
+        floor = None if row is None or row.floor is None or row.floor_n is None else (row.floor, row.floor_n)
+        if row is not None and (few := metric.says_little(row.n, width, floor)):
+            warnings.append(few)
     if reference is not None and reference[1:] != measured.origin.shape[1:]:
         own = measured.origin.shape
         warnings.append(

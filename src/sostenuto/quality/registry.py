@@ -95,6 +95,20 @@ class Metric:
         """Images below which it says little, of a network with so many features."""
         return self.sensible or num_features
 
+    def says_little(self, count: int, num_features: int, floor: tuple[float, int] | None = None) -> str | None:
+        """What to say of its value for so few images; ``None`` where they are enough.
+
+        Args:
+            count: of the images.
+            num_features: see :meth:`sensible_count`.
+            floor: what real images get and how many they were, where that is known.
+        """
+        wanted = self.sensible_count(num_features)
+        if count >= wanted:
+            return None
+        real = "" if floor is None else f"; {floor[1]} real images get {floor[0]:.4g}, compare with that"
+        return f"{self.label} of {count} says little, it wants {wanted}{real}"
+
 
 def _need(value: torch.Tensor | Gaussian | None, what: str) -> None:
     if value is None:

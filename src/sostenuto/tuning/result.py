@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,23 @@ def pareto(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(
         point
         for place, point in enumerate(ordered)
-        if not any(
-            faster.error <= point.error and (faster.score is None or point.score is None or faster.score <= point.score)
-            for faster in ordered[place + 1 :]
-        )
+        if not any(_matches(faster, point) for faster in ordered[place + 1 :])
     )
+
+
+def _matches(one: Point, other: Point) -> bool:
+    """Whether one point is no worse than another in nearness, and in score where both have one."""
+    return one.error <= other.error and (one.score is None or other.score is None or one.score <= other.score)
+
+
+def answers(points: Iterable[Point], frontier: Iterable[Point]) -> dict[float, Point]:
+    """For each target the slowest point of the frontier that is as fast and no worse than the one made for that target."""
+    return {
+        own.target: next(
+            (point for point in frontier if point.speedup >= min(own.target, own.speedup) and _matches(point, own)), own
+        )
+        for own in sorted(points, key=lambda point: point.target)
+    }
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,8 @@ class Tuned:
     Attributes:
         point: the point for the speed-up that was asked for; the fastest one where that is out of reach.
         frontier: from slow to fast the points that no faster one matches in nearness and score.
+        answers: for each target within reach the point that serves it best: as fast, and no worse than the one made for it.
+        budget: what speed is counted in, ``"macs"`` or ``"time"``.
         uncached_score: the score of the uncached images, where a score was given.
         limit: the largest speed-up that a plan of this model can have.
         notes: what was found on the way that the user should know.
@@ -98,6 +113,8 @@ class Tuned:
 
     point: Point
     frontier: tuple[Point, ...]
+    answers: Mapping[float, Point]
+    budget: str
     uncached_score: float | None
     limit: float
     notes: tuple[str, ...]
@@ -112,32 +129,44 @@ class Tuned:
         """Everything as plain data, ready for JSON."""
         return {
             "speedup": self.point.speedup,
-            "frontier": [point.as_dict() for point in self.frontier],
+            "budget": self.budget,
+            "frontier": [{**point.as_dict(), "answers": self._answered(point)} for point in self.frontier],
             "uncached_score": self.uncached_score,
             "limit": self.limit,
             "notes": list(self.notes),
             "work": self.work,
         }
 
+    def _answered(self, point: Point) -> list[float]:
+        """The targets that a point serves."""
+        return [target for target, answer in self.answers.items() if answer is point]
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``frontier.json`` and a table for each point, ``tuned-2x.json`` for a target of 2; returns the files."""
+        """Write ``frontier.json`` and a table for each target within reach, ``tuned-2x.json`` for one of 2; returns the files.
+
+        Tables that an earlier tuning left there for other targets are removed.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "frontier.json"]
         publish_json(paths[0], self.as_dict(), indent=1)
-        for point in self.frontier:
-            paths.append(folder / f"tuned-{point.target:g}x.json")
+        for target, point in self.answers.items():
+            paths.append(folder / f"tuned-{target:g}x.json")
             point.table.save(paths[-1])
+        for old in set(folder.glob("tuned-*x.json")) - set(paths):
+            if re.fullmatch(r"tuned-[\d.e+]+x\.json", old.name):
+                old.unlink()
         return paths
 
     def __str__(self) -> str:
         scored = self.uncached_score is not None
-        lines = [f"{'target':>7} {'by MACs':>8} {'by time':>8} {'nearness':>9}{'    score' if scored else ''}  plan"]
+        lines = [f"{'for':>12} {'by MACs':>8} {'by time':>8} {'nearness':>9}{'    score' if scored else ''}  plan"]
         for point in self.frontier:
             score = f" {point.score:8.3f}" if point.score is not None else ""
             mark = " ←" if point is self.point else ""
+            targets = " ".join(f"{target:g}×" for target in self._answered(point))
             lines.append(
-                f"{point.target:6.2f}× {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {point.decibels:6.1f} dB{score}  "
+                f"{targets:>12} {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {point.decibels:6.1f} dB{score}  "
                 f"{point.table.strip()}  {point.origin}{mark}"
             )
         if scored:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from sostenuto.tuning.lab import Lab, Trial, shared
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
-from sostenuto.tuning.result import Point, Tuned, pareto
+from sostenuto.tuning.result import Point, Tuned, answers, pareto
 from sostenuto.tuning.search import (
     ANY_ORDER,
     FORECASTS,
@@ -107,14 +108,18 @@ def tune(
     folder = None if folder is None else Path(folder)
     if folder is not None:
         _claim(folder, settings, options)
-    with progress(round(options.max_work), "tune (uncached generations, at most)", show_progress) as bar:
+    with progress(None, "tune (uncached generations)", show_progress) as bar:
         done = [0.0]
 
         def spent(work: float) -> None:
             done[0] += work
             bar.update(int(done[0]) - int(done[0] - work))
 
-        found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup)).run()
+        def expect(work: float) -> None:
+            bar.total = round(work)
+
+        found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup), expect).run()
+        expect(int(done[0]))  # an estimate is one: what is done is all there was to do
     if folder is not None and world().is_main:
         found.save(folder)
     return found
@@ -123,8 +128,8 @@ def tune(
 class _Tuner:
     """One tuning, stage by stage."""
 
-    def __init__(self, lab: Lab, options: TuneOptions, speedup: float) -> None:
-        self.lab, self.options, self.speedup = lab, options, speedup
+    def __init__(self, lab: Lab, options: TuneOptions, speedup: float, expect: Callable[[float], object]) -> None:
+        self.lab, self.options, self.speedup, self.expect = lab, options, speedup, expect
         self.scored = lab.settings.score is not None
         self.by_score = self.scored and options.prefer == "score"
         self.notes: list[str] = []
@@ -160,10 +165,12 @@ class _Tuner:
             self.lab.prepare("scored", [choose.scaled(plan.table, scale) for plan in plans])
         points += [self._point(target, plan, scale) for target, plan in zip(others, plans, strict=True)]
         frontier = pareto(points)
-        reached = [point for point in frontier if point.speedup >= 0.995 * pivot]
+        found = answers(points, frontier)
         return Tuned(
-            point=(reached or [frontier[-1]])[0],
+            point=found[pivot],
             frontier=frontier,
+            answers=found,
+            budget=self.options.budget,
             uncached_score=self.lab.scored(None).score if self.scored else None,
             limit=self.limit,
             notes=tuple(self.notes),
@@ -176,6 +183,11 @@ class _Tuner:
         """The speed-ups within reach, slow to fast."""
         self.limit = 1 / min(self._frontier(family, self.options.tilts[0])[1].least_cost for family in self._families)
         wanted = sorted({*map(float, self.options.speedups), self.speedup})
+        beyond = [f"{target:g}" for target in wanted if target > self.limit and target != self.speedup]
+        if beyond:
+            self.notes.append(
+                f"left out of the frontier: {', '.join(beyond)}, beyond the limit of {self.limit:.2f} times"
+            )
         if self.speedup <= self.limit:
             return [target for target in wanted if target <= self.limit]
         self._warn(
@@ -341,6 +353,7 @@ class _Tuner:
         if not world().is_main:
             return
         work = min(work, options.max_work)
+        self.expect(work)
         minutes = work * uncached.seconds / 60
         print(
             f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
