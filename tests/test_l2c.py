@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from safetensors.torch import save_file
 
 import sostenuto
 from conftest import build_tiny, sample_loop
-from sostenuto import FORA, L2C, MethodError, Router, TableError
+from sostenuto import FORA, L2C, Action, MethodError, Router, TableError
+from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.methods.base import Facts
 from sostenuto.router import FORMAT, cache_steps
 from test_engine import run_oracle
 
@@ -278,3 +281,20 @@ def test_the_shipped_router_is_chosen_by_model_scheduler_and_steps(tiny, schedul
             assert [[action == "compute" for action in row] for row in handle.stats.plan] == [list(row) for row in mask]
         with pytest.raises(MethodError, match="ship for 4, 6 steps, the sampler runs 8"):
             sample_loop(tiny, scheduler, 8)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(20, 0.475), (50, 0.48)])
+def test_a_router_ships_for_the_demo_and_reuses_the_share_that_its_page_names(steps, share):
+    pipe = load_demo_pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(steps)
+    with sostenuto.enable(pipe, "l2c") as handle:
+        timesteps = tuple(pipe.scheduler.timesteps.tolist())
+        plan = handle.method.plan(Facts(handle.sites, timesteps, pipe.transformer, pipe.scheduler))
+    reused = [row.count(Action.REUSE) for row in plan.actions]
+    computed = [row.count(Action.COMPUTE) for row in plan.actions]
+    assert [r + c for r, c in zip(reused, computed, strict=True)] == [8 * 2] * steps  # branches of eight blocks
+    assert not any(reused[0::2])  # for even numbers of steps, full and cache steps in turn
+    assert sum(reused[1::2]) == round(share * (steps // 2) * 8 * 2)
+    page = (Path(__file__).parents[1] / "docs" / "methods" / "l2c.md").read_text(encoding="utf-8")
+    assert f"{100 * share:g} % ({steps} steps)" in page

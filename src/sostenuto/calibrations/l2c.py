@@ -110,7 +110,7 @@ class L2CCalibration(Calibration):
 
     @classmethod
     def demo(cls, num_inference_steps: int = 20, folder: str | Path | None = None) -> L2CCalibration:
-        """For the demo model on Fashion-MNIST, with λ such that about 45 % of the cache steps' branches close.
+        """For the demo model on Fashion-MNIST, with λ such that about 48 % of the cache steps' branches close.
 
         Args:
             num_inference_steps: λ was chosen at 20 and at 50 steps; another number takes that of the nearer one.
