@@ -100,23 +100,46 @@ def model(tiny, scheduler) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def sample_loop(
-    model, scheduler, num_steps=6, seed=0, batch=2, dtype=torch.float32, separate_guidance=False, stop_at=None
+    model,
+    scheduler,
+    num_steps=6,
+    seed=0,
+    batch=2,
+    dtype=torch.float32,
+    separate_guidance=False,
+    stop_at=None,
+    *,
+    fused_guidance=False,
+    conditional_first=True,
+    size=8,
+    first_step=0,
 ):
-    """The user's own loop around a denoiser; returns the final latents and every model output."""
+    """The user's own loop around a denoiser; returns the final latents and every model output.
+
+    Guidance is in two calls of a step (``separate``), or in one with the batch doubled (``fused``), or there is none. With a
+    ``first_step`` the noisiest steps are left out, as image-to-image does.
+    """
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, 2, 8, 8, generator=generator).to(dtype)
+    latents = torch.randn(batch, 2, size, size, generator=generator).to(dtype)
     labels = (torch.arange(batch) + seed) % 10
     null = torch.full_like(labels, 10)
+    order = 1 if conditional_first else -1
     scheduler.set_timesteps(num_steps)
     outputs = []
-    for step, timestep in enumerate(scheduler.timesteps):
+    for step, timestep in enumerate(scheduler.timesteps[first_step:], first_step):
         if stop_at is not None and step == stop_at:
             raise KeyboardInterrupt
-        noise = model(latents, timestep.expand(batch), labels).sample
-        outputs.append(noise)
+        if fused_guidance:
+            halves = torch.cat([labels, null][::order])
+            outputs.append(model(torch.cat([latents] * 2), timestep.expand(2 * batch), halves).sample)
+            noise, unconditional = outputs[-1].chunk(2)[::order]
+        else:
+            noise = model(latents, timestep.expand(batch), labels).sample
+            outputs.append(noise)
         if separate_guidance:
             unconditional = model(latents, timestep.expand(batch), null).sample
             outputs.append(unconditional)
+        if fused_guidance or separate_guidance:
             noise = unconditional + 3.0 * (noise - unconditional)
         latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample.to(dtype)
     return latents, outputs

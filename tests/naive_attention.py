@@ -1,33 +1,19 @@
 """DiTFastAttn's attention from its definition, with dense masks, and a loop whose guidance is in one batch."""
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from conftest import sample_loop
 from sostenuto import Action
 
 C, R, W, G, WG = Action.COMPUTE, Action.REUSE, Action.WINDOW, Action.SHARE, Action.WINDOW_SHARE
 SITES = [f"transformer_blocks.{index}.attn1" for index in range(3)]
 
 
-@torch.no_grad()
-def guided_loop(model, scheduler, num_steps=6, seed=0, batch=2, conditional_first=True, stop_at=None):
-    """Guidance in one batched call; returns the final latents and every output of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, 2, 8, 8, generator=generator)
-    halves = [torch.arange(batch), torch.full((batch,), 10)]
-    labels = torch.cat(halves if conditional_first else halves[::-1])
-    scheduler.set_timesteps(num_steps)
-    outputs = []
-    for step, timestep in enumerate(scheduler.timesteps):
-        if step == stop_at:
-            raise KeyboardInterrupt
-        outputs.append(model(torch.cat([latents] * 2), timestep.expand(2 * batch), labels).sample)
-        conditional, unconditional = outputs[-1].chunk(2) if conditional_first else outputs[-1].chunk(2)[::-1]
-        noise = unconditional + 3.0 * (conditional - unconditional)
-        latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample
-    return latents, outputs
+guided_loop = partial(sample_loop, fused_guidance=True)
 
 
 class NaiveAttention:

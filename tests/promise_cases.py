@@ -68,7 +68,7 @@ class Case:
 
     name: str
     method: Callable[[], Method]
-    neutral: Callable[[], Method] | None
+    neutral: Callable[[], Method]
     """The same with nothing skipped or changed."""
     build: Callable[[], nn.Module] = build_tiny
     skips: bool = True
@@ -89,11 +89,15 @@ CASES = [
     Case("fora", lambda: FORA(2), lambda: FORA(1)),
     Case("toca", lambda: ToCa(fresh_ratio=0.2, middle_interval=None), lambda: ToCa(interval=1)),
     Case("duca", lambda: DuCa(fresh_ratio=0.2, middle_interval=None), lambda: DuCa(interval=1)),
-    Case("toca | eb scaling", lambda: ToCa(interval=2) | EpsilonScaling(1 / 0.98), None),
+    Case(
+        "toca | eb scaling",
+        lambda: ToCa(interval=2) | EpsilonScaling(1 / 0.98),
+        lambda: ToCa(interval=1) | EpsilonScaling(1.0),
+    ),
     Case("delta-dit", lambda: DeltaDiT(2, 0.5, 2), lambda: DeltaDiT(1)),
     Case("l2c", lambda: L2C(_router(-9.0)), lambda: L2C(_router(9.0))),
     Case("ditfastattn", lambda: DiTFastAttn(_attention("CWRWCR"), 3), lambda: DiTFastAttn(_attention("CCCCCC"), 3)),
-    Case("pab", lambda: PAB(2, 2, 2, (0, 999), {700: ((1,), 1)}), None),
+    Case("pab", lambda: PAB(2, 2, 2, (0, 999), {700: ((1,), 1)}), lambda: PAB(1, 1, 1)),
     Case("smoothcache", lambda: SmoothCache(TABLE), lambda: SmoothCache(ALL_COMPUTED)),
     Case("deepcache", lambda: DeepCache(2), lambda: DeepCache(1), _unet, inner="conv_in"),
     Case("taylorseer", lambda: TaylorSeer(2, 2, 2), lambda: TaylorSeer(1)),
@@ -102,7 +106,7 @@ CASES = [
     Case("dbcache", lambda: DBCache(1, 1, 1.0, warmup=2), lambda: DBCache(1, 1, 0.0)),
     Case("magcache", lambda: MagCache((1.0,) * 6, 0.1, 2), lambda: MagCache((1.0,) * 6, max_consecutive=0)),
     Case("epsilon-scaling", EpsilonScaling, lambda: EpsilonScaling(1.0), skips=False),
-    Case("time-shift", TimeShift, None, skips=False),
+    Case("time-shift", TimeShift, lambda: TimeShift(cutoff=1000), skips=False),
     Case("fora | epsilon-scaling", lambda: FORA(2) | EpsilonScaling(1.01), lambda: FORA(1) | EpsilonScaling(1.0)),
     Case("fora | forecast", lambda: FORA(3) | Forecast(1), lambda: FORA(1) | Forecast(1)),
     Case(
@@ -122,7 +126,16 @@ CASES = [
         _unet,
         inner="conv_in",
     ),
-    Case("magcache | time-shift", lambda: MagCache((1.0,) * 6, 0.1, 2) | TimeShift(), None),
+    Case(
+        "l2c | epsilon-scaling",
+        lambda: L2C(_router(-9.0)) | EpsilonScaling(1.01),
+        lambda: L2C(_router(9.0)) | EpsilonScaling(1.0),
+    ),
+    Case(
+        "magcache | time-shift",
+        lambda: MagCache((1.0,) * 6, 0.1, 2) | TimeShift(),
+        lambda: MagCache((1.0,) * 6, max_consecutive=0) | TimeShift(cutoff=1000),
+    ),
 ]
 
 

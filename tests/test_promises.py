@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sostenuto
 from conftest import sample_loop
 from promise_cases import CASES, Case, build, new_scheduler
+from sostenuto.methods.base import Method, parts
+from what_ran import Watched, counted
 
 STEPS = 6
 
@@ -38,86 +42,148 @@ def cached(model, case, method=None, **kwargs):
         return sample_loop(model, scheduler, STEPS, **kwargs)[0], handle
 
 
+def attributes(model):
+    """The names of what each module has."""
+    return {name: set(vars(module)) for name, module in model.named_modules()}
+
+
 def test_disabled_is_bit_identical_and_leaves_no_trace(model, case):
-    before = run(model, case)
-    names = {name: set(vars(module)) for name, module in model.named_modules()}
+    before, names = run(model, case), attributes(model)
     cached(model, case)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+    assert attributes(model) == names
     assert torch.equal(run(model, case), before)
 
 
-def test_all_computed_is_bit_identical(model, case):
-    if case.neutral is None:
-        pytest.skip("the method has no setting that computes everything")
-    assert torch.equal(cached(model, case, case.neutral())[0], run(model, case))
+@pytest.mark.parametrize("guidance", [None, "fused_guidance", "separate_guidance"])
+def test_all_computed_is_bit_identical_however_guidance_calls(model, case, guidance):
+    how = {guidance: True} if guidance else {}
+    assert torch.equal(cached(model, case, case.neutral(), **how)[0], run(model, case, **how))
 
 
-@pytest.mark.parametrize("separate_guidance", [False, True])
-def test_all_computed_agrees_with_guidance_fused_or_in_two_calls(model, case, separate_guidance):
-    if case.neutral is None:
-        pytest.skip("the method has no setting that computes everything")
-    plain = run(model, case, separate_guidance=separate_guidance)
-    assert torch.equal(cached(model, case, case.neutral(), separate_guidance=separate_guidance)[0], plain)
+# What decides while the network runs decides for a batch as a whole, so that halves of a batch may skip other steps than
+# two calls do.
+PLANNED = [case for case in CASES if all(type(part).policy is Method.policy for part in parts(case.method()))]
 
 
-def test_two_generations_in_a_row_equal_two_fresh_ones(model, case):
-    fresh = [cached(model, case, seed=seed)[0] for seed in (1, 2)]
+@pytest.mark.parametrize("case", PLANNED, indirect=True, ids=lambda case: case.name)
+def test_fused_and_separate_guidance_agree(model, case):
+    fused, separate = (cached(model, case, **{how: True})[0] for how in ("fused_guidance", "separate_guidance"))
+    torch.testing.assert_close(fused, separate, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(fused, cached(model, case)[0])
+
+
+def test_generations_in_a_row_equal_fresh_ones(model, case):
+    """Also where the last one leaves out the first step, so that what were left of the one before would be read at once."""
+    generations = [{"seed": 1}, {"seed": 2}, {"seed": 3, "first_step": 1}]
+    fresh = [cached(model, case, **generation)[0] for generation in generations]
     scheduler = new_scheduler(case)
     with sostenuto.enable(model, case.method(), scheduler=scheduler):
-        rows = [sample_loop(model, scheduler, STEPS, seed=seed)[0] for seed in (1, 2)]
-    assert all(torch.equal(a, b) for a, b in zip(fresh, rows, strict=True))
+        rows = [sample_loop(model, scheduler, STEPS, **generation)[0] for generation in generations]
+    assert all(map(torch.equal, fresh, rows))
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, STEPS - 1])
-def test_an_interrupted_generation_leaves_nothing_stale(model, case, stop_at):
-    fresh = cached(model, case, seed=2)[0]
+def test_an_interrupted_generation_leaves_nothing_stale(model, case):
+    """Neither to a generation from the first step on nor to one that begins where the other was given up."""
+    fresh = [cached(model, case, seed=2, first_step=step)[0] for step in range(STEPS)]
     scheduler = new_scheduler(case)
     with sostenuto.enable(model, case.method(), scheduler=scheduler):
-        with pytest.raises(KeyboardInterrupt):
-            sample_loop(model, scheduler, STEPS, seed=1, stop_at=stop_at)
-        assert torch.equal(sample_loop(model, scheduler, STEPS, seed=2)[0], fresh)
+        for stop_at in range(1, STEPS):
+            for first_step in (0, stop_at):
+                with pytest.raises(KeyboardInterrupt):
+                    sample_loop(model, scheduler, STEPS, seed=1, stop_at=stop_at)
+                latents = sample_loop(model, scheduler, STEPS, seed=2, first_step=first_step)[0]
+                assert torch.equal(latents, fresh[first_step])
 
 
 def test_an_exception_inside_a_block_leaves_nothing_stale(model, case):
-    fresh = cached(model, case, seed=2)[0]
-    scheduler = new_scheduler(case)
-    calls = []
+    """To a generation that begins at the step that failed."""
+    fresh = [cached(model, case, seed=2, first_step=step)[0] for step in range(STEPS)]
+    scheduler, block, steps, calls = new_scheduler(case), case.inner_module(model), [], []
 
-    def fail(*_):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("inside a block")
+    def network(*args):
+        steps.append(args)
+        return model(*args)
+
+    def fails(last):
+        def fail(*_):
+            calls.append(None)
+            if len(calls) == last:
+                raise RuntimeError("inside a block")
+
+        steps.clear()
+        calls.clear()
+        return block.register_forward_pre_hook(fail)
 
     with sostenuto.enable(model, case.method(), scheduler=scheduler):
-        hook = case.inner_module(model).register_forward_pre_hook(fail)
-        with contextlib.suppress(RuntimeError):  # a method that skips the block from then on never comes to fail
+        with fails(last=None):
             sample_loop(model, scheduler, STEPS, seed=1)
-        hook.remove()
-        assert torch.equal(sample_loop(model, scheduler, STEPS, seed=2)[0], fresh)
+        for call in range(2, len(calls) + 1):  # a method may skip the block at some steps
+            with fails(last=call), pytest.raises(RuntimeError, match="inside a block"):
+                sample_loop(network, scheduler, STEPS, seed=1)
+            first_step = len(steps) - 1
+            latents = sample_loop(model, scheduler, STEPS, seed=2, first_step=first_step)[0]
+            assert torch.equal(latents, fresh[first_step])
 
 
 def test_separate_passes_do_not_see_each_other(model, case):
-    """With the same conditioning's value in both passes the two would mix unnoticed; here each equals its own run."""
-    guided, _ = cached(model, case, separate_guidance=True)
-    again, handle = cached(model, case, separate_guidance=True)
-    assert torch.equal(guided, again)
-    assert handle.stats.num_passes == 2
+    """Between two others of its step a pass puts out what it does alone.
 
+    What passes share by design doesn't depend on them: the random tokens of ToCa and DuCa, drawn from the step alone.
+    DiTFastAttn's sharing between conditional and unconditional is for the halves of one batch; no case here has it, as it is
+    refused in separate calls.
+    """
 
-def test_the_batch_may_change_between_generations(model, case):
-    fresh = {batch: cached(model, case, batch=batch)[0] for batch in (1, 2, 4)}
+    def between(latents, timestep, labels):
+        model(latents, timestep, (labels + 5) % 10)
+        output = model(latents, timestep, labels)
+        model(latents, timestep, torch.full_like(labels, 10))
+        return output
+
     scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler) as handle:
+        alone = sample_loop(model, scheduler, STEPS)[1]
+        amid = sample_loop(between, scheduler, STEPS)[1]
+        assert handle._record.num_passes == 3
+    assert all(map(torch.equal, amid, alone))
+
+
+CHANGES = {
+    "batch": (2, 4, 1, 2),
+    "size": (8, 12, 8),
+    "dtype": (torch.float32, torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_batch_resolution_and_dtype_may_change_between_generations(model, case, what):
+    """Each begins where one of another kind was given up."""
+    model.bfloat16().float()  # weights that are the same in both
+    scheduler = new_scheduler(case)
+
+    def generate(value, **kwargs):
+        model.to(value if what == "dtype" else torch.float32)
+        return sample_loop(model, scheduler, STEPS, **{what: value}, **kwargs)[0]
+
+    def fresh(value):
+        with sostenuto.enable(model, case.method(), scheduler=scheduler):
+            return generate(value, first_step=1)
+
+    expected = {value: fresh(value) for value in dict.fromkeys(CHANGES[what])}
     with sostenuto.enable(model, case.method(), scheduler=scheduler):
-        for batch in (2, 4, 1, 2):
-            assert torch.equal(sample_loop(model, scheduler, STEPS, batch=batch)[0], fresh[batch])
+        for before, value in pairwise(CHANGES[what]):
+            with pytest.raises(KeyboardInterrupt):
+                generate(before, stop_at=1)
+            assert torch.equal(generate(value, first_step=1), expected[value])
 
 
 def test_bfloat16_state(model, case):
     model.to(torch.bfloat16)
-    latents, handle = cached(model, case, dtype=torch.bfloat16)
-    assert latents.dtype == torch.bfloat16
-    assert torch.isfinite(latents.float()).all()
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler) as handle:
+        outputs = sample_loop(model, scheduler, STEPS, dtype=torch.bfloat16)[1]
+    assert all(output.dtype == torch.bfloat16 and output.isfinite().all() for output in outputs)
     half = handle._record.bytes_peak
+    assert (half > 0) == case.skips
     model.float()
     assert 2 * half == cached(model, case)[1]._record.bytes_peak
 
@@ -125,33 +191,42 @@ def test_bfloat16_state(model, case):
 def test_it_skips_something_and_its_statistics_equal_an_independent_count_of_what_ran(model, case):
     scheduler = new_scheduler(case)
     with sostenuto.enable(model, case.method(), scheduler=scheduler) as handle:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            latents = sample_loop(model, scheduler, STEPS)[0]
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, Watched(model) as watched:
+            latents = sample_loop(watched, scheduler, STEPS, separate_guidance=True)[0]
         stats = handle.stats
-    executed = counter.get_total_flops() // 2
-    assert stats.macs == executed
+    assert stats.macs == counter.get_total_flops() // 2
     assert len(stats.plan) == stats.num_steps == STEPS
+    ran = watched.plan(stats.plan, stats.sites, num_passes=2)
+    assert ran[::2] == stats.plan
+    assert counted(ran) == Counter(stats.actions)
     assert torch.isfinite(latents).all()
     if case.skips:
         assert stats.ideal_speedup > 1.02
-        assert not torch.equal(latents, run(model, case))
+        assert not torch.equal(latents, run(model, case, separate_guidance=True))
 
 
 def test_copies_and_pickles_are_those_of_the_plain_network(model, case):
-    stock = run(model, case)
-    with sostenuto.enable(model, case.method(), scheduler=new_scheduler(case)):
-        twin = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
-    for plain in (*twin, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
-        assert torch.equal(run(plain, case), stock)
+    stock, names, fresh = run(model, case), attributes(model), cached(model, case)[0]
+    scheduler = new_scheduler(case)
+    with sostenuto.enable(model, case.method(), scheduler=scheduler):
+        with pytest.raises(KeyboardInterrupt):
+            sample_loop(model, scheduler, STEPS, stop_at=STEPS - 1)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for twin in twins:
+            assert attributes(twin) == names
+            assert torch.equal(run(twin, case), stock)
+        assert torch.equal(sample_loop(model, scheduler, STEPS)[0], fresh)
 
 
-# A compilation takes seconds; one of each way of filling a gap, and of being refused, is in every run (ToCa's and
-# TaylorSeer's in their own files).
+# A compilation takes seconds; one of each way of filling a gap (TaylorSeer's and that of random tokens in their own files),
+# and whatever is refused, is in every run.
 COMPILED_QUICKLY = (
     "none",
     "eb, stack",
     "ab",
     "fora",
+    "toca",
+    "toca | eb scaling",
     "teacache",
     "dbcache",
     "fora | epsilon-scaling",
@@ -163,16 +238,18 @@ COMPILED = [case if case.name in COMPILED_QUICKLY else pytest.param(case, marks=
 def test_a_compiled_denoiser_gives_the_same_or_is_refused(model, case):
     method = case.method()
     torch._dynamo.reset()
+    counters.clear()
     eager = cached(model, case)[0]
     model.compile(backend="aot_eager", fullgraph=True)
-    if not all(part.compiles and not part.observed(model) for part in sostenuto.methods.base.parts(method)):
+    if not all(part.compiles and not part.observed(model) for part in parts(method)):
         with pytest.raises(sostenuto.MethodError, match="compiled"):
             sostenuto.enable(model, method, scheduler=new_scheduler(case))
         assert not any("sostenuto" in name for module in model.modules() for name in vars(module))
         return
     torch.testing.assert_close(cached(model, case)[0], eager, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_every_method_has_a_case():
-    tested = {part.name for case in CASES for part in sostenuto.methods.base.parts(case.method())}
+    tested = {part.name for case in CASES for part in parts(case.method())}
     assert tested == set(sostenuto.available_methods())
