@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+_ATTENTION = F.scaled_dot_product_attention  # itself, also while something else goes by its name and calls it
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -56,7 +58,7 @@ class Listening(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             self.calls.append(_attended(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
