@@ -12,6 +12,7 @@ from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.correct import predicted_noise, without_variance
 from sostenuto.cost import Cost
+from sostenuto.features import leaves
 from sostenuto.plan import Op, Row
 from sostenuto.state import Call, PassState
 
@@ -36,7 +37,7 @@ class Prober:
     @property
     def batch_size(self) -> int:
         """Rows of the denoiser's batch."""
-        return self.call.latents.shape[0]
+        return len(self.call.latents)  # of a tensor, or of a list of them
 
     def follow(self) -> Any:
         """The denoiser's output as the method's plan has it; no factor of the noise is applied yet."""
@@ -48,12 +49,13 @@ class Prober:
         return replace(self, call=replace(self.call, args=args, kwargs=kwargs, latents=latents))
 
     def prediction(self, output: Any) -> torch.Tensor:
-        """What an output of this call predicts, without a learned variance."""
-        return without_variance(compat.first_tensor(output), self.call.latents)
+        """What an output of this call predicts, without a learned variance; of a list of samples for the first one."""
+        return without_variance(compat.first_tensor(output), next(leaves(self.call.latents)))
 
     def noise(self, output: Any) -> torch.Tensor:
         """The noise ε that an output of this call predicts, also where the network predicts something else."""
-        return predicted_noise(compat.first_tensor(output), self.call.latents, self.handle._conversion(self.tick))
+        latents = next(leaves(self.call.latents))
+        return predicted_noise(compat.first_tensor(output), latents, self.handle._conversion(self.tick))
 
     def scaled(self, output: Any, scale: float) -> Any:
         """An output of this call with its noise multiplied by ``scale``."""

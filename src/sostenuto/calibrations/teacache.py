@@ -17,6 +17,7 @@ from sostenuto.calibrations.base import Calibration, Settings, measure_uncached
 from sostenuto.clock import Tick
 from sostenuto.engine import Prober
 from sostenuto.errors import MethodError
+from sostenuto.features import leaves
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.methods.teacache import TeaCache, TeaCacheFit
 from sostenuto.plan import Op
@@ -139,5 +140,6 @@ def _changes(tick: Tick, prober: Prober) -> tuple[Any, _Pair]:
     listener = prober.state.policy
     assert isinstance(listener, _Listener)
     output = prober.run([Op.DECIDE])
-    noise = compat.first_tensor(output)[:, : prober.call.latents.shape[1]]  # no learned variance
+    channels = next(leaves(prober.call.latents)).shape[1]
+    noise = compat.first_tensor(output)[:, :channels]  # no learned variance
     return output, listener.changes(noise.detach().clone())  # a clone: the sampler may write in place
