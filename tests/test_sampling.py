@@ -131,7 +131,7 @@ def test_prompts_go_to_pipelines_that_take_them(tmp_path, capsys):
     assert not (tmp_path / "c").exists()
     (tmp_path / "empty.txt").write_text("\n")
     assert main(["generate", *WORDS, "--prompts", str(tmp_path / "empty.txt"), "--output", str(tmp_path / "d")]) == 1
-    assert "no prompt" in capsys.readouterr().err
+    assert "a prompt in each line, none of them empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [{"num_images": 0}, {"batch_size": 0}, {"conditions": ()}, {"seed": -1}])

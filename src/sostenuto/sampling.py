@@ -8,14 +8,13 @@ they run decide for a batch as a whole.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from sostenuto.errors import InputError
 from sostenuto.files import publish, publish_json, tidy
 from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
+from sostenuto.pipelines import Conditions, call_arguments, first_output, pipeline_sample
 from sostenuto.seeds import noise_seed
 
 _LEADING_VALUES = 16  # of every weight, which tell one training of a network from another
@@ -45,17 +45,19 @@ class Images:
         num_images: how many, 1 or more.
         conditions: class labels or prompts; image i has number i modulo their number.
         num_inference_steps: steps of the sampler.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: of classifier-free guidance; ``None`` leaves the pipeline its own.
         seed: of the run; image i has the noise of :func:`~sostenuto.seeds.noise_seed`.
         batch_size: images of one call; the last call may have fewer.
+        arguments: further ones of the pipeline's call, plain data by name.
     """
 
     num_images: int
-    conditions: Sequence[int] | Sequence[str]
+    conditions: Conditions
     num_inference_steps: int = 50
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = 1.0
     seed: int = 0
     batch_size: int = 32
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_images < 1 or self.batch_size < 1 or self.seed < 0 or not self.conditions:
@@ -80,7 +82,7 @@ def sample_images(
     """Make what is missing of the images, together with the other processes of the launch and with other launches.
 
     Args:
-        pipe: a pipeline that takes ``class_labels`` or ``prompt``, and a generator for each image.
+        pipe: a pipeline that takes ``class_labels`` or ``prompt``, and a generator for each image; on its device.
         method: what is enabled on it.
         images: which images.
         output: a folder for ``00000000.png`` …, or a file that ends in ``.npz``, in the layout of the ADM evaluator: ``arr_0``
@@ -96,8 +98,8 @@ def sample_images(
     Raises:
         InputError: the folder holds images of another model, method or setting.
     """
-    pipe.to(world().device)
-    argument = _argument(pipe, images)
+    shared = {"guidance_scale": images.guidance_scale, "arguments": images.arguments}
+    call_arguments(pipe, images.conditions, **shared)  # refuses before anything is written
     store = _Npz(output) if output.suffix == ".npz" else _Pngs(output)
     _check_run(store, {**_identity(pipe, method, images), "model": made_with})
     batches = images.batches()
@@ -106,13 +108,10 @@ def sample_images(
 
         def do(name: str) -> dict[str, Any]:
             indices, began = batches[name], time.perf_counter()
-            made = pipe(
-                **{argument: [images.condition(i) for i in indices]},
-                num_inference_steps=images.num_inference_steps,
-                guidance_scale=images.guidance_scale,
-                generator=[torch.Generator().manual_seed(noise_seed(images.seed, i)) for i in indices],
-                output_type="np",
-            ).images
+            conditions = [images.condition(i) for i in indices]
+            sample = pipeline_sample(pipe, conditions, output_type="np", **shared)
+            generators = [torch.Generator().manual_seed(noise_seed(images.seed, i)) for i in indices]
+            made = first_output(sample(pipe, generators, images.num_inference_steps))
             seconds = time.perf_counter() - began
             store.put(name, indices, _bytes_of(made))
             stats = handle.stats
@@ -135,15 +134,6 @@ def sample_images(
     }
 
 
-def _argument(pipe: Any, images: Images) -> str:
-    """What the pipeline calls its conditions."""
-    argument = "prompt" if isinstance(images.conditions[0], str) else "class_labels"
-    if argument not in inspect.signature(type(pipe).__call__).parameters:
-        given = "prompts" if argument == "prompt" else "class labels"
-        raise InputError(f"{type(pipe).__name__} takes no {given}: a text pipeline needs prompts, another class labels")
-    return argument
-
-
 def _bytes_of(images: Any) -> np.ndarray:
     """``[n, height, width, channels]`` in [0, 1] as uint8, rounded as diffusers does."""
     images = np.asarray(images)
@@ -154,7 +144,7 @@ def _bytes_of(images: Any) -> np.ndarray:
 
 def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
     """What the bytes of the images depend on, as plain data."""
-    device = world().device
+    device = pipe.device
     return {
         "denoisers": {name: _weights(denoiser) for name, denoiser in compat.find_denoisers(pipe).items()},
         "scheduler": [type(pipe.scheduler).__name__, compat.config_of(pipe.scheduler)],

@@ -21,6 +21,7 @@ from sostenuto.bench.specs import nearest
 from sostenuto.errors import InputError
 from sostenuto.features import mapped
 from sostenuto.measured import read_json, table_file
+from sostenuto.pipelines import PROMPT, as_images, first_output, pipeline_sample, suited
 
 TINY = "tiny:"
 Sample = Callable[[torch.Generator, int], torch.Tensor]
@@ -120,7 +121,7 @@ def _demo(batch_size: int, device: str, dtype: torch.dtype) -> Subject:
 
 
 def load_pipeline(model: str, **options: Any) -> Any:
-    """A pipeline from a folder or hub id: diffusers', or the demo's own, which diffusers doesn't know.
+    """A pipeline without its progress bar, from a folder or hub id: diffusers', or the demo's own, which that doesn't know.
 
     Args:
         model: the folder or id.
@@ -138,29 +139,20 @@ def load_pipeline(model: str, **options: Any) -> Any:
 
             kind = DemoPipeline
     # Weights in another format may be pickles.
-    return (kind or compat.diffusers_name("DiffusionPipeline")).from_pretrained(model, use_safetensors=True, **options)
+    pipe = (kind or compat.diffusers_name("DiffusionPipeline")).from_pretrained(model, use_safetensors=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _pipeline(folder: str, batch_size: int, device: str, dtype: torch.dtype) -> Subject:
     pipe = load_pipeline(folder, torch_dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    taken = inspect.signature(type(pipe).__call__).parameters
-    offered = {"class_labels": [i % 10 for i in range(batch_size)], "prompt": ["a photo of a piano"] * batch_size}
+    conditions = suited(pipe, [i % 10 for i in range(batch_size)], [PROMPT] * batch_size)
+    call = pipeline_sample(pipe, conditions, output_type="pt")
 
     def sample(generator: torch.Generator, num_inference_steps: int) -> torch.Tensor:
-        given = {name: value for name, value in offered.items() if name in taken}
-        made = pipe(num_inference_steps=num_inference_steps, generator=generator, output_type="pt", **given)
-        return as_images(next(iter(made.values())) if hasattr(made, "values") else made[0])
+        return as_images(first_output(call(pipe, generator, num_inference_steps)))
 
     return Subject(pipe, compat.find_denoiser(pipe), pipe, sample, batch_size, makes_images=True)
-
-
-def as_images(output: Any) -> torch.Tensor:
-    """Images or frames ``[n, c, h, w]`` of what a pipeline returned: a tensor, an array ``[…, h, w, c]``, or a list of them."""
-    if isinstance(output, (list, tuple)):
-        output = torch.stack([as_images(part) for part in output])
-    images = output if isinstance(output, torch.Tensor) else torch.as_tensor(output).movedim(-1, -3)
-    return images.reshape(-1, *images.shape[-3:]).float() if images.ndim >= 3 else images.float()
 
 
 def _sampled(network: Network, batch_size: int, device: str, dtype: torch.dtype) -> Subject:

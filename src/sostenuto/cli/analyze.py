@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.pipelines import PROMPT
 
 _TINY = "tiny:"
 
@@ -34,13 +34,15 @@ class Analyze:
     data: Path | None = None
     """The demo model: folder with Fashion-MNIST's four IDX files, for exposure bias; by default where Debian's package puts
     them, and without them the model's own samples."""
-    prompt: str = "a photo of a piano"
+    prompt: str = PROMPT
     """What is generated where the pipeline takes a prompt."""
     labels: tuple[int, ...] | None = None
     """Class labels of a generation; by default 0 … 9 over and over."""
     decode: bool = True
     """Look at images, where the pipeline has a VAE, and not at latents."""
     seed: int = 0
+    device: str = "auto"
+    """Where a pipeline runs: cpu, cuda, or auto, which takes the GPU where there is one."""
     json: Path | None = None
     """Also write all numbers to this file."""
 
@@ -78,22 +80,12 @@ class Analyze:
     def _loaded(self) -> tuple[Any, Any, dict[str, Any]]:
         from sostenuto.analysis.analyze import image_decoder
 
-        pipe = ModelChoice(self.model, "none", scheduler=self.scheduler).pipeline()
-        pipe.set_progress_bar_config(disable=True)
-        taken = inspect.signature(type(pipe).__call__).parameters
         labels = list(self.labels or (index % 10 for index in range(min(self.num_samples, 20))))
-
-        def sample(pipe: Any, generator: Any, num_inference_steps: int) -> Any:
-            offered = {
-                "class_labels": labels,
-                "prompt": self.prompt,
-                "guidance_scale": 1.0,
-                "num_inference_steps": num_inference_steps,
-                "generator": generator,
-                "output_type": "latent" if "prompt" in taken else "pt",
-            }
-            return pipe(**{name: value for name, value in offered.items() if name in taken})
-
+        choice = ModelChoice(
+            self.model, "none", scheduler=self.scheduler, guidance_scale=1.0, labels=tuple(labels), device=self.device
+        )
+        pipe = choice.pipeline()
+        sample = choice.sample(pipe, prompt=self.prompt)
         options: dict[str, Any] = {"decode": image_decoder(pipe) if self.decode else None}
         if self.model == "demo":
             options["real_latents"] = self._real(labels)

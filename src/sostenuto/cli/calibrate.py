@@ -101,8 +101,6 @@ class Calibrate:
 
         calibration = self.calibration()
         pipe, extra = self.choice.pipeline(), {}
-        if world().size > 1:
-            pipe.to(world().device)
         if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
             from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
@@ -113,7 +111,7 @@ class Calibrate:
         made = sostenuto.calibrate(
             pipe,
             calibration,
-            self.choice.sample(),
+            self.choice.sample(pipe),
             num_inference_steps=self.choice.num_inference_steps,
             num_samples=self.num_samples,
             generator=torch.Generator().manual_seed(self.choice.seed),

@@ -1,14 +1,27 @@
-"""What the commands share: which model, sampler and method; writing numbers to a file."""
+"""What the commands share: which model, sampler and method, where it runs; reading prompts, writing numbers to a file."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sostenuto.errors import InputError
+import torch
 
+from sostenuto.distributed.world import world
+from sostenuto.errors import InputError
+from sostenuto.pipelines import Conditions, are_prompts, pipeline_sample, suited
+
+_OWN_OPTIONS = {
+    "num_inference_steps": "use --num-inference-steps",
+    "guidance_scale": "use --guidance-scale",
+    "class_labels": "use --labels",
+    "prompt": "use --prompt",
+    "generator": "use --seed",
+    "output_type": "the command chooses it",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,14 +40,26 @@ class ModelChoice:
     scheduler: str | None = None
     """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
     num_inference_steps: int = 50
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
+    """By default 1, which is none, with class labels, and the pipeline's own with prompts."""
     labels: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
-    """Class labels."""
+    """Class labels, all in one batch."""
+    prompt: tuple[str, ...] = ()
+    """Texts, all in one batch, for a pipeline that takes prompts in place of labels."""
+    prompts: Path | None = None
+    """A text file with a prompt in each line, or a JSON list, in place of --prompt."""
+    pipe_arguments: tuple[str, ...] = ()
+    """Further arguments of the pipeline's call, as NAME=VALUE: height=512 width=512 num_frames=17."""
     seed: int = 0
+    device: str = "auto"
+    """Where the pipeline runs: cpu, cuda, or auto, which takes the GPU where there is one."""
 
     def pipeline(self) -> Any:
-        """The pipeline with its scheduler."""
+        """The pipeline with its scheduler, on its device."""
+        device = device_of(self.device)
         pipe = self._load()
+        if device.type != "cpu":
+            pipe.to(device)
         method = self.method if self.config is None else self.method_object().name
         name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
         if name is not None:
@@ -86,19 +111,76 @@ class ModelChoice:
 
         return None if self.config is None else load_config(self.config).max_cache_bytes
 
-    def sample(self, output_type: str = "pt") -> Any:
-        """A ``sample`` for calibrate and verify."""
+    def conditions(self) -> Conditions:
+        """The prompts where there are any, else the class labels."""
+        if self.prompts is None:
+            return self.prompt or self.labels
+        if self.prompt:
+            raise InputError("--prompt and --prompts say the same: give one of them")
+        return read_prompts(self.prompts)
 
-        def sample(pipe: Any, generator: Any, num_inference_steps: int = self.num_inference_steps) -> Any:
-            return pipe(
-                class_labels=list(self.labels),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                generator=generator,
-                output_type=output_type,
-            ).images
+    def arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """What :func:`~sostenuto.pipelines.pipeline_sample` takes besides the conditions."""
+        usual = None if are_prompts(conditions) else 1.0
+        scale = usual if self.guidance_scale is None else self.guidance_scale
+        return {"guidance_scale": scale, "arguments": dict(map(_argument, self.pipe_arguments))}
 
-        return sample
+    def sample(self, pipe: Any, output_type: str = "latent", prompt: str | None = None) -> Any:
+        """A ``sample`` for calibrate, tune and verify; ``prompt`` serves a pipeline that takes one where none is given.
+
+        Raises:
+            InputError: the pipeline can't be called like this.
+        """
+        conditions = self.conditions()
+        if prompt is not None and conditions is self.labels:
+            conditions = suited(pipe, self.labels, [prompt])
+        return pipeline_sample(pipe, conditions, output_type=output_type, **self.arguments(conditions))
+
+
+def device_of(name: str) -> torch.device:
+    """Where a command runs: ``auto`` and ``cuda`` are this process's GPU, without one ``auto`` is the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name in ("auto", "cuda"):
+        device = world().device
+        if name == "cuda" and device.type != "cuda":
+            raise InputError("--device cuda: torch sees no GPU here; leave it out, or use cpu")
+        return device
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"there is no device {name!r}: give cpu, cuda or auto") from None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, or the strings of a ``.json`` list.
+
+    Raises:
+        InputError: it can't be read, or one of them is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        prompts = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as prompts: {error}") from error
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise InputError(f"{path} must hold a prompt in each line, none of them empty")
+    return prompts
+
+
+def _argument(words: str) -> tuple[str, Any]:
+    """``NAME=VALUE``; a value that is no JSON is a text."""
+    name, sign, value = words.partition("=")
+    if not sign or not name.isidentifier():
+        raise InputError(f"--pipe-arguments takes NAME=VALUE, such as height=512, not {words!r}")
+    if name in _OWN_OPTIONS:
+        raise InputError(f"{name} is not for --pipe-arguments: {_OWN_OPTIONS[name]}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def write_json(path: Path | None, content: Any) -> None:

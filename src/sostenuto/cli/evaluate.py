@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import tyro
 
-from sostenuto.cli.common import write_json
+from sostenuto.cli.common import device_of, read_prompts, write_json
 
 if TYPE_CHECKING:
     from sostenuto.quality.evaluate import Evaluation
@@ -82,7 +82,7 @@ class Evaluate:
             weights=parse_weights(self.weights),
             batch_size=self.batch_size,
             video=self.video,
-            device=str(launch.device) if self.device == "auto" else self.device,
+            device=str(device_of(self.device)),
         )
         if launch.size > 1 and self.statistics is not None and not more:
             parts = [
@@ -108,26 +108,6 @@ class Evaluate:
             print(f"images for ADM's evaluator: {self.write_npz}")
         if found.rows and all(row.value is None for row in found.rows) and not (self.statistics or self.write_npz):
             raise MetricError(f"no metric could be computed; {found.rows[0].label}: {found.rows[0].reason}")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, or the strings of a ``.json`` list.
-
-    Raises:
-        InputError: it can't be read, or one of them is empty.
-    """
-    import json
-
-    from sostenuto.errors import InputError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        prompts = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read as prompts: {error}") from error
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise InputError(f"{path} must hold one prompt for each image, none of them empty")
-    return prompts
 
 
 def lines(found: Evaluation) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.pipelines import PROMPT
 
 _TINY = "tiny:"
 _DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -26,10 +26,12 @@ class Inspect:
 
     model: str = "demo"
     """A diffusers folder, a hub id, "demo", or a tiny one with random weights such as "tiny:FluxTransformer2DModel"."""
-    prompt: str = "a photo of a piano"
+    prompt: str = PROMPT
     """What the proof generates, where the pipeline takes a prompt."""
     verify: bool = False
     """Also prove on the model that reuse is exact at every site."""
+    device: str = "auto"
+    """Where a pipeline runs for the proof: cpu, cuda, or auto, which takes the GPU where there is one."""
     json: Path | None = None
     """Write the sites to this file."""
 
@@ -52,20 +54,12 @@ class Inspect:
 
         from sostenuto.compat import find_denoiser
 
-        choice = ModelChoice(self.model)
+        choice = ModelChoice(self.model, device=self.device if self.verify else "cpu")
         pipe = choice.pipeline()
         found = {name: getattr(pipe, name) for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)}
-        taken = inspect.signature(type(pipe).__call__).parameters
 
         def sample(_: Any, generator: Any, num_inference_steps: int) -> Any:
-            offered = {
-                "class_labels": list(choice.labels),
-                "prompt": self.prompt,
-                "num_inference_steps": num_inference_steps,
-                "generator": generator,
-                "output_type": "latent" if "prompt" in taken else "pt",
-            }
-            return pipe(**{name: value for name, value in offered.items() if name in taken})
+            return choice.sample(pipe, prompt=self.prompt)(pipe, generator, num_inference_steps)
 
         return _Subject(found or {"denoiser": find_denoiser(pipe)}, sample, pipe.scheduler)
 
@@ -82,10 +76,11 @@ class Verify:
         """Verify and print what was proved."""
         import sostenuto
 
+        pipe = self.choice.pipeline()
         proved = sostenuto.verify(
-            self.choice.pipeline(),
+            pipe,
             self.choice.method_object(),
-            self.choice.sample(),
+            self.choice.sample(pipe),
             num_inference_steps=self.choice.num_inference_steps,
         )
         print(_words(proved))

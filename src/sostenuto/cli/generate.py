@@ -11,7 +11,6 @@ import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
 from sostenuto.distributed.world import apart, world
-from sostenuto.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,15 @@ class Generate:
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
     output: Path = Path("generated.png")
-    """The picture: the first row cached, the second uncached. With --num-images: a folder for PNGs, or one file that ends in
-    .npz (arr_0 [n, height, width, channels] uint8, as the ADM evaluator reads it). A run that was cut short goes on there."""
+    """The picture: the first row cached, the second uncached, of videos the middle frame. With --num-images: a folder for
+    PNGs, or one file that ends in .npz (arr_0 [n, height, width, channels] uint8, as the ADM evaluator reads it). A run
+    that was cut short goes on there."""
     compare: bool = True
     """Also generate without caching (of a few images)."""
     num_images: int | None = None
-    """Generate so many images, image i with label i modulo the number of labels; the same images by any number of processes."""
+    """Generate so many images, image i with label or prompt i modulo their number; the same by any number of processes."""
     batch_size: int = 32
     """With --num-images: images of one call; another size changes the last bits of the images."""
-    prompts: Path | None = None
-    """With --num-images: a text file with a prompt in each line, for pipelines that take prompts in place of labels."""
     json: Path | None = None
     """Write the statistics to this file."""
 
@@ -50,18 +48,18 @@ class Generate:
         from sostenuto.sampling import Images, sample_images
 
         choice, began = self.choice, time.perf_counter()
+        conditions = choice.conditions()
         images = Images(
             num_images,
-            choice.labels if self.prompts is None else _lines(self.prompts),
+            conditions,
             choice.num_inference_steps,
-            choice.guidance_scale,
-            choice.seed,
-            self.batch_size,
+            seed=choice.seed,
+            batch_size=self.batch_size,
+            **choice.arguments(conditions),
         )
         table = None if choice.table is None else hashlib.sha256(choice.table.read_bytes()).hexdigest()
         made_with = {"name": choice.model, "method": choice.method, "table": table}
         pipe = choice.pipeline()
-        pipe.set_progress_bar_config(disable=True)
         content = sample_images(pipe, choice.method_object(), images, self.output, made_with)
         content |= {"wall_s": time.perf_counter() - began, "processes": world().size}
         if world().is_main:
@@ -77,32 +75,32 @@ class Generate:
         import torch
 
         import sostenuto
+        from sostenuto.pipelines import pictures
 
-        pipe, sample = self.choice.pipeline(), self.choice.sample("pil")
+        pipe = self.choice.pipeline()
+        sample = self.choice.sample(pipe, "pil")
+        steps = self.choice.num_inference_steps
+
+        def noise() -> torch.Generator:
+            return torch.Generator().manual_seed(self.choice.seed)
+
         pipe.set_progress_bar_config(disable=False)
         began = time.perf_counter()
         limit = self.choice.max_cache_bytes()
         with sostenuto.enable(pipe, self.choice.method_object(), max_cache_bytes=limit) as handle:
-            rows = [sample(pipe, torch.Generator().manual_seed(self.choice.seed))]
+            rows = [pictures(sample(pipe, noise(), steps))]
             seconds = time.perf_counter() - began
             stats = handle.stats.as_dict()
         content: dict[str, Any] = {"wall_s": seconds, **stats}
         if self.compare:
             began = time.perf_counter()
-            rows.append(sample(pipe, torch.Generator().manual_seed(self.choice.seed)))
+            rows.append(pictures(sample(pipe, noise(), steps)))
             content["wall_s_uncached"] = time.perf_counter() - began
             content["speedup"] = content["wall_s_uncached"] / seconds
         _contact_sheet(rows).save(self.output)
         write_json(self.json, content)
         speed = f", {content['speedup']:.2f}× measured" if self.compare else ""
         print(f"{self.output}: {seconds:.2f} s, {stats['ideal_speedup']:.2f}× by multiply-accumulates{speed}")
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not prompts:
-        raise InputError(f"{path} holds no prompt: write one in each line")
-    return prompts
 
 
 def _contact_sheet(rows: list[list[Any]]) -> Any:

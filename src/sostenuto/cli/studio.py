@@ -12,6 +12,8 @@ class Studio:
 
     model: str = "demo"
     """A diffusers folder, a hub id, or "demo"."""
+    device: str = "auto"
+    """Where it runs: cpu, cuda, or auto, which takes the GPU where there is one."""
     port: int = 7870
     """0 takes a free one."""
     host: str = "127.0.0.1"
@@ -43,7 +45,7 @@ class Studio:
                 f"{self.host} can be reached from other machines, and whoever reaches the page can use it: pass "
                 "--allow-remote if that is meant"
             )
-        session = Session(ModelChoice(model=self.model).pipeline(), self.tables, self.results)
+        session = Session(ModelChoice(model=self.model, device=self.device).pipeline(), self.tables, self.results)
         session.frontier()  # a results file that can't be read is told now
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family)

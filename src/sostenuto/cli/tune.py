@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.cli.common import ModelChoice, device_of, write_json
 from sostenuto.distributed.world import world
+from sostenuto.pipelines import PROMPT, image_sample
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Tune:
     budget: Literal["macs", "time"] = "macs"
     """What speed is counted in: multiply-accumulates, or measured time."""
     prefer: Literal["score", "nearness"] = "score"
-    """On the demo's images: what decides, their Fréchet distance or how near they are to the uncached ones."""
+    """Where images are scored: what decides, their Fréchet distance or how near they are to the uncached ones."""
     output: Path = Path("runs/tune")
     """Folder of tables, figures and of what was measured; the same command goes on where it was stopped."""
     num_samples: int = 16
@@ -41,7 +42,14 @@ class Tune:
     published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
     score_images: int = 128
-    """On the demo's images: how many a distance is taken of, 128 or more to say something; 0 goes by nearness alone."""
+    """On the demo model, or with --reference: how many images a distance is taken of, 128 or more to say something; 0 goes
+    by nearness alone."""
+    reference: str | None = None
+    """Real images that the pipeline's own are scored against, in any form that "sostenuto evaluate" takes."""
+    network: str = "inception"
+    """With --reference: the feature network of the distance."""
+    weights: tuple[str, ...] = ()
+    """With --reference: its weights, as NAME=PATH, where they don't lie in torch's cache."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's matrix products."""
     json: Path | None = None
@@ -55,20 +63,11 @@ class Tune:
         from sostenuto.errors import InputError
         from sostenuto.report.frontier import save_figures
 
-        if self.score_images and self.score_images < 4:
-            raise InputError(f"a distance needs 4 images at least, not {self.score_images}; 0 takes none")
-        pipe, extra = self.choice.pipeline(), {}
-        if world().size > 1:
-            pipe.to(world().device)
-        if self.score_images and type(pipe).__name__ == "DemoPipeline":
-            from sostenuto.demo.compare import demo_sample
-            from sostenuto.demo.judge import Judge
-
-            judge = Judge()
-            extra = {"score": judge.distance, "score_sample": demo_sample(self.score_images)}
-            few = judge.too_few(self.score_images)
-            if few and world().is_main:
-                print(f"note: {few}", file=sys.stderr)
+        if self.score_images < 4 and (self.score_images or self.reference):
+            raise InputError(
+                f"a distance needs 4 images at least, not {self.score_images}; 0 takes none, without --reference"
+            )
+        pipe, device = self.choice.pipeline(), device_of(self.choice.device)
         options = sostenuto.TuneOptions(
             speedups=self.speedups,
             budget=self.budget,
@@ -78,11 +77,11 @@ class Tune:
             kinds=self.kinds,
             published=self.published,
         )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        scoring = self._scoring(pipe)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             tuned = sostenuto.tune(
                 pipe,
-                self.choice.sample(),
+                self.choice.sample(pipe),
                 num_inference_steps=self.choice.num_inference_steps,
                 speedup=self.speedup,
                 num_samples=self.num_samples,
@@ -90,7 +89,7 @@ class Tune:
                 folder=self.output,
                 show_progress=True,
                 options=options,
-                **extra,
+                **scoring,
             )
         if not world().is_main:
             return
@@ -98,6 +97,28 @@ class Tune:
         write_json(self.json, tuned.as_dict())
         for path in save_figures(self.output, tuned):
             print(path)
+
+    def _scoring(self, pipe: Any) -> dict[str, Any]:
+        """What judges images, and what makes them."""
+        if self.reference is not None:
+            from sostenuto.quality.distance import FrechetDistance
+            from sostenuto.quality.weights import parse_weights
+
+            where = str(device_of(self.choice.device))
+            judge = FrechetDistance(self.reference, self.network, parse_weights(self.weights), where)
+            score, sample = judge, image_sample(self.choice.sample(pipe, "pt"), self.score_images)
+        elif self.score_images and type(pipe).__name__ == "DemoPipeline":
+            from sostenuto.demo.compare import demo_sample
+            from sostenuto.demo.judge import Judge
+
+            judge = Judge()
+            score, sample = judge.distance, demo_sample(self.score_images)
+        else:
+            return {}
+        few = judge.too_few(self.score_images)
+        if few and world().is_main:
+            print(f"note: {few}", file=sys.stderr)
+        return {"score": score, "score_sample": sample}
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,7 @@ class Advise:
         pipe = self.choice.pipeline()
         advice = sostenuto.advise(
             pipe,
-            self.choice.sample() if type(pipe).__name__ == "DemoPipeline" else None,
+            self.choice.sample(pipe, prompt=PROMPT),
             num_inference_steps=self.choice.num_inference_steps,
             generator=torch.Generator().manual_seed(self.choice.seed),
         )

@@ -11,6 +11,7 @@ from sostenuto.demo.assets import asset
 from sostenuto.demo.classifier import NUM_FEATURES, Classifier, extract
 from sostenuto.errors import InputError
 from sostenuto.quality import metrics, spread
+from sostenuto.quality.distance import eight_bits
 from sostenuto.quality.networks import Features
 from sostenuto.quality.registry import available_metrics
 from sostenuto.quality.weights import digest
@@ -59,16 +60,11 @@ class DemoFeatures:
             raise InputError(f"the demo's feature network takes images of 28 x 28, not {_size(images)}")
         if not (images == images[:, :1]).all():
             raise InputError("the demo's feature network takes grey images, not colours: choose another network")
-        return Features(*extract(self.classifier, images[:, :1].float() / 127.5 - 1))
+        return Features(*extract(self.classifier, images[:, :1].cpu().float() / 127.5 - 1))
 
 
 def _size(images: torch.Tensor) -> str:
     return f"{images.shape[3]} x {images.shape[2]}"
-
-
-def eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """Images in ``[0, 1]`` as bytes, as the real images are and as a saved picture would be."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class Judge:

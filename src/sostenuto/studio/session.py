@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import inspect
 import io
 import json
 import queue
@@ -23,6 +22,7 @@ from sostenuto.errors import InputError
 from sostenuto.measured import identity
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.methods.base import Method
+from sostenuto.pipelines import parameters_of, pictures
 from sostenuto.plan import Action
 from sostenuto.sites import has_stack
 from sostenuto.studio.catalogue import choose, names
@@ -94,7 +94,7 @@ class Session:
         self._busy = threading.Lock()
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
-        self._takes = inspect.signature(type(pipe).__call__).parameters
+        self._takes = parameters_of(pipe)
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know at its beginning."""
@@ -186,7 +186,7 @@ class Session:
             {
                 "event": "image",
                 "side": side,
-                "image": _data_url(_picture(output)),
+                "image": _data_url(pictures(output)[0]),
                 "method": repr(method) if not isinstance(method, EBCache) else asked.get("method", "eb"),
                 "seconds": seconds,
                 "macs": stats.macs,
@@ -373,20 +373,6 @@ def _states(plan: list[list[str]], kinds: list[str]) -> list[str]:
         state = next(state for state in StepState if state.groups == reused - {"whole"})
         states.append(state.value)
     return states
-
-
-def _picture(output: Any) -> Any:
-    """The first image of a pipeline's output, of a video the middle frame."""
-    images = getattr(output, "images", None)
-    if images is None:
-        frames = output.frames[0]
-        images = [frames[len(frames) // 2]]
-    image = images[0]
-    if not hasattr(image, "save"):
-        from PIL import Image
-
-        image = Image.fromarray((image * 255).round().astype("uint8"))
-    return image
 
 
 def _data_url(image: Any) -> str:

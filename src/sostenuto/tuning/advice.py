@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.methods import DeepCache, EBCache
 from sostenuto.methods.base import Method
+from sostenuto.pipelines import pipeline_sample, suited
 from sostenuto.probe import Prober
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
@@ -162,20 +162,13 @@ def default_sample(target: Any) -> Sample:
     """A ``sample`` that calls a pipeline with what it takes of a class label and a short prompt.
 
     Raises:
-        InputError: it takes neither.
+        InputError: it takes neither, or needs more.
     """
-    taken = inspect.signature(type(target).__call__).parameters
-    offered = {"class_labels": [0, 1], "prompt": "a photo of a piano", "output_type": "latent"}
-    given = {name: value for name, value in offered.items() if name in taken}
-    if isinstance(target, torch.nn.Module) or not {"class_labels", "prompt"} & set(given):
+    if isinstance(target, torch.nn.Module):
         raise InputError(
             f"how to generate with a {type(target).__name__} is not known: pass sample(pipe, generator, num_inference_steps=…)"
         )
-
-    def sample(pipe: Any, generator: torch.Generator, num_inference_steps: int) -> Any:
-        return pipe(**given, num_inference_steps=num_inference_steps, generator=generator)
-
-    return sample
+    return pipeline_sample(target, suited(target, [0, 1]))
 
 
 def _measure(settings: Settings, kind: Kind) -> Measurement:
