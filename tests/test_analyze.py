@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 import sostenuto
 from conftest import sample, sample_loop
 from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache
-from sostenuto.analysis import record
+from sostenuto.analysis import probe_chain, record
 from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
+from sostenuto.analysis.bias_curves import measure as exposure_bias
 from sostenuto.analysis.components import measure as components
 from sostenuto.analysis.consecutive import changes, finding, residuals
 from sostenuto.analysis.feature_error import FEATURE_ERROR, features, relative_error
@@ -361,6 +362,18 @@ def test_every_instrument_measures_and_is_drawn(model):
         assert observation.finding.endswith(".")
         assert observation.figure(("png",))["png"].startswith(b"\x89PNG")
     sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+def test_exposure_bias_shows_the_variance_that_the_chains_gain(model, subject):
+    data = exposure_bias(subject)["chain_variance"]
+    given = {"num_inference_steps": STEPS, "scheduler": model.scheduler_for_test}
+    for name, method in {"uncached": NoCache(), "every 2": FORA(2)}.items():
+        chain = probe_chain(
+            model, sample, subject.real_batches(), method=method, generator=subject.generator(), **given
+        )
+        assert data["delta"][name] == pytest.approx(chain.delta)
+        assert data["expected"] == pytest.approx(chain.expected)
+    assert data["delta"]["every 2, b"] != data["delta"]["every 2"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sostenuto
 from conftest import sample as tiny_sample
 from conftest import sample_loop
 from sostenuto import FORA, EpsilonScaling, EpsilonScalingCalibration, InputError, MethodError, NoiseScales, TableError
-from sostenuto.analysis import Moments, noise_norm_curves, probe_variance
+from sostenuto.analysis import Moments, noise_norm_curves, probe_chain, probe_variance
 from sostenuto.schedulers import noise_levels
 
 STEPS = 8
@@ -133,6 +133,69 @@ def test_moments_give_the_factor_that_brings_the_excess_to_zero():
     hopeless = Moments(-2.0, 90.0, 100.0, 0.5, 1.0, -20.0, 120.0)  # whatever the factor, the error is too large
     assert hopeless.factor == hopeless.least_squares == pytest.approx(0.5 / 90)
     assert Moments(0.0, 90.0, 100.0, 88.0, 60.0, 62.0, 120.0).factor == pytest.approx(88 / 90)
+
+
+# --- the variance of the chain -----------------------------------------------------------------------------------
+
+
+def chained(kind, wrong=1.0, clean=None, method="none", steps=STEPS):
+    model = gaussian.GaussianDenoiser(gaussian.SAMPLERS[kind](), clean)
+    model.wrong = wrong
+    scheduler = model.scheduler_for_test
+    return probe_chain(
+        model, gaussian.sample, real(), method=method, num_inference_steps=steps, scheduler=scheduler
+    ), levels_of(model, steps)
+
+
+def test_a_denoiser_that_knows_the_clean_samples_has_the_noise_of_training_all_along(kind):
+    chain, levels = chained(kind, clean=real())
+    assert chain.num_samples == 64
+    assert chain.expected == pytest.approx([sigma**2 for _, sigma in levels])
+    assert chain.variance == pytest.approx(chain.expected, rel=0.02)
+    assert chain.delta == pytest.approx([0.0] * STEPS, abs=0.02)
+
+
+@pytest.mark.parametrize("wrong", [0.97, 1.03])
+def test_errors_of_the_noise_add_up_over_the_chain_with_their_sign_as_by_hand(kind, wrong):
+    chain, levels = chained(kind, wrong, clean=real(), steps=24)
+    variance, alone = chain.variance[1], []  # x_T of a flow holds no data
+    for step in range(1, 23):
+        keep, response, drawn = gaussian.step_by_hand(kind, levels, step)
+        factor = (keep + response * wrong / levels[step][1]) ** 2
+        variance = factor * variance + drawn
+        assert chain.variance[step + 1] == pytest.approx(variance, rel=0.02)
+        alone.append(factor * chain.expected[step] + drawn - chain.expected[step + 1])  # from noise as in training
+    assert all(delta * (1 - wrong) > 0 for delta in chain.delta[2:-1])  # too much noise predicted, too little left
+    renewed = kind.startswith("ddpm")  # noise that is drawn at each step has no errors
+    assert abs(chain.delta[12]) > (1.3 if renewed else 6) * abs(alone[10])
+
+
+def test_a_denoiser_that_does_not_know_them_ends_at_other_samples(kind):
+    chain, levels = chained(kind)
+    own = 1.0
+    for step in range(1, STEPS):
+        if step > 1 or levels[0][0]:
+            keep, response, drawn = gaussian.step_by_hand(kind, levels, step - 1)
+            own = (keep + response * levels[step - 1][1] / gaussian.variance(levels[step - 1])) ** 2 * own + drawn
+        else:  # a flow's first step goes straight from the noise
+            own = levels[1][1] ** 2
+        alpha, sigma = levels[step]
+        assert chain.delta[step] == pytest.approx(own + (alpha * gaussian.SPREAD) ** 2 - sigma**2, abs=0.02)
+
+
+def test_the_chain_is_that_of_the_method_with_its_scale(kind):
+    repaired, _ = chained(kind, 1.05, clean=real(), method=EpsilonScaling(1.05))
+    assert repaired.delta == pytest.approx(chained(kind, clean=real())[0].delta, abs=1e-4)
+
+
+def test_pairs_that_do_not_fit_the_chain_are_refused(model):
+    given = {"scheduler": model.scheduler_for_test, "num_inference_steps": 4}
+    with pytest.raises(InputError, match="one row for each row"):
+        probe_chain(model, tiny_sample, torch.zeros(3, 2, 8, 8), **given)
+    with pytest.raises(InputError, match="at least one batch"):
+        probe_chain(model, tiny_sample, [], **given)
+    two = [torch.zeros(2, 2, 8, 8)] * 2
+    assert probe_chain(model, tiny_sample, two, **given).num_samples == 4
 
 
 # --- calibration -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sostenuto.analysis.exposure_bias import noise_norm_curves
 from sostenuto.analysis.instrument import Data, Instrument
 from sostenuto.analysis.subject import Subject
-from sostenuto.analysis.variance_probe import probe_variance
+from sostenuto.analysis.variance_probe import chain_variance, probe_variance
 from sostenuto.methods import NoCache
 from sostenuto.methods.base import Method
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measure(subject: Subject) -> Data:
-    """Norms on the chain and on noised real data; variance that a step loses with fresh and with reused predictions."""
+    """Norms on the chain and on noised real data; variance that a step loses, fresh and reused, and that the chain has lost."""
     interval = subject.intervals[0]
     cached = subject.uniform(interval)
     batches = subject.real_batches()
@@ -25,7 +25,7 @@ def measure(subject: Subject) -> Data:
         "num_inference_steps": subject.num_inference_steps,
         "scheduler": subject.scheduler,
     }
-    curves = {}
+    curves, chains = {}, {}
     methods: dict[str, Method] = {
         "uncached": NoCache(),
         f"every {interval}": cached,
@@ -37,6 +37,7 @@ def measure(subject: Subject) -> Data:
             subject.target, subject.sample, batches, method=method, generator=subject.generator(), **shared
         )
         curves[name] = {"chain": list(found.chain), "real": list(found.real), "ratio": list(found.ratios)}
+        chains[name] = chain_variance([subject.path(name, method)], batches)
     subject.tell("variance probe")
     probe = probe_variance(
         subject.target, subject.sample, batches, method=cached, generator=subject.generator(), **shared
@@ -51,6 +52,10 @@ def measure(subject: Subject) -> Data:
             "computed": [moments.factor for moments in probe.computed],
             "reused": [None if moments is None else moments.factor for moments in probe.reused],
         },
+        "chain_variance": {
+            "expected": list(chains["uncached"].expected),
+            "delta": {name: list(chain.delta) for name, chain in chains.items()},
+        },
         "interval": interval,
         "b": subject.noise_scale,
         "real": "noised real latents" if subject.real_latents is not None else "the model's own samples, noised",
@@ -59,21 +64,26 @@ def measure(subject: Subject) -> Data:
 
 
 def draw(data: Data) -> Figure:
-    """Norms, their ratio, the variance of a step, and the factor that repairs it."""
+    """Norms and their ratio, the variance of a step and the factor that repairs it, the variance of the whole chain."""
     from sostenuto.analysis.style import dress, figure, line
 
-    made, axes = figure(2, 2, height=2.5)
-    (norms, ratio), (excess, factor) = axes
+    made, axes = figure(3, 2, height=2.5)
+    (norms, ratio), (excess, factor), (delta, added) = axes
+    base = data["chain_variance"]["delta"]["uncached"]
     real = next(iter(data["norms"].values()))["real"]
     line(norms, real, "noised data", 5)
     for index, (name, curve) in enumerate(data["norms"].items()):
         line(norms, curve["chain"], name, index)
         line(ratio, curve["ratio"], name, index)
+        chain = data["chain_variance"]["delta"][name]
+        line(delta, chain, name, index)
+        if name != "uncached":
+            line(added, [value - without for value, without in zip(chain, base, strict=True)], name, index)
     for index, kind in enumerate(("computed", "reused")):
         steps = [step for step, value in enumerate(data["factor"][kind]) if value is not None]
         for axis, name in ((excess, "excess_variance"), (factor, "factor")):
             line(axis, [data[name][kind][step] for step in steps], kind, index, x=steps)
-    for axis, at in ((ratio, 1), (excess, 0), (factor, 1)):
+    for axis, at in ((ratio, 1), (excess, 0), (factor, 1), (delta, 0), (added, 0)):
         axis.axhline(at, color="black", linewidth=0.6)
     inner = sorted(value for kind in data["factor"].values() for value in kind if value is not None)
     spread = max(0.01, *(abs(value - 1) for value in inner[len(inner) // 20 : len(inner) - len(inner) // 20]))
@@ -82,6 +92,8 @@ def draw(data: Data) -> Figure:
     dress(ratio, "exposure bias", "‖ε‖ chain / data")
     dress(excess, "variance that one step adds", "relative excess")
     dress(factor, "factor that repairs it", "b")
+    dress(delta, "variance that the chain gained", "δ_t")
+    dress(added, "of it by caching", "δ_t − δ_t uncached")
     return made
 
 
@@ -90,6 +102,8 @@ def finding(data: Data) -> str:
     means = {name: fmean(curve["ratio"]) for name, curve in data["norms"].items()}
     last = {name: curve["ratio"][-1] for name, curve in data["norms"].items()}
     cached = f"every {data['interval']}"
+    chain = data["chain_variance"]["delta"]
+    plain, scaled = (fmean(chain[name]) - fmean(chain["uncached"]) for name in (cached, f"{cached}, b"))
     more = "more" if means[cached] > means["uncached"] else "less"
     late = len(data["factor"]["computed"]) // 2
 
@@ -107,7 +121,9 @@ def finding(data: Data) -> str:
     return (
         f"Against {data['real']}, the norm on the chain is {means['uncached']:.4f} of theirs uncached and {means[cached]:.4f} "
         f"cached {cached} (means over the steps; at the last step {last['uncached']:.3f} and {last[cached]:.3f}): caching "
-        f"predicts {more} noise. In the second half of the steps the next input keeps its variance with (medians) {repair}."
+        f"predicts {more} noise. In the second half of the steps the next input keeps its variance with (medians) {repair}. "
+        f"By its last step the uncached chain has gained a variance δ_t about x₀ of {chain['uncached'][-1]:.3f}; caching "
+        f"changes it by {plain:+.4f}, with b = {data['b']:.3f} by {scaled:+.4f} (means over the steps)."
     )
 
 
@@ -123,7 +139,9 @@ EXPOSURE_BIAS = Instrument(
     method=(
         "Norms are means over samples, of what the network says before any scaling. Variance: the sampler is told the true "
         "noise of known pairs, and each step's next input is compared with what the network's prediction, computed or "
-        "reused, would have made of it."
+        "reused, would have made of it. δ_t: Var(x̂_t − α·x₀) − σ² where the sampler goes by itself from known pairs "
+        "(x₀, x_T). Even a perfect network, which can't know x₀, ends at another sample: what caching adds is the difference "
+        "from the uncached chain."
     ),
     measure=measure,
     draw=draw,

@@ -1,4 +1,4 @@
-"""How much variance each step of a sampler loses or adds on real data, with its prediction computed and reused."""
+"""How much variance a sampler loses or adds on real data: each step by itself, and the chain of all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sostenuto import compat
+from sostenuto.analysis.trajectory import Trajectory, record
 from sostenuto.clock import Tick
 from sostenuto.correct import keep_variance
 from sostenuto.engine import Handle, attach
@@ -147,6 +148,87 @@ def probe_variance(
     return VarianceProbe(
         teachers[0].timesteps, tuple(computed), tuple(_joined(found) if found else None for found in reused), rows
     )
+
+
+@dataclass(frozen=True)
+class ChainVariance:
+    """How the noise of a sampling chain compares with that of training, one entry per step in sampling order.
+
+    Attributes:
+        timesteps: the sampler's timesteps.
+        variance: ``Var(x̂_t − α_t·x₀)`` over rows and elements, x̂_t being the chain's input of the network.
+        expected: ``σ_t²``, what it is for ``x_t = α_t·x₀ + σ_t·ε``; ``1 − ᾱ_t`` in diffusion.
+        num_samples: rows that each entry is over.
+    """
+
+    timesteps: tuple[float, ...]
+    variance: tuple[float, ...]
+    expected: tuple[float, ...]
+    num_samples: int
+
+    @property
+    def delta(self) -> tuple[float, ...]:
+        """δ_t, the variance beyond what is expected; below 0 the chain has lost noise, as where too much is predicted."""
+        return tuple(found - expected for found, expected in zip(self.variance, self.expected, strict=True))
+
+
+@torch.no_grad()
+def probe_chain(
+    target: Any,
+    sample: Callable[..., Any],
+    real_latents: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    method: str | Method = "none",
+    num_inference_steps: int = 50,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+) -> ChainVariance:
+    """Run the sampler by itself from known pairs (x₀, x_T), and compare its noise about x₀ with that of training.
+
+    x_T is the noise that the sampler draws, paired with the x₀ of the same row. Nothing is corrected on the way, so that what
+    each step does wrong adds up, where :func:`probe_variance` looks at every step afresh; noise that an ancestral sampler
+    draws has no error, and dilutes it. A perfect denoiser that knows x₀ has
+    δ_t = 0. One that doesn't ends at another sample, however well it is trained: its δ_t grows to ``α_t²`` times the mean
+    square of the difference between two samples. What a method does is the difference from the uncached chain.
+
+    Args:
+        target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
+        sample: runs one generation of the user's own kind: ``sample(pipe, generator, num_inference_steps=…)``.
+        real_latents: x₀ as in :func:`probe_variance`.
+        method: what the chain runs with, its noise scale included.
+        num_inference_steps: steps of the sampler, passed to ``sample``.
+        generator: source of all noise; by default one seeded with 0. The same seed gives every method the same pairs.
+        scheduler: for a bare denoiser.
+
+    Raises:
+        InputError: the rows don't fit the denoiser's batch, or ``sample`` left out steps.
+        MethodError: how noisy the scheduler's steps are is not known, or the latents are no single tensor.
+        AlreadyEnabledError: a method is enabled on the model.
+    """
+    batches = [real_latents] if isinstance(real_latents, torch.Tensor) else list(real_latents)
+    generator = generator or torch.Generator().manual_seed(0)
+    given = {"num_inference_steps": num_inference_steps, "generator": generator, "scheduler": scheduler}
+    return chain_variance([record(target, sample, method, **given) for _ in batches], batches)
+
+
+def chain_variance(paths: Sequence[Trajectory], batches: Sequence[torch.Tensor]) -> ChainVariance:
+    """The same of paths that were recorded, with the x₀ of each of their generations in turn.
+
+    Raises:
+        InputError: there are none, rows don't fit, or the paths' timesteps differ.
+    """
+    generations = [latents for path in paths for latents in path.latents.split(path.rows, dim=1)]
+    if not batches:
+        raise InputError("give at least one batch of real latents")
+    if any(path.timesteps != paths[0].timesteps for path in paths):
+        raise InputError("sample must run the same timesteps every time")
+    levels, variance = paths[0].levels, []
+    for step, (alpha, _) in enumerate(levels):
+        pairs = zip(generations, batches, strict=True)
+        noise = torch.cat([(x[step] - alpha * fitted(clean, x[step])).flatten().double() for x, clean in pairs])
+        variance.append(noise.var(correction=0).item())
+    expected = tuple(sigma**2 for _, sigma in levels)
+    return ChainVariance(paths[0].timesteps, tuple(variance), expected, sum(map(len, batches)))
 
 
 @dataclass
