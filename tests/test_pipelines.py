@@ -250,8 +250,10 @@ def test_autocast_is_that_of_the_pipelines_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["tune", "calibrate", "generate", "verify", "advise"])
-def test_every_command_with_a_model_moves_it(command, monkeypatch, capsys):
+def test_every_command_with_a_model_moves_it(command, monkeypatch, tmp_path):
     moved = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DemoPipeline, "__call__", lambda self, class_labels, **_: 1 / 0)
     monkeypatch.setattr(DemoPipeline, "to", lambda self, device: moved.append(device) or 1 / 0)
     assert main([command, "--device", "meta"]) == 1
     assert moved == [torch.device("meta")]
