@@ -187,15 +187,16 @@ def test_a_folder_of_another_run_is_refused(demo_run):
     folder, _ = demo_run
     with pytest.raises(sostenuto.InputError, match="batch_size"):
         compare(folder, Settings(num_images=4, batch_size=2, search_images=0), show=False)
+    with pytest.raises(sostenuto.InputError, match="search_images"):  # the tables are those of another search
+        compare(folder, Settings(num_images=4, batch_size=4, search_images=8), show=False)
 
 
 def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, demo_run):
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:2])
     results = compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0, dtype="bfloat16"), show=False)
     assert results["machine"]["dtype"] == "bfloat16"
-    single, half = (load_file(folder / "batches" / name)["images"] for folder, name in (
-        (demo_run[0], "uncached-seed0-00000.safetensors"), (tmp_path, "uncached-seed0-00000.safetensors")
-    ))  # fmt: skip
+    first = next((tmp_path / "batches").glob("uncached-*-seed0-00000.safetensors")).name
+    single, half = (load_file(folder / "batches" / first)["images"] for folder in (demo_run[0], tmp_path))
     difference = (single[:4].float() - half.float()).abs()
     assert difference.max() > 0
     with pytest.raises(sostenuto.InputError, match="dtype"):

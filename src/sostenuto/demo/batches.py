@@ -15,11 +15,9 @@ from sostenuto.files import publish
 from sostenuto.measured import parse_json
 
 
-def batch_file(folder: Path, entry_name: str, seed: int, start: int) -> Path:
-    """Where a batch of a row lies."""
-    name = "".join(
-        c if c.isalnum() or c in ".-+" else "-" for c in entry_name.replace("×", "x").replace("ε", "epsilon")
-    )
+def batch_file(folder: Path, key: str, seed: int, start: int) -> Path:
+    """Where a batch of the row with this key lies."""
+    name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in key.replace("×", "x").replace("ε", "epsilon"))
     return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
 
 

@@ -83,12 +83,23 @@ class Entry:
     solver: str = "ddpm"
     reference: str | None = "uncached"
 
+    @property
+    def key(self) -> str:
+        """What the row's batches are kept by: its name, and a digest of what is sampled, the method with its table."""
+        return f"{self.name}-{digest(self.solver, self.num_inference_steps, self.method)}"
+
+
+def digest(*parts: Any) -> str:
+    """A short name for settings that print all that they are: another one, another name."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
 
 @dataclass
 class Row:
     """A row of the results; the public field names of ``sostenuto demo --json``."""
 
     name: str
+    key: str
     method: str
     num_inference_steps: int
     solver: str
@@ -226,12 +237,12 @@ def run_entries(
     with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
         for number, (seed, start, labels) in enumerate(batches):
             for entry in todo:
-                path = batch_file(folder, entry.name, seed, start)
+                path = batch_file(folder, entry.key, seed, start)
                 if not path.exists() and number % settings.shard[1] == settings.shard[0]:
                     with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
                         _generate(pipe, entry, seed, start, labels, path)
                 bar.update()
-    missing = sum(not batch_file(folder, e.name, seed, start).exists() for seed, start, _ in batches for e in todo)
+    missing = sum(not batch_file(folder, e.key, seed, start).exists() for seed, start, _ in batches for e in todo)
     if missing:
         return {"rows": [], "missing": missing}
     return _results(folder, todo, settings, judge)
@@ -255,12 +266,12 @@ SHIPPED = Path(sostenuto.__file__).parent / "tables"
 
 
 def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = None) -> None:
-    """Refuse to go on with batches that other weights, tables or sizes made."""
+    """Refuse to go on with batches that other weights or sizes made; what a row samples is in its :attr:`Entry.key`."""
     made_with = {
-        "denoiser": _digest(asset("denoiser.safetensors")) if pipe is None else _weights_digest(pipe),
-        "tables": [_digest(path) for path in sorted(folder.glob("table-*.json"))],
+        "denoiser": _digest(asset("denoiser.safetensors")) if pipe is None else weights_digest(pipe),
         "num_images": settings.num_images,
         "batch_size": settings.batch_size,
+        "search_images": settings.search_images,  # the tables in the folder were made with
         "dtype": settings.dtype,
         "torch": torch.__version__,
     }
@@ -275,11 +286,12 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _weights_digest(pipe: DemoPipeline) -> str:
-    digest = hashlib.sha256()
+def weights_digest(pipe: DemoPipeline) -> str:
+    """sha256 of the denoiser's weights."""
+    found = hashlib.sha256()
     for name, value in sorted(pipe.transformer.state_dict().items()):
-        digest.update(name.encode() + value.float().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(name.encode() + value.float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -327,7 +339,7 @@ class _Sampled:
 def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
     images, seconds, macs, stats = [], [], 0, {}
     for seed, start, _ in _batches(settings):
-        path = batch_file(folder, entry.name, seed, start)
+        path = batch_file(folder, entry.key, seed, start)
         batch, wall_s, stats = read_batch(path)
         images.append(batch)
         seconds.append(wall_s)
@@ -359,6 +371,7 @@ def _results(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Jud
         rows.append(
             Row(
                 name=entry.name,
+                key=entry.key,
                 method=entry.method.name,
                 num_inference_steps=entry.num_inference_steps,
                 solver=entry.solver,
