@@ -4,26 +4,27 @@
 
 ``table1`` (DDPM, 50 steps) and ``table1-250``, ``table2`` (DDIM, 20), ``table5`` (the noise scale), ``table6`` and ``table7``
 (form and parameters of the threshold) are EB-Cache's (arXiv 2503.07120); ``eb``, ``feb``, ``duca`` and ``ab`` the ablations of
-EB-Cache, FEB-Cache, DuCa and AB-Cache. What an interrupted run has done is kept in the output folder.
+EB-Cache, FEB-Cache, DuCa and AB-Cache. Methods with a choice of settings stand with the one nearest to the cost of the others.
+What an interrupted run has done is kept in the output folder.
+
+Rows named EB-Cache and FEB-Cache are the papers' methods: the last value fills a gap, a step reuses attention, the MLP (FEB) or
+both. What the papers leave open is ours: the criterion is the norm of the difference of predictions, nothing is reused more
+than three times in a row, κ sets the cost. "Recommended" rows fill with linear forecasts and reuse whole steps alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from statistics import fmean, stdev
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
 
 import torch
+from lab import AS_PUBLISHED, Lab, arguments, compare
 
-import sostenuto
 from sostenuto.calibrations import DiTFastAttnCalibration, EBCalibration, FEBCalibration
-from sostenuto.demo.compare import SHIPPED, Entry, Settings, demo_sample, run_entries, with_solver
+from sostenuto.demo.compare import CALIBRATIONS, SHIPPED, Entry
 from sostenuto.demo.pipeline import load_demo_pipeline
-from sostenuto.demo.record import record
-from sostenuto.demo.show import terminal_table
 from sostenuto.methods import (
     FORA,
     L2C,
@@ -34,239 +35,228 @@ from sostenuto.methods import (
     EBCache,
     EpsilonScaling,
     FEBCache,
-    NoCache,
-    TaylorSeer,
     ToCa,
 )
 from sostenuto.router import Router
-from sostenuto.table import CacheTable
+from sostenuto.table import CacheTable, StepState
 
-LIGHT = CacheTable.load(SHIPPED / "demo-ddpm50-1.5x.json")
-STRONG = CacheTable.load(SHIPPED / "demo-ddpm50-2.5x.json")
-FEB = CacheTable.load(SHIPPED / "demo-ddpm50-feb-1.5x.json")
-ROUTER = replace(Router.load(SHIPPED / "demo-ddim50-l2c.safetensors").to_table(), scheduler={})
-"""L2C's, trained for DDIM."""
-SCALE = fmean(LIGHT.eps_scale)
-CALIBRATION_SEED = 900_001  # none of the noise that the rows are judged on
-SHARE = 0.64  # of the multiply-accumulates, where tables are compared at equal cost
+LIGHT, STRONG = 0.66, 0.4  # of the multiply-accumulates: 33 and 20 of 50 steps, as in the paper
 
 
-class Tables:
-    """Tables that are calibrated for a row, kept in a folder."""
-
-    def __init__(self, folder: Path, dtype: str = "float32") -> None:
-        self._folder, self._dtype = folder, dtype
-
-    def made(
-        self,
-        name: str,
-        options: EBCalibration | FEBCalibration | DiTFastAttnCalibration,
-        steps: int = 50,
-        solver: str = "ddpm",
-    ) -> CacheTable:
-        """The table of that name, calibrated on 8 samples where it isn't there yet."""
-        path = self._folder / f"{name}.json"
-        if not path.exists():
-            pipe = load_demo_pipeline()
-            reduced = torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == "bfloat16")
-            with with_solver(pipe, solver), reduced:
-                table = sostenuto.calibrate(
-                    pipe,
-                    options,
-                    demo_sample(8),
-                    num_inference_steps=steps,
-                    generator=torch.Generator().manual_seed(CALIBRATION_SEED),
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            table.save(path)
-        return CacheTable.load(path)
-
-
-def uncached(steps: int = 50, solver: str = "ddpm") -> Entry:
-    """The row that everything is measured against."""
-    return Entry("uncached", NoCache(), steps, solver)
-
-
-def fewer(steps: int, solver: str = "ddpm") -> Entry:
-    """The uncached sampler with fewer steps."""
-    return Entry(f"{steps} steps", NoCache(), steps, solver, reference=None)
-
-
-def table1(tables: Tables) -> list[Entry]:
-    """DDPM, 50 steps."""
+def table1(lab: Lab) -> list[Entry]:
+    """DDPM, 50 or 250 steps: every baseline at 1.5× and at 2.5×, as far as it gets there."""
+    light, strong = lab.published_eb(LIGHT), lab.published_eb(STRONG)
+    many = lab.num_inference_steps > 50
+    toca = partial(ToCa, ratio_schedule="ddpm250" if many else "ddim50")
+    attention = lab.calibrated("ditfastattn", DiTFastAttnCalibration(theta=0.6), num_samples=1 if many else 4)
     return [
-        uncached(),
-        fewer(33),
-        Entry("FORA N=2", FORA(2)),
-        Entry("DiTFastAttn", DiTFastAttn(tables.made("ditfastattn", DiTFastAttnCalibration()))),
-        Entry("L2C", EBCache(ROUTER)),
-        Entry("ToCa N=2", ToCa(2)),
-        Entry("Δ-DiT N=2", DeltaDiT(2)),
-        Entry("ε-scaling alone", EpsilonScaling(1 / SCALE)),
-        Entry("EB-Cache 1.5×", EBCache(LIGHT)),
-        fewer(20),
-        Entry("FORA N=3", FORA(3)),
-        Entry("ToCa N=3", ToCa(3)),
-        Entry("ToCa N=3 | EB scaling", ToCa(3) | EpsilonScaling(1 / SCALE)),
-        Entry("DuCa N=3", DuCa(3)),
-        Entry("TaylorSeer N=3", TaylorSeer(interval=3, order=2)),
-        Entry("EB-Cache 2.5×", EBCache(STRONG)),
+        lab.uncached(),
+        lab.fewer(LIGHT),
+        lab.row("FORA N=2", FORA(2)),
+        lab.row("DiTFastAttn", DiTFastAttn(attention)),
+        *learned(lab, 0.1, 0.95),
+        lab.row("ToCa N=2", toca(2, 0.2)),
+        lab.row("Δ-DiT N=2", DeltaDiT(2, num_cached_blocks=5)),
+        lab.row("ε-scaling alone", scaling(light)),
+        lab.row("EB-Cache 1.5×", EBCache(light)),
+        lab.row("EB-Cache 1.5×, recommended", EBCache(recommended(lab))),
+        lab.fewer(STRONG),
+        lab.row("FORA N=3", FORA(3)),
+        lab.row("ToCa N=4", toca(4, 0.07 if many else 0.04)),
+        lab.row("ToCa N=4 | EB scaling", toca(4, 0.07 if many else 0.04) | scaling(strong)),
+        lab.row("Δ-DiT N=3", DeltaDiT(3, num_cached_blocks=7)),
+        lab.row("EB-Cache 2.5×", EBCache(strong)),
+        lab.row("EB-Cache 2.5×, recommended", EBCache(recommended(lab, strong=True))),
     ]
 
 
-def table1_250(tables: Tables) -> list[Entry]:
-    """DDPM, 250 steps; the tables of 50 steps stretched."""
-    rows = [
-        Entry("FORA N=2", FORA(2)),
-        Entry("ToCa N=2", ToCa(2)),
-        Entry("EB-Cache 1.5×", EBCache(unbound(LIGHT).resample(250))),
-        Entry("FORA N=3", FORA(3)),
-        Entry("ToCa N=3", ToCa(3)),
-        Entry("ToCa N=3 | EB scaling", ToCa(3) | EpsilonScaling(1 / SCALE)),
-        Entry("EB-Cache 2.5×", EBCache(unbound(STRONG).resample(250))),
+def table2(lab: Lab) -> list[Entry]:
+    """DDIM, 20 steps, at the cost of 16."""
+    light = lab.published_eb(0.8)
+    attention = lab.calibrated("ditfastattn", DiTFastAttnCalibration(theta=0.1), num_samples=4)
+    return [
+        lab.uncached(),
+        lab.fewer(0.8),
+        lab.row("ToCa N=2", ToCa(2, 0.6)),
+        lab.row("DiTFastAttn", DiTFastAttn(attention)),
+        lab.row("Δ-DiT N=2", DeltaDiT(2, num_cached_blocks=3)),
+        *learned(lab, 0.1),
+        lab.row("EB-Cache", EBCache(light)),
+        lab.row("EB-Cache, b = 1", EBCache(light, eps_scale=1.0)),
+        lab.row("EB-Cache, recommended", EBCache(recommended(lab, target_fraction=0.8))),
     ]
-    return [uncached(250), fewer(165), fewer(100), *(replace(row, num_inference_steps=250) for row in rows)]
 
 
-def unbound(table: CacheTable) -> CacheTable:
-    """A table that doesn't ask for the timesteps that it was made with."""
-    return replace(table, scheduler={key: value for key, value in table.scheduler.items() if key != "timesteps"})
-
-
-def table2(tables: Tables) -> list[Entry]:
-    """DDIM, 20 steps."""
-    light = tables.made("ddim20", EBCalibration(target_fraction=SHARE, fill="stack"), 20, "ddim")
-    rows = [
-        Entry("FORA N=2", FORA(2)),
-        Entry("L2C", L2C()),
-        Entry("TaylorSeer N=2", TaylorSeer(interval=2, order=2)),
-        Entry("EB-Cache, b = 1", EBCache(light, eps_scale=1.0)),
-        Entry("EB-Cache, b = 0.99", EBCache(light, eps_scale=0.99)),
+def table5(lab: Lab) -> list[Entry]:
+    """The noise scale b: the paper's values and some nearer to 1."""
+    light = lab.published_eb(LIGHT)
+    scales = (0.945, 0.95, 0.955, 0.96, 0.965, 0.975, 0.985, 1.0, 1.01)
+    return [
+        lab.uncached(),
+        lab.fewer(LIGHT),
+        *(lab.row(f"b = {b:g}", EBCache(light, eps_scale=b)) for b in scales),
     ]
-    return [uncached(20, "ddim"), fewer(13, "ddim"), *(replace(r, num_inference_steps=20, solver="ddim") for r in rows)]
 
 
-def table5(tables: Tables) -> list[Entry]:
-    """The noise scale b."""
-    scales = (0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01, 1.02)
-    return [uncached(), *(Entry(f"b = {b:g}", EBCache(LIGHT, eps_scale=b)) for b in scales)]
+def thresholds(lab: Lab, forms: dict[str, tuple[float, float]]) -> list[Entry]:
+    """Tables of equal cost from thresholds δ(τ) = intercept + slope · τ, all with the b of the paper's."""
+    b = fmean(lab.published_eb(LIGHT).eps_scale)
+    made = {name: lab.published_eb(LIGHT, delta=delta, eps_scale_rule="fixed") for name, delta in forms.items()}
+    rows = [lab.row(name, EBCache(table, eps_scale=b)) for name, table in made.items()]
+    return [lab.uncached(), lab.fewer(LIGHT), *rows]
 
 
-def thresholds(tables: Tables, forms: dict[str, tuple[float, float]]) -> list[Entry]:
-    """Tables of equal cost from thresholds δ(τ) = intercept + slope · τ."""
-    made = {
-        name: tables.made(
-            f"delta-{delta[0]:g}-{delta[1]:g}", EBCalibration(target_fraction=SHARE, delta=delta, fill="stack")
-        )
-        for name, delta in forms.items()
-    }
-    return [uncached(), *(Entry(name, EBCache(table, eps_scale=SCALE)) for name, table in made.items())]
-
-
-def table6(tables: Tables) -> list[Entry]:
+def table6(lab: Lab) -> list[Entry]:
     """The form of the threshold."""
     return thresholds(
-        tables, {"rising with noise": (0.05, 0.15), "constant": (0.125, 0.0), "falling with noise": (0.2, -0.15)}
+        lab, {"rising with noise": (0.05, 0.15), "constant": (0.125, 0.0), "falling with noise": (0.2, -0.15)}
     )
 
 
-def table7(tables: Tables) -> list[Entry]:
+def table7(lab: Lab) -> list[Entry]:
     """The parameters of the threshold; κ brings all tables to the same cost, so that the shape alone differs."""
-    forms = ((0.05, 0.05), (0.05, 0.15), (0.05, 0.25), (0.15, 0.05))
-    return thresholds(tables, {f"{a:g} + {b:g} τ": (a, b) for a, b in forms})
+    return thresholds(lab, {f"{a:.2f} + {b:.2f} τ": (a, b) for a, b in ((0.1, 0.05), (0.05, 0.15), (0.0, 0.25))})
 
 
-def eb(tables: Tables) -> list[Entry]:
-    """EB-Cache: scale, table, both, and the table read from its other end."""
-    flipped = replace(LIGHT, actions=(LIGHT.actions[0], *LIGHT.actions[:0:-1]))
+def eb(lab: Lab) -> list[Entry]:
+    """EB-Cache: scale, table, both, the table read from its other end, and the paper's criterion taken literally."""
+    light = lab.published_eb(LIGHT)
+    flipped = replace(light, actions=(light.actions[0], *light.actions[:0:-1]))
+    literal = lab.published_eb(LIGHT, criterion="norm_gap", max_consecutive_reuse=None, eps_scale_rule="fixed")
     return [
-        uncached(),
-        Entry("scale alone", EpsilonScaling(1 / SCALE)),
-        Entry("table alone", EBCache(LIGHT, eps_scale=1.0)),
-        Entry("both", EBCache(LIGHT)),
-        Entry("both, table backwards", EBCache(flipped)),
+        lab.uncached(),
+        lab.fewer(LIGHT),
+        lab.row("scale alone", scaling(light)),
+        lab.row("table alone", EBCache(light, eps_scale=1.0)),
+        lab.row("both", EBCache(light)),
+        lab.row("both, table backwards", EBCache(flipped)),
+        lab.row("both, norms compared, no bound", EBCache(literal, eps_scale=fmean(light.eps_scale))),
+        lab.row("both, recommended", EBCache(recommended(lab))),
     ]
 
 
-def feb(tables: Tables) -> list[Entry]:
-    """FEB-Cache: scale, table, both, and the separation of stages."""
+def feb(lab: Lab) -> list[Entry]:
+    """FEB-Cache: scale, table, both, and the separation of stages by itself."""
+    options = FEBCalibration(target_fraction=LIGHT, eps_scale_rule="fixed", **AS_PUBLISHED)  # b(τ) as printed
+    table = lab.calibrated(f"feb-{LIGHT:g}", options)
+    few = replace(lab, solver="ddim", num_inference_steps=max(2, lab.num_inference_steps // 5))
     return [
-        uncached(),
-        Entry("b(τ) alone", FEBCache(CacheTable((FEB.actions[0],) * 50))),
-        Entry("table alone", FEBCache(FEB, eps_scale=1.0)),
-        Entry("both", FEBCache(FEB)),
-        Entry("no stages, b = 1", EBCache(LIGHT, eps_scale=1.0)),
-        Entry("no stages, constant b", EBCache(LIGHT)),
+        lab.uncached(),
+        lab.fewer(LIGHT),
+        lab.row("b(τ) alone", FEBCache(replace(table, actions=(StepState.COMPUTE,) * lab.num_inference_steps))),
+        lab.row("table alone", FEBCache(table, eps_scale=1.0)),
+        lab.row("both", FEBCache(table)),
+        lab.row("EB-Cache", EBCache(lab.published_eb(LIGHT))),
+        *stages(lab, "uncached", ""),
+        replace(few.uncached(), name="DDIM: uncached", reference=None),
+        *stages(few, "DDIM: uncached", "DDIM: "),
     ]
 
 
-def duca(tables: Tables) -> list[Entry]:
-    """DuCa: which steps are aggressive, and which tokens are chosen."""
+@dataclass(frozen=True)
+class OneStage(FEBCalibration):
+    """FEB-Cache's calibration with the states of both stages at every step."""
+
+    def candidates_at(self, tau: float) -> tuple[StepState, ...]:
+        """All of them."""
+        return self.candidates
+
+
+def stages(lab: Lab, reference: str, prefix: str) -> list[Entry]:
+    """The separation of stages on and off, nothing else; of one branch alone, since what may reuse both does so."""
+    options = {
+        "target_fraction": 0.72,
+        "candidates": (StepState.REUSE_MLP, StepState.REUSE_ATTENTION),
+        "eps_scale_rule": "fixed",
+        **AS_PUBLISHED,
+    }
+    made = {"stages apart": FEBCalibration(**options), "no stages": OneStage(**options)}
+    return [
+        replace(lab.row(prefix + name, FEBCache(lab.calibrated(name.replace(" ", "-"), one), 1.0)), reference=reference)
+        for name, one in made.items()
+    ]
+
+
+def duca(lab: Lab) -> list[Entry]:
+    """DuCa: which steps are aggressive, and which tokens are chosen, at the cost of 19 of 50 steps."""
     rules = ("random", "value-norm", "attention")
     return [
-        uncached(),
-        Entry("full and aggressive (FORA N=4)", FORA(4)),
-        Entry("full and conservative (ToCa N=4)", ToCa(4)),
-        *(Entry(f"DuCa N=4, {rule}", DuCa(4, selection=rule)) for rule in rules),
+        lab.uncached(),
+        lab.fewer(0.385),
+        lab.row("full and aggressive (FORA N=3)", FORA(3)),
+        lab.row("full and conservative (ToCa N=4)", ToCa(4, 0.03)),
+        *(lab.row(f"DuCa N=4, {rule}", DuCa(4, selection=rule)) for rule in rules),
     ]
 
 
-def ab(tables: Tables) -> list[Entry]:
+def ab(lab: Lab) -> list[Entry]:
     """AB-Cache: order, interval, solver."""
-    rows = [uncached(50, "ddim")]
-    for interval in (2, 3, 4):
-        rows += [Entry(f"k={k}, every {interval}", ABCache(k, 5, interval), 50, "ddim") for k in (1, 2, 3)]
+    rows = [lab.uncached()]
+    for interval, fraction in ((2, 0.54), (3, 0.4), (4, 0.32)):
+        rows.append(lab.fewer(fraction))
+        rows += [lab.row(f"k={k}, every {interval}", ABCache(k, 5, interval)) for k in (1, 2, 3)]
     for solver in ("ddpm", "dpm-solver++"):
-        rows.append(replace(uncached(50, solver), name=f"{solver}, uncached", reference=None))
-        rows.append(Entry(f"{solver}, k=2, every 2", ABCache(2, 5, 2), 50, solver, reference=f"{solver}, uncached"))
+        other, reference = replace(lab, solver=solver), f"{solver}, uncached"
+        rows.append(replace(other.uncached(), name=reference, reference=None))
+        rows.append(replace(other.fewer(0.54), name=f"{solver}, {other.fewer(0.54).name}"))
+        rows.append(replace(other.row(f"{solver}, k=2, every 2", ABCache(2, 5, 2)), reference=reference))
     return rows
 
 
-TABLES: dict[str, Callable[[Tables], Sequence[Entry]]] = {
-    "table1": table1,
-    "table1-250": table1_250,
-    "table2": table2,
-    "table5": table5,
-    "table6": table6,
-    "table7": table7,
-    "eb": eb,
-    "feb": feb,
-    "duca": duca,
-    "ab": ab,
+def scaling(table: CacheTable) -> EpsilonScaling:
+    """The b of a table, without its reuse."""
+    return EpsilonScaling(1 / fmean(table.eps_scale))
+
+
+def recommended(lab: Lab, strong: bool = False, **changes: float) -> CacheTable:
+    """The table that ships for this speed; for other samplers one calibrated in the same way."""
+    if (lab.solver, lab.num_inference_steps) == ("ddpm", 50):
+        return CacheTable.load(SHIPPED / f"demo-ddpm50-{'2.5x' if strong else '1.5x'}.json")
+    options: EBCalibration = replace(CALIBRATIONS[strong], eps_scale_grid=lab.scales, **changes)
+    computed = max(1, round(options.last_computed * lab.num_inference_steps / 50))
+    return lab.calibrated("recommended", replace(options, last_computed=computed))
+
+
+def learned(lab: Lab, *thresholds: float) -> list[Entry]:
+    """Learning-to-Cache where a router ships for so many steps; trained for DDIM, run with any solver."""
+    path = SHIPPED / f"demo-ddim{lab.num_inference_steps}-l2c.safetensors"
+    router = replace(Router.load(path), scheduler={}) if path.exists() else None
+    return [lab.row(f"L2C θ={one:g}", L2C(router, one)) for one in thresholds if router]
+
+
+TABLES: dict[str, tuple[Callable[[Lab], list[Entry]], str, int]] = {
+    "table1": (table1, "ddpm", 50),
+    "table1-250": (table1, "ddpm", 250),
+    "table2": (table2, "ddim", 20),
+    "table5": (table5, "ddpm", 50),
+    "table6": (table6, "ddpm", 50),
+    "table7": (table7, "ddpm", 50),
+    "eb": (eb, "ddpm", 50),
+    "feb": (feb, "ddpm", 50),
+    "duca": (duca, "ddim", 50),
+    "ab": (ab, "ddim", 50),
+}
+"""The rows of a table, its solver and steps."""
+
+_ATTENTION = "DiTFastAttn at 2.5×: attention is a third of this network's work, 1.5× at most"
+ABSENT = {
+    "table1": [_ATTENTION, "L2C at 2.5×: every second step is computed, below 2×"],
+    "table1-250": [_ATTENTION, "L2C: a router is trained for one number of steps, none for 250"],
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "runs/papers")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--shard", type=int, nargs=2, default=[0, 1], help="this process's part and the number of parts"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/papers"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--search-images", type=int, default=128, help="for each value of b; 0: not searched")
+    parser.add_argument("--steps", type=int, help="in place of the table's own, for a quick look")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    folder = options.output / options.table
-    entries = TABLES[options.table](Tables(folder / "tables", options.dtype))
-    part = (options.shard[0], options.shard[1])
-    settings = Settings(options.num_images, options.batch_size, tuple(options.seeds), shard=part, dtype=options.dtype)
-    results = run_entries(folder, entries, settings)
-    if not results["rows"]:
-        print(f"this part is done; {results['missing']} batches of other parts are missing")
-        return
-    results = record(folder, entries, settings, results)
-    print(terminal_table(results))
-    if len(options.seeds) > 1:
-        for row in results["rows"]:
-            values = row["frechet_distance_per_seed"]
-            print(f"{row['name']:34} {fmean(values):.3f} ± {stdev(values):.3f} over {len(values)} seeds")
-    if options.json:
-        options.json.write_text(json.dumps(results | {"table": options.table}, indent=1) + "\n")
+    options.output /= options.table
+    rows, solver, steps = TABLES[options.table]
+    pipe = load_demo_pipeline()
+    lab = Lab(pipe, options.output, solver, options.steps or steps, options.dtype, options.search_images)
+    compare(options, rows(lab), pipe, table=options.table, absent=ABSENT.get(options.table, []))
 
 
 if __name__ == "__main__":

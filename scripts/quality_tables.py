@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from statistics import stdev
 from typing import Any
 
 from claims import CLAIMS
 
 _SURE = 1.96  # standard errors
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the same of Student's t, for 2, 3 … seeds
+_LIKE = 0.05  # a difference in cost that is none
 
 
 def cell(value: float | None, digits: int) -> str:
@@ -45,32 +49,66 @@ def frontier(results: dict[str, Any]) -> str:
 
 
 def quality(results: dict[str, Any]) -> str:
-    """Quality on both axes with its uncertainty, a line a row, and what it was measured on."""
+    """Quality on both axes with its uncertainty, a line a row, what it was measured on, and what is not in it."""
     floor = f"{results['floor']:.3f}"
     lines = [
-        f"| row | by MACs | Fréchet distance (real {floor}) | against {results['rows'][0]['name']} | score | class accuracy | "
-        "precision | recall | PSNR |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| row | speed-up | by MACs | Fréchet distance (real {floor}) | against {results['rows'][0]['name']} | score | "
+        "class accuracy | precision | recall | PSNR |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = results["rows"][0]["frechet_distance"]
-    errors = results["difference_errors"]
     for index, row in enumerate(results["rows"]):
-        error = errors[0][index] if errors and index else None
-        difference = "–" if error is None else f"{row['frechet_distance'] - base:+.3f} ± {_SURE * error:.3f}"
+        error = interval(results, index, 0) if index else None
+        difference = "–" if error is None else f"{_difference(results, index, 0):+.3f} ± {error:.3f}"
         lines.append(
-            f"| {row['name'].replace('|', '+')} | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.3f} | {difference} | "
-            f"{row['inception_score']:.2f} | {row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | "
-            f"{cell(row['psnr'], 1)} |"
+            f"| {row['name'].replace('|', '+')} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | "
+            f"{row['frechet_distance']:.3f} | {difference} | {row['inception_score']:.2f} | {row['class_accuracy']:.3f} | "
+            f"{row['precision']:.3f} | {row['recall']:.3f} | {cell(row['psnr'], 1)} |"
         )
     seeds, machine = results["seeds"], results["machine"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"n = {results['n']}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}, {machine['dtype']}, "
-            f"{machine['processor']}, torch {machine['torch']}; ± is 95 % by the delta method, over images of the same noise.",
-        ]
-    )
+    several = len(seeds) > 1
+    way = "Student's t, over the seeds" if several else "the delta method, over images of the same noise"
+    lines += [
+        "",
+        f"n = {results['n']}, {'seeds' if several else 'seed'} {', '.join(map(str, seeds))}, {machine['dtype']}, "
+        f"{machine['processor']}, torch {machine['torch']}; ± is 95 % by {way}.",
+    ]
+    if results.get("absent"):
+        lines += ["", "Not in the table:", "", *(f"- {words}" for words in results["absent"])]
+    return "\n".join(lines)
+
+
+def _difference(results: dict[str, Any], i: int, j: int) -> float:
+    return results["rows"][i]["frechet_distance"] - results["rows"][j]["frechet_distance"]
+
+
+def interval(results: dict[str, Any], i: int, j: int) -> float | None:
+    """Half of the 95 % confidence interval of the difference of two rows' distances: over seeds, where there are several.
+
+    ``None`` with one seed and too few images for the delta method.
+    """
+    pairs = zip(*(results["rows"][k]["frechet_distance_per_seed"] for k in (i, j)), strict=True)
+    differences = [one - other for one, other in pairs]
+    if len(differences) > 1:
+        return _T[min(len(differences), len(_T) + 1) - 2] * stdev(differences) / math.sqrt(len(differences))
+    errors = results["difference_errors"]
+    return None if errors is None else _SURE * errors[i][j]
+
+
+def verdict(results: dict[str, Any], better: int, worse: int) -> str:
+    """What came of the claim that one row has a lower distance than the other: beyond the noise, and at which cost."""
+    difference, noise = _difference(results, better, worse), interval(results, better, worse)
+    if noise is None or abs(difference) <= noise:
+        return "no difference beyond the noise"
+    winner, loser = (better, worse) if difference < 0 else (worse, better)
+    extra = work(results, winner) / work(results, loser) - 1
+    at = f", at {extra:.0%} more work" if extra > _LIKE else ""
+    return ("true" if difference < 0 else "the other way") + at
+
+
+def work(results: dict[str, Any], index: int) -> float:
+    """What a row costs, of the uncached one, in the unit in which rows are compared."""
+    row = results["rows"][index]
+    return 1 / row["speedup" if results.get("cost") == "time" else "ideal_speedup"]
 
 
 def reproduced(results: dict[str, Any]) -> str:
@@ -78,53 +116,62 @@ def reproduced(results: dict[str, Any]) -> str:
     names = [row["name"] for row in results["rows"]]
     lines = [quality(results), "", "| the paper says | here | so |", "|---|---|---|"]
     for claim, better, worse in CLAIMS[results["table"]]:
+        if not {better, worse} <= set(names):  # of results from before a row was renamed
+            lines.append(f"| {claim} | – | not measured |")
+            continue
         i, j = names.index(better), names.index(worse)
-        one, other = results["rows"][i], results["rows"][j]
-        difference = one["frechet_distance"] - other["frechet_distance"]
-        noise = _SURE * results["difference_errors"][i][j]
-        so = (
-            "no difference beyond the noise"
-            if abs(difference) <= noise
-            else "true"
-            if difference < 0
-            else "the other way"
-        )
-        here = f"{one['frechet_distance']:.3f} against {other['frechet_distance']:.3f} (± {noise:.3f})"
-        lines.append(f"| {claim} | {here} | {so} |")
+        one, other = (results["rows"][k]["frechet_distance"] for k in (i, j))
+        noise = interval(results, i, j)
+        here = f"{one:.3f} against {other:.3f} (± {cell(noise, 3)})"
+        lines.append(f"| {claim} | {here} | {verdict(results, i, j)} |")
     return "\n".join(lines)
 
 
 def tuned(results: dict[str, Any]) -> str:
     """The tuned plans against all others: the whole table, and before it who is ahead at each speed."""
-    targets: dict[str, list[dict[str, Any]]] = {}
-    for row in results["rows"]:
+    targets: dict[str, list[int]] = {}
+    for index, row in enumerate(results["rows"]):
         target, colon, _ = row["name"].partition("x: ")
         if colon:
-            targets.setdefault(target, []).append(row)
+            targets.setdefault(target, []).append(index)
     lines = [
-        "| target | distance: tuned by score | best of the others | PSNR: tuned by nearness | best of the others |",
-        "|---|---|---|---|---|",
+        "| target | distance: tuned by score | best of the others | tuned is better | PSNR: tuned by nearness | "
+        "best of the others |",
+        "|---|---|---|---|---|---|",
     ]
     for target, rows in targets.items():
-        own = {row["name"].partition("tuned by ")[2]: row for row in rows if "tuned by" in row["name"]}
-        others = [row for row in rows if "tuned by" not in row["name"]]
-        first = min(others, key=lambda row: row["frechet_distance"])
-        nearest = max((row for row in others if row["psnr"] is not None), key=lambda row: row["psnr"])
+        own = {_short(results, index): index for index in rows if "tuned by" in _short(results, index)}
+        others = [index for index in rows if index not in own.values()]
+        score, nearness = own["tuned by score"], own["tuned by nearness"]
+        distance = {index: results["rows"][index]["frechet_distance"] for index in rows}
+        psnr = {index: results["rows"][index]["psnr"] for index in rows}
+        first = min(_like(results, others, score), key=distance.__getitem__)
+        near = [index for index in _like(results, others, nearness) if psnr[index] is not None]
+        nearest = max(near, key=psnr.__getitem__, default=None)
         cells = (
-            _marked(own["score"], first, "frechet_distance", 3),
-            f"{_marked(first, own['score'], 'frechet_distance', 3)}, {_plain(first)}",
-            _marked(own["nearness"], nearest, "psnr", 1),
-            f"{_marked(nearest, own['nearness'], 'psnr', 1)}, {_plain(nearest)}",
+            f"{distance[score]:.3f} ({_speed(results, score)})",
+            f"{distance[first]:.3f}, {_plain(results, first)}",
+            verdict(results, score, first),
+            f"{psnr[nearness]:.1f} ({_speed(results, nearness)})",
+            "–" if nearest is None else f"{psnr[nearest]:.1f}, {_plain(results, nearest)}",
         )
         lines.append(f"| {target}× | {' | '.join(cells)} |")
     return "\n".join([*lines, "", quality(results)])
 
 
-def _marked(one: dict[str, Any], other: dict[str, Any], name: str, digits: int) -> str:
-    """A number, in bold where it is the better one."""
-    ahead = one[name] > other[name] if name == "psnr" else one[name] < other[name]
-    return f"**{one[name]:.{digits}f}**" if ahead else f"{one[name]:.{digits}f}"
+def _like(results: dict[str, Any], others: list[int], own: int) -> list[int]:
+    """The rows that cost no more than this one, a little aside; all, where there is none."""
+    bar = work(results, own) * (1 + _LIKE)
+    return [index for index in others if work(results, index) <= bar] or others
 
 
-def _plain(row: dict[str, Any]) -> str:
-    return f"{row['name'].partition('x: ')[2]} ({row['ideal_speedup']:.2f}×)"
+def _short(results: dict[str, Any], index: int) -> str:
+    return results["rows"][index]["name"].partition("x: ")[2]
+
+
+def _speed(results: dict[str, Any], index: int) -> str:
+    return f"{1 / work(results, index):.2f}×"
+
+
+def _plain(results: dict[str, Any], index: int) -> str:
+    return f"{_short(results, index)} ({_speed(results, index)})"

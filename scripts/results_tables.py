@@ -19,7 +19,7 @@ from typing import Any
 
 from bench_tables import SUITES
 from claims import CLAIMS
-from quality_tables import comparison, frontier, reproduced, tuned
+from quality_tables import comparison, frontier, quality, reproduced, tuned
 from reliability_tables import reliability
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **SUITES,
     "reliability.json": reliability,
     **{f"papers-{name}.json": reproduced for name in CLAIMS},
+    "exposure-bias.json": quality,
     **{f"tune-{name}.json": tuned for name in ("ddpm50", "dpm20", "second-ddpm50", "second-dpm20")},
 }
 
