@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline
 from sostenuto.demo.record import record
 from sostenuto.demo.show import terminal_table
+from sostenuto.files import publish_json
+from sostenuto.methods.base import Method
 from sostenuto.table import CacheTable
 
 SEARCH_SEED = 900_001  # of every calibration and search: none of the noise that the rows are judged on
@@ -94,6 +98,40 @@ class Lab:
         """EB-Cache's table as published that costs this share of the multiply-accumulates."""
         calibration = EBCalibration(target_fraction=fraction, eps_scale_grid=self.scales, **AS_PUBLISHED)
         return self.calibrated(f"eb-{fraction:g}", replace(calibration, **options))
+
+    def speed(self, method: Method, cost: str, pairs: int) -> float | None:
+        """Speed-up over the uncached sampler, measured once and kept; ``None`` where the model refuses the method.
+
+        Args:
+            method: the method.
+            cost: ``"time"``, the median of pairs of generations of 16 images, or ``"macs"``.
+            pairs: how many.
+        """
+        path = self.folder / "speeds.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if (key := self.key(cost, pairs, method)) not in known:
+            with self.sampler():
+                known[key] = self._measured(method, cost, pairs)
+            publish_json(path, known, indent=1)
+        return known[key]
+
+    def _measured(self, method: Method, cost: str, pairs: int) -> float | None:
+        labels = [i % 10 for i in range(1 if cost == "macs" else 16)]
+
+        def run(what: Method) -> tuple[float, float]:
+            with sostenuto.enable(self.pipe, what) as handle:
+                began = time.perf_counter()
+                noise = torch.Generator().manual_seed(0)
+                self.pipe(labels, self.num_inference_steps, generator=noise, output_type="latent")
+                return time.perf_counter() - began, handle.stats.ideal_speedup
+
+        try:
+            _, ideal = run(method)
+        except sostenuto.SostenutoError:
+            return None
+        if cost == "macs":
+            return ideal
+        return median(run(sostenuto.NoCache())[0] / run(method)[0] for _ in range(pairs))
 
     def uncached(self) -> Entry:
         """The row that everything is measured against."""

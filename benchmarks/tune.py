@@ -15,13 +15,10 @@ runs a router that was trained for DDIM with as many steps: that of the demo shi
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +30,6 @@ from sostenuto.calibrations import Calibration, EBCalibration, FEBCalibration, S
 from sostenuto.demo.compare import SHIPPED, Entry, demo_sample
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import load_demo_pipeline, load_trained_pipeline
-from sostenuto.files import publish_json
 from sostenuto.methods.base import Method
 from sostenuto.router import Router
 from sostenuto.table import CacheTable
@@ -54,6 +50,9 @@ class Rivals:
     pairs: int
     router: Path | None
 
+    def _speed(self, method: Method) -> float | None:
+        return self.lab.speed(method, self.cost, self.pairs)
+
     def of(self, target: float) -> tuple[list[Named], list[str]]:
         """The methods at this speed-up, and in words those that don't get there."""
         settings: dict[str, list[Method]] = {}
@@ -61,7 +60,7 @@ class Rivals:
             settings.setdefault(name, []).append(method)
         there, absent = [], [] if "L2C" in settings else ["L2C: no router for this model and so many steps"]
         for name, methods in settings.items():
-            timed = [(speed, method) for method in methods if (speed := self.speed(method)) is not None]
+            timed = [(speed, method) for method in methods if (speed := self._speed(method)) is not None]
             if not timed:
                 absent.append(f"{name}: refused by this model")
                 continue
@@ -93,7 +92,7 @@ class Rivals:
                 file = name.lower().replace(", ", "-")
                 own = method(self.lab.calibrated(f"{file}-{target:g}", calibration(share)))
                 yield name, own
-                speed = self.speed(own)
+                speed = self._speed(own)
                 if speed is None or abs(math.log(speed / target)) < LIKE:
                     break
                 share = min(1.0, round(share * speed / target, 4))
@@ -105,34 +104,6 @@ class Rivals:
             if router.num_inference_steps == self.lab.num_inference_steps:
                 for threshold in (0.05, 0.1, 0.5, 0.9, 0.95, 0.99):
                     yield "L2C", sostenuto.L2C(router, threshold)
-
-    def speed(self, method: Method) -> float | None:
-        """Speed-up over the uncached sampler, in the unit that is compared, measured once; ``None`` where it is refused."""
-        path = self.lab.folder / "speeds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if (key := self.lab.key(self.cost, self.pairs, method)) not in known:
-            with self.lab.sampler():
-                known[key] = self._measured(method)
-            publish_json(path, known, indent=1)
-        return known[key]
-
-    def _measured(self, method: Method) -> float | None:
-        labels = [i % 10 for i in range(1 if self.cost == "macs" else 16)]
-
-        def run(what: Method) -> tuple[float, float]:
-            with sostenuto.enable(self.lab.pipe, what) as handle:
-                began = time.perf_counter()
-                noise = torch.Generator().manual_seed(0)
-                self.lab.pipe(labels, self.lab.num_inference_steps, generator=noise, output_type="latent")
-                return time.perf_counter() - began, handle.stats.ideal_speedup
-
-        try:
-            _, ideal = run(method)
-        except sostenuto.SostenutoError:
-            return None
-        if self.cost == "macs":
-            return ideal
-        return median(run(sostenuto.NoCache())[0] / run(method)[0] for _ in range(self.pairs))
 
 
 def intervals() -> Iterator[Named]:

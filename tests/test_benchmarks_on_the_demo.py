@@ -163,7 +163,7 @@ def test_the_separation_of_stages_is_the_only_difference():
 class Timed(tune.Rivals):
     """Every method is as fast as its share says, but for what each adds."""
 
-    def speed(self, method):
+    def _speed(self, method):
         if isinstance(method, EBCache) and method.table.macs_fraction:
             return 1 / (method.table.macs_fraction + 0.1)
         if isinstance(method, sostenuto.L2C):
@@ -207,14 +207,14 @@ def test_rivals_that_do_not_get_to_a_speed_are_named():
 @pytest.mark.parametrize("cost", ["macs", "time"])
 def test_a_speed_is_measured_once_for_each_unit_and_sampler(small, tmp_path, monkeypatch, cost):
     lab = Lab(load_trained_pipeline(small), tmp_path, num_inference_steps=4)
-    first = tune.Rivals(lab, cost, 1, None).speed(FORA(2))
+    first = lab.speed(FORA(2), cost, 1)
     assert first > 0
     if cost == "macs":
         assert first == pytest.approx(1.5, abs=0.2)
-    monkeypatch.setattr(tune.Rivals, "_measured", lambda *_: -1.0)
-    assert tune.Rivals(lab, cost, 1, None).speed(FORA(2)) == first
-    assert tune.Rivals(replace(lab, solver="ddim"), cost, 1, None).speed(FORA(2)) == -1
-    assert tune.Rivals(lab, "macs" if cost == "time" else "time", 1, None).speed(FORA(2)) == -1
+    monkeypatch.setattr(Lab, "_measured", lambda *_: -1.0)
+    assert lab.speed(FORA(2), cost, 1) == first
+    assert replace(lab, solver="ddim").speed(FORA(2), cost, 1) == -1
+    assert lab.speed(FORA(2), "macs" if cost == "time" else "time", 1) == -1
 
 
 # --- the tables on the pages -------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_the_comparison_with_tuned_plans_runs_and_goes_on(monkeypatch, tmp_path,
     assert "| 1.3× |" in tuned(found)
     monkeypatch.setattr(sostenuto, "calibrate", None)
     monkeypatch.setattr(sostenuto, "tune", None)
-    monkeypatch.setattr(tune.Rivals, "_measured", None)
+    monkeypatch.setattr(Lab, "_measured", None)
     assert run(monkeypatch, tmp_path, "tune", *words) == found
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from diffusers import DDIMScheduler
 
 from sostenuto import FORA, L2C, EpsilonScaling, available_methods
+from sostenuto.demo.network import build_denoiser
+from sostenuto.demo.pipeline import DemoPipeline
 from sostenuto.methods.base import parts
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "methods.py"
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import methods as script
+from lab import SEARCH_SEED, Lab
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("benchmark_of_methods", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_of_each_method_the_setting_nearest_to_each_target_is_taken(script):
+def test_of_each_method_the_setting_nearest_to_each_target_is_taken():
     grid = {"FORA": [FORA(2), FORA(3), FORA(4)], "L2C": [L2C(threshold=0.1), L2C(threshold=0.9)]}
     speedups = {FORA(2): 1.9, FORA(3): 2.2, FORA(4): 3.3, L2C(threshold=0.1): 1.2, L2C(threshold=0.9): 1.3}
     assert script.chosen(grid, speedups.get, [2.0, 3.0]) == [
@@ -37,13 +30,11 @@ def test_of_each_method_the_setting_nearest_to_each_target_is_taken(script):
     ]
 
 
-def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypatch):
+def test_every_method_for_transformers_is_in_the_grid(tmp_path, monkeypatch):
     asked = []
 
-    monkeypatch.setattr(
-        script.Workshop, "calibrated", lambda self, name, *_: asked.append(name) or tmp_path / f"{name}.json"
-    )
-    grid = script.settings_of_every_method(script.Workshop(None, tmp_path, 0))
+    monkeypatch.setattr(Lab, "calibrated", lambda self, name, *_: asked.append(name) or tmp_path / f"{name}.json")
+    grid = script.settings_of_every_method(Lab(None, tmp_path))
     tried = {part.name for methods in grid.values() for method in methods for part in parts(method)}
     known = {name for name, method in available_methods().items() if method.denoisers != "U-Net"}
     assert known - tried == {
@@ -55,28 +46,41 @@ def test_every_method_for_transformers_is_in_the_grid(script, tmp_path, monkeypa
 
 
 def test_the_noise_scale_of_the_smallest_distance_is_taken_and_kept_and_sees_none_of_the_judged_noise(
-    script, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
-    given = []
+    given, lab = [], Lab(DemoPipeline(build_denoiser(num_layers=1), DDIMScheduler()), tmp_path, "ddim", search_images=7)
 
     def sample(num_images):
         return lambda pipe, generator: given.append((num_images, generator.initial_seed()))
 
-    distances = iter((3.0, 1.0, 2.0, 4.0, 5.0))
+    distances = dict(zip(script.SCALES, (3.0, 4.0, 1.0, 2.0, 5.0, 6.0), strict=True))
     monkeypatch.setattr(script, "demo_sample", sample)
-    monkeypatch.setattr(script, "Judge", lambda: SimpleNamespace(distance=lambda _: next(distances)))
-    monkeypatch.setattr(script.sostenuto, "enable", lambda *_: nullcontext())
-    shop = script.Workshop(None, tmp_path, 7)
+    left = iter(distances.values())
+    monkeypatch.setattr(script, "Judge", lambda: SimpleNamespace(distance=lambda _: next(left)))
     wanted = FORA(2) | EpsilonScaling(1 / 0.98)
-    assert shop.with_noise_scale(FORA(2)) == wanted
-    assert given == [(7, script.SEARCH_SEED)] * 5
-    assert script.Workshop(None, tmp_path, 7).with_noise_scale(FORA(2)) == wanted
-    assert script.SEARCH_SEED >= 900_000  # a row's batches begin at their seed × 1 000 003 + the first image
+    assert script.with_noise_scale(lab, FORA(2)) == wanted
+    assert given == [(7, SEARCH_SEED)] * 6
+    assert script.with_noise_scale(lab, FORA(2)) == wanted
+    assert len(given) == 6  # kept
+    assert SEARCH_SEED not in range(900_000)  # a row's batches begin at their seed × 1 000 003 + the first image
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys):
-    arguments = [str(SCRIPT), "--num-images", "4", "--batch-size", "4", "--search-images", "4", "--only", "FORA", "L2C"]
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    arguments = [
+        "methods.py",
+        "--cost",
+        "macs",
+        "--num-images",
+        "4",
+        "--batch-size",
+        "4",
+        "--search-images",
+        "4",
+        "--only",
+        "FORA",
+        "L2C",
+    ]
     arguments += ["--output", str(tmp_path), "--json", str(tmp_path / "found.json"), "--dtype", "bfloat16"]
     monkeypatch.setattr(sys, "argv", arguments)
     script.main()
