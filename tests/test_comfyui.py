@@ -441,7 +441,6 @@ def test_what_cannot_work_is_refused_in_words_and_nothing_is_attached():
         ("deepcache", "DeepCache is for UNet"),
         ("eb", "no eb table ships"),
         ("l2c", "router"),
-        ("toca", "Flux|block"),
     ):
         model = cached(build(Flux), method)
         with pytest.raises(sostenuto.SostenutoError, match=words):
