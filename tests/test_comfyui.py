@@ -205,6 +205,7 @@ def test_nothing_changes_with_no_method_and_nothing_is_left_behind():
         (WanModel, "taylorseer", {"interval": 3, "order": 1}),
         (WanModel, "ab", {"warmup": 2, "interval": 3}),
         (WanModel, "duca", {}),
+        (WanModel, "toca", {}),
         (Flux, "taylorseer", {"interval": 3, "order": 1}),
         (Flux, "ab", {"warmup": 2, "interval": 3}),
         (Flux, "delta-dit", {}),
