@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import sostenuto
-from conftest import calm, sample, sample_loop
+from conftest import calm, quantised, sample, sample_loop
 from sostenuto import InputError, advise
 from sostenuto.plan import Action
+from unets import build_plain
 
 
 def advised(model, steps=12, **kwargs):
@@ -28,13 +30,66 @@ def test_the_advice_says_what_the_method_then_does(model):
     assert "12 steps" in text
 
 
-def test_a_few_step_sampler_is_advised_against(model):
-    advice = advised(calm(model), steps=4)
+def test_few_steps_are_advised_against_where_neighbouring_steps_differ_and_not_for_their_number(model):
+    advice = advised(model, steps=4)
+    assert advice.reuse_error > 0.5
     assert not advice.worth
     assert advice.method is None
     assert advice.expected_speedup == 1.0
     assert "not worth" in str(advice)
     assert "few-step" in str(advice)
+    advice = advised(calm(model), steps=4)
+    assert advice.reuse_error < 0.01
+    assert advice.worth
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_quantised_features_are_noisy_and_smooth_ones_are_not_with_few_steps_too(model, steps):
+    model.scheduler_for_test = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    smooth = advised(calm(model), steps, num_samples=8)
+    assert smooth.noise_share < 0.05
+    assert "noise floor" not in str(smooth)
+    noisy = advised(quantised(model), steps, num_samples=8)
+    assert noisy.noise_share > 0.25
+    assert noisy.forecast_gain > 1
+    assert not noisy.forecasts
+    assert "noise floor" in str(noisy)
+    assert "reuse, don't forecast" in str(noisy)
+
+
+def test_a_smooth_path_that_turns_is_not_taken_for_noise(model):
+    """The untamed network of six deterministic steps: forecasts hurt, and nothing in it is random."""
+    model.scheduler_for_test = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    advice = advised(model, steps=6, num_samples=8)
+    assert advice.forecast_gain > 1
+    assert advice.noise_share < 0.1
+    assert "turn from step to step" in str(advice)
+
+
+def test_two_steps_leave_nothing_to_forecast_from(model):
+    advice = advised(calm(model), steps=2)
+    assert advice.forecast_gain is None
+    assert "nothing to forecast from" in str(advice)
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_a_unet_is_worth_it_where_its_output_hears_little_of_a_stale_deep_part(worth):
+    net, scheduler = build_plain(), DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    if worth:
+        net.conv_out.weight.mul_(1e-3)
+        net.conv_out.bias.fill_(1.0)
+
+    def sample(pipe, generator, num_inference_steps):
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        for timestep in scheduler.timesteps:
+            with torch.no_grad():
+                latents = scheduler.step(pipe(latents, timestep).sample, timestep, latents).prev_sample
+
+    advice = advise(net, sample, num_inference_steps=8, scheduler=scheduler)
+    assert advice.worth is worth
+    assert (advice.reuse_error <= 0.1) is worth
+    assert (advice.method is not None) is worth
 
 
 def test_noisy_features_make_forecasts_hurt(model):

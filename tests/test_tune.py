@@ -1,16 +1,23 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
 import sostenuto
-from conftest import build_tiny, calm, sample, sample_loop
+from conftest import build_tiny, calm, quantised, sample, sample_loop
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
+from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.engine import Handle
 from sostenuto.table import StepState
-from sostenuto.tuning.lab import Lab
+from sostenuto.tuning.lab import Lab, key_of
+from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
+from sostenuto.tuning.published import calibrated, calibrations, work_of
+from sostenuto.tuning.record import claim, rehearsed
+from sostenuto.tuning.rehearsal import rehearse, same
 
 STEPS = 10
 QUICK = TuneOptions(speedups=(1.3, 2.0), trial_samples=2, refinements=1, tilts=(0.0,), kinds=("stack",), published=())
@@ -98,9 +105,81 @@ def test_the_work_is_bounded_and_what_it_left_out_is_said(model, begun):
     options = replace(QUICK, refinements=0)
     least = tuned(model, options, folder=begun).work
     found = tuned(model, replace(options, refinements=50, max_work=least + 5), folder=begun)
-    # What is begun is ended: a plan and its noise scale have a trial each, for both points.
-    assert least < found.work <= least + 5 + 5 * 2
+    assert least < found.work <= least + 5
     assert any("used up" in note for note in found.notes)
+
+
+def ten_rows(model, generator, num_inference_steps):
+    return sample(model, generator, num_inference_steps, batch=10)
+
+
+def norm(images):
+    return images.norm().item()
+
+
+def test_max_work_is_a_bound_on_scores_too_and_too_little_is_refused_with_the_numbers(model, begun):
+    given = dict(folder=begun, score=norm, score_sample=ten_rows)
+    with pytest.raises(
+        InputError, match=r"at least \((\d+) to measure, 24 to try.*max_work = 75.*score_sample"
+    ) as refused:
+        tuned(model, replace(QUICK, max_work=75), **given)
+    least = int(re.search(r"needs about (\d+)", str(refused.value))[1])
+    works = []
+    for more in (1, 10, 45):
+        found = tuned(model, replace(QUICK, refinements=30, max_work=least + more), **given)
+        assert found.point.score is not None
+        assert found.uncached_score is not None
+        assert len(found.frontier) == 2  # refinements leave something for the other target
+        works.append(found.work)
+        assert found.work <= least + more
+    assert works == sorted(set(works))
+
+
+@pytest.fixture
+def small(scheduler):
+    model = build_tiny(num_layers=1)
+    model.scheduler_for_test = scheduler
+    return model
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Rows of denoiser calls by their share of the multiply-accumulates, as they are carried out."""
+    done, execute = [0.0], Handle._execute
+
+    def counted(handle, tick, state, call, row):
+        done[0] += call.latents.shape[0] * handle.count(call.signature, row.ops) / handle._cost(call.signature).macs
+        return execute(handle, tick, state, call, row)
+
+    monkeypatch.setattr(Handle, "_execute", counted)
+    return done
+
+
+@pytest.mark.parametrize("name", ["feb", "smoothcache"])
+def test_a_calibration_costs_no_more_than_is_said_before(small, name, executed):
+    settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
+    kinds = (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP)
+    rehearsal = rehearse(settings, 0, Tapped("branches"), kinds)
+    executed[0] = 0.0
+
+    def rows(samples):
+        return samples + samples % 2  # two at a time
+
+    calibration = calibrations([name], 0.7, kinds)[name]
+    table = calibrated(calibration, settings, None)
+    spent, done = work_of(calibration, rehearsal.macs, rows, table), executed[0] / STEPS
+    assert 0.5 * spent < done <= spent <= work_of(calibration, rehearsal.macs, rows)
+
+
+def test_an_instrumented_run_costs_what_is_said_before(small, executed):
+    settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
+    lab = Lab(settings, None, 2, lambda _: None)
+    lab.rehearse(tuple(Kind))
+    executed[0] = 0.0
+    measured = lab.measure(tuple(Kind))
+    assert measured.work == pytest.approx(executed[0] / STEPS)
+    said = instrumented_share(reaches(tuple(Kind), STEPS), lab.rehearsals["paired"].macs, STEPS)
+    assert measured.work == pytest.approx(lab.rows(8) * said)
 
 
 def test_an_interrupted_tuning_goes_on_and_ends_the_same(model, tmp_path, monkeypatch):
@@ -137,7 +216,7 @@ def test_an_interrupted_tuning_goes_on_and_ends_the_same(model, tmp_path, monkey
         folder=tmp_path / "cut",
         options=QUICK,
     )
-    assert not calls  # all of it was found already
+    assert len(calls) == 1  # the rehearsal: all else was found already
     assert [p.error for p in third.frontier] == [p.error for p in whole.frontier]
     assert third.work <= again.work
 
@@ -162,6 +241,98 @@ def test_a_folder_of_another_tuning_is_refused(model, begun):
         model.proj_out_2.weight.mul_(2)
     with pytest.raises(InputError, match="another weights"):
         tuned(model, folder=begun)
+
+
+def guided(scale, labels=0, batch=2):
+    """A sample with a guidance scale, which the network doesn't see."""
+
+    @torch.no_grad()
+    def sample(model, generator, num_inference_steps):
+        scheduler = model.scheduler_for_test
+        latents = torch.randn(batch, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        both = torch.tensor([labels] * batch + [10] * batch)
+        for timestep in scheduler.timesteps:
+            given = torch.cat([latents, latents])
+            wanted, plain = model(given, timestep.expand(2 * batch), both).sample[:, :2].chunk(2)
+            latents = scheduler.step(
+                plain + scale * (wanted - plain), timestep, latents, generator=generator
+            ).prev_sample
+        return latents
+
+    return sample
+
+
+def sketch_of(model, sample):
+    settings = Settings(model, sample, STEPS, 1, scheduler=model.scheduler_for_test)
+    return rehearse(settings, 0, Tapped("stack"), (Kind.STACK,)).sketch
+
+
+def test_a_rehearsal_knows_a_sample_again_and_hardly_runs_the_network(model):
+    calls = []
+    model.proj_out_2.register_forward_hook(lambda *_: calls.append(1))
+    known = sketch_of(model, guided(4.0))
+    assert len(calls) <= 3  # one call, and the counting on tensors without data
+    assert same(known, sketch_of(model, guided(4.0)))
+    for other in (
+        guided(4.2),
+        guided(4.0, labels=3),
+        guided(4.0, batch=3),
+        lambda m, g, num_inference_steps: sample(m, g, STEPS),
+    ):
+        assert not same(known, sketch_of(model, other))
+    with torch.no_grad():  # far more than another precision does
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    assert same(known, sketch_of(model, guided(4.0)))
+
+
+def test_numbers_of_another_setting_are_not_taken(model, begun):
+    more = {"batch": 4}
+    with pytest.raises(InputError, match=r"another sample: its sizes.*another folder.*generator"):
+        tune(
+            model,
+            lambda m, g, num_inference_steps: sample(m, g, num_inference_steps, **more),
+            num_inference_steps=STEPS,
+            num_samples=8,
+            scheduler=model.scheduler_for_test,
+            folder=begun,
+            options=QUICK,
+        )
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match=r"another dtype \(float32, now float32, autocast to bfloat16 on cpu\)"),
+    ):
+        tuned(model, folder=begun)
+
+
+def test_a_folder_takes_a_score_and_then_no_other(model, tmp_path):
+    def record(score, batch=2, scale=1.0):
+        settings = Settings(
+            model, guided(1.0), STEPS, 8, None, score, guided(scale, batch=batch), model.scheduler_for_test
+        )
+        lab = Lab(settings, None, 2, lambda _: None)
+        lab.rehearse((Kind.STACK,))
+        return rehearsed(settings, lab.rehearsals["paired"], lab.rehearsals.get("scored"))
+
+    claim(tmp_path, {"seed": 0})
+    for score in (None, norm, norm, None):
+        claim(tmp_path, record(score), begun=True)
+
+    def other_norm(images):
+        return 1.1 * images.norm().item()
+
+    other_norm.__module__, other_norm.__qualname__ = norm.__module__, norm.__qualname__
+    with pytest.raises(InputError, match=r"another score of noise \(([\d.]+), now ([\d.]+)\)"):
+        claim(tmp_path, record(other_norm), begun=True)
+    with pytest.raises(InputError, match=r"another score \(.*norm, now .*speedup_of\)"):
+        claim(tmp_path, record(speedup_of), begun=True)
+    with pytest.raises(InputError, match=r"another scored rows \(4, now 12\)"):
+        claim(tmp_path, record(norm, batch=6), begun=True)
+    with pytest.raises(InputError, match="another score_sample"):
+        claim(tmp_path, record(norm, scale=2.0), begun=True)
+    with pytest.raises(InputError, match=r"another dtype \(None, now float32\)"):
+        claim(tmp_path, {"dtype": "float32"})  # as of a folder from before it was noted
 
 
 def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):
@@ -198,6 +369,13 @@ def test_a_speedup_that_is_none_is_refused(model, speedup):
         dict(kinds=("attention",)),
         dict(kinds=("heads",)),
         dict(eps_scale_grid=(0.0,)),
+        dict(trial_samples=2.5),
+        dict(refinements=1.5),
+        dict(tilts=(float("nan"),)),
+        dict(max_work=float("nan")),
+        dict(max_work=-1),
+        dict(max_work=0),
+        dict(max_work=float("inf")),
     ],
 )
 def test_options_without_meaning_are_refused(wrong):
@@ -245,6 +423,24 @@ def test_the_score_chooses_b_on_either_side_of_one(model, begun, best):
     assert found.uncached_score > -1000
 
 
+def test_the_score_chooses_a_factor_for_computed_steps_and_one_for_the_others(model, begun):
+    options = replace(QUICK, speedups=(1.5,), refinements=0)
+    plain = tuned(model, options, speedup=1.5, folder=begun).point.table
+    factors = tuple(0.99 if state is StepState.COMPUTE else 1.02 for state in plain.actions)
+    with sostenuto.enable(model, EBCache(plain, eps_scale=factors), scheduler=model.scheduler_for_test):
+        wanted = sample(model, torch.Generator().manual_seed(2), STEPS)  # the noise of scored generations
+    options = replace(options, eps_scale_grid=(0.99, 1.02))
+
+    def score(images):
+        return (images - wanted).norm().item() - 1000
+
+    point = tuned(model, options, speedup=1.5, folder=begun, score=score).point
+    assert point.table.actions == plain.actions
+    assert point.origin.endswith("computed 0.99, reused 1.02")
+    assert point.table.eps_scale == factors
+    assert point.score == pytest.approx(-1000, abs=1e-5)
+
+
 def test_without_a_score_the_norm_of_the_noise_is_matched_only_where_that_is_nearer(model, begun):
     point = tuned(model, folder=begun).point
     plain = error_of(model, point.table)
@@ -269,6 +465,14 @@ def test_where_features_are_noisy_they_are_filled_with_their_last_value(model):
         if state is not StepState.COMPUTE
     ]
     assert orders.count(0) >= 0.75 * len(orders)  # the samples are few: chance may choose one
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_noise_of_the_features_is_found_in_five_steps(model, noisy):
+    model.scheduler_for_test = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    quantised(calm(model)) if noisy else calm(model)
+    found = tuned(model, replace(QUICK, refinements=0), num_inference_steps=5, speedup=1.5)
+    assert any("noise floor" in note for note in found.notes) is noisy
 
 
 def test_separate_passes_are_measured_and_cached_too(model):
@@ -297,6 +501,8 @@ def test_the_budget_may_be_time(model, begun):
     found = tuned(model, options, speedup=1.5, folder=begun)
     assert found.point.speedup == found.point.time_speedup >= 1.5
     assert found.budget == "time"
+    seconds = {key: trial["seconds"] for key, trial in json.loads((begun / "trials.json").read_text()).items()}
+    assert found.point.measured_speedup == seconds["paired uncached"] / seconds[f"paired {key_of(found.point.table)}"]
 
 
 def test_an_instrumented_run_is_the_uncached_one(model):
@@ -356,6 +562,10 @@ def test_a_published_calibration_competes_within_the_cost(model, begun):
     plan = CacheTable.load(begun / "published-eb-1.5x.json")
     assert speedup_of(model, EBCache(plan)) >= 1.5
     assert set(plan.eps_scale) == {1.0}
+    before = (begun / "published-eb-1.5x.json").read_bytes()
+    tuned(model, replace(PUBLISHED, published=("eb",), budget="time"), speedup=1.5, folder=begun)
+    assert (begun / "published-eb-1.5x-time.json").exists()  # of another share of the multiply-accumulates
+    assert (begun / "published-eb-1.5x.json").read_bytes() == before
     assert error_of(model, found.point.table) <= error_of(model, plan) * 1.05
 
 

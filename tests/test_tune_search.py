@@ -1,6 +1,7 @@
 """The search for a plan, on made-up errors: against every plan there is, and against errors added up by hand."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,15 @@ from sostenuto.errors import InputError
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.lab import Lab
-from sostenuto.tuning.measurement import Kind, Measurement, Reach
+from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach
 from sostenuto.tuning.search import (
     ErrorModel,
     Frontier,
     Segment,
     cost_of,
     cost_of_table,
+    gap_after,
     neighbours,
-    next_gap,
     table_of,
     uniform,
 )
@@ -68,9 +69,12 @@ def every_schedule(num_steps, kinds, longest=2):
 
 def added_up(measured, schedule):
     """The error of a schedule by the definition, step by step and independently of the model's code."""
-    total, step, gap = 0.0, 0, 0
+    total, step, before = 0.0, 0, None
     for segment in schedule:
         if segment.length:
+            # What the step before kept: attention alone leaves its own outputs stale, and the rest was computed since.
+            partial = before and before.length and before.kind is Kind.ATTENTION
+            gap = 0 if before is None else 1 if partial and segment.kind is Kind.STACK else before.length + 1
             if segment.order and not gap:
                 return np.inf
             at = 0 if segment.order == 0 else min(gap, 2) - 1
@@ -78,8 +82,7 @@ def added_up(measured, schedule):
             for i, j in itertools.product(range(segment.length), repeat=2):
                 both = (weight(segment.kind, segment.order, step + 1 + k) ** 0.5 for k in (i, j))
                 total += products[i, j] * np.prod(list(both))
-        gap = 1 if segment.length and segment.kind is Kind.ATTENTION else segment.length + 1
-        step += segment.length + 1
+        step, before = step + segment.length + 1, segment
     return np.inf if np.isnan(total) else total
 
 
@@ -98,9 +101,9 @@ def test_no_plan_of_the_same_cost_has_less_error(seed, budget):
 
 
 def test_the_models_total_is_the_sum_by_definition():
-    measured = made_up(6)
+    measured = made_up(7)
     model = ErrorModel(measured, weight, KINDS)
-    for schedule in itertools.islice(every_schedule(6, KINDS), 0, None, 7):
+    for schedule in itertools.islice(every_schedule(7, KINDS), 0, None, 5):
         assert model.total(schedule) == pytest.approx(added_up(measured, schedule))
 
 
@@ -194,24 +197,29 @@ def test_neighbours_cost_the_same_and_differ():
     assert all(other[-1].length == 0 for other in found)
 
 
-def test_what_a_partial_step_leaves_behind_is_as_near_as_can_be():
-    assert next_gap(Kind.STACK, 3) == 4
-    assert next_gap(Kind.MLP, 3) == 1
-    assert next_gap(Kind.MLP, 0) == 1
+def test_a_partial_step_computes_all_but_what_it_reuses():
+    assert gap_after(None, Kind.STACK) == 0
+    assert gap_after((Kind.MLP, 0), Kind.MLP) == 1
+    assert {gap_after((Kind.STACK, 3), kind) for kind in Kind} == {4}
+    gaps = {kind: gap_after((Kind.MLP, 3), kind) for kind in Kind}
+    assert gaps == {Kind.STACK: 1, Kind.ATTENTION: 1, Kind.MLP: 4, Kind.BRANCHES: 4}
 
 
 def test_a_measurement_survives_its_file(tmp_path):
-    measured = made_up(5)
+    measured = replace(made_up(5), sites={"0.attn": ("attention", 0.75)}, roughness=np.array([np.nan, 0.5, 0, 0, 1]))
     measured.save(tmp_path / "m.npz")
     again = Measurement.load(tmp_path / "m.npz")
     assert again.reach == measured.reach
     assert again.macs == measured.macs
+    assert again.sites == measured.sites
+    assert again.work == measured.work
+    np.testing.assert_array_equal(again.roughness, measured.roughness)
     for kind in KINDS:
         np.testing.assert_array_equal(again.runs[kind], measured.runs[kind])
 
 
 def test_the_noise_floor_and_the_gain_of_forecasts_are_those_of_features_with_known_noise():
-    """Features d·p + noise: lag-l reuse is off by d²l² + 2n², a linear forecast of neighbours by 6n²."""
+    """Features d·p + noise: reuse at any lag l, also below 1, is off by d²l² + 2n², a linear forecast of neighbours by 6n²."""
     drift, noise = 0.3, 0.5
     reach = {Kind.STACK: Reach(2, ((0,), (1,)))}
     values = np.full((2, 1, 10, 2, 2), np.nan)
@@ -219,18 +227,31 @@ def test_the_noise_floor_and_the_gain_of_forecasts_are_those_of_features_with_kn
         values[0, 0, step, 0, 0] = drift**2 + 2 * noise**2
         values[0, 0, step, 1, 1] = 4 * drift**2 + 2 * noise**2
         values[1, 0, step, 0, 0] = 6 * noise**2
-    measured = Measurement(reach, {Kind.STACK: values}, np.ones(10), COSTS, COSTS, 4, {})
+    little, more = (drift**2 * lag**2 + 2 * noise**2 for lag in NUDGES)
+    roughness = np.array([np.nan, *[(4 * little - more) / (3 * little)] * 9])
+    measured = Measurement(reach, {Kind.STACK: values}, np.ones(10), COSTS, COSTS, 4, {}, roughness=roughness)
     assert measured.noise_share == pytest.approx(2 * noise**2 / (drift**2 + 2 * noise**2))
     assert measured.forecast_gain == pytest.approx((6 * noise**2 / (drift**2 + 2 * noise**2)) ** 0.5)
+    assert replace(measured, roughness=np.zeros(10)).noise_share == 0  # the path turns, and nothing of it is noise
 
 
-def test_a_table_costs_what_its_steps_do_and_one_that_lists_sites_its_multiply_accumulates():
+def test_a_table_costs_what_its_steps_do_and_its_sites_a_share_of_what_their_kind_spares():
     c, a, m, b = StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_MLP, StepState.REUSE_BOTH
     costs = {"compute": 2.0, "stack": 0.2, "branches": 0.4, "attention": 1.2, "mlp": 1.0}
     assert cost_of_table(CacheTable((c, b, a, m)), costs) == pytest.approx((2 + 0.4 + 1.2 + 1) / 8)
     assert cost_of_table(CacheTable((c, b, b, c), fill="stack"), costs) == pytest.approx((2 + 0.2 + 0.2 + 2) / 8)
-    listed = CacheTable((c, {"block.attn": Action.REUSE}), macs_fraction=0.7)
-    assert cost_of_table(listed, costs) == 0.7
+    sites = {"0.attn": ("attention", 0.75), "1.attn": ("attention", 0.25), "0.ff": ("mlp", 1.0), "2": ("branches", 1.0)}
+    computed = dict.fromkeys(sites, Action.COMPUTE)
+
+    def step(*reused):
+        listed = CacheTable((c, computed | dict.fromkeys(reused, Action.FORECAST)), macs_fraction=0.9)
+        return 2 * cost_of_table(listed, costs | {"branches": 0.1}, sites) - 1
+
+    # Of 2.0 attention spares 0.8, the MLP 1.0, and what is neither the other 0.1 of 1.9.
+    assert step() == pytest.approx(1)
+    assert step("1.attn") == pytest.approx(1 - 0.2 / 2)
+    assert step("0.attn", "0.ff") == pytest.approx(1 - 1.6 / 2)
+    assert step(*sites) == pytest.approx(0.1 / 2)
     for schedule in every_schedule(4, KINDS):
         assert cost_of_table(table_of(schedule), COSTS) == pytest.approx(cost_of(schedule, COSTS))
 

@@ -16,6 +16,7 @@ from sostenuto.errors import InputError
 from sostenuto.methods import DeepCache, EBCache
 from sostenuto.methods.base import Method
 from sostenuto.pipelines import pipeline_sample, suited
+from sostenuto.plan import Action, Op
 from sostenuto.probe import Prober
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
@@ -26,9 +27,12 @@ from sostenuto.tuning.search import Schedule, Segment, table_of
 from sostenuto.unet import is_unet
 
 _TOLERANCE = 0.1  # relative error of the network's output that a step of reuse may make
-_FEW_STEPS = 8
-_NOISY = 0.5  # share of the error of reuse one step later that doesn't come from drift
+_NOISY = 0.25  # share of the squared error of reuse one step later; smooth networks stay far below
 _WORTH = 1.15  # speed-up by multiply-accumulates
+_NOT_WORTH = (
+    f"too few steps change the output by less than {_TOLERANCE:.0%} when they are reused: neighbouring steps have little in "
+    "common, as those of a few-step distilled model; use fewer steps instead of a cache"
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ class Advice:
         cache_bytes: most bytes of features that it keeps, for the rows of the sample.
         num_inference_steps: steps of the sampler.
         reuse_error: error of the network's output when one step reuses all of the one before, relative, median over the steps;
-            ``None`` for a U-Net, whose deep part is not measured.
-        forecast_gain: error of a linear forecast over that of the last value; above 1 forecasts hurt.
-        noise_share: share of the squared error of reuse that is the noise floor of the features, 0 to 1.
+            of a U-Net as :class:`~sostenuto.DeepCache` reuses its deep part.
+        forecast_gain: error of a linear forecast over that of the last value; above 1 forecasts hurt. ``None`` for a U-Net, and
+            with too few steps to forecast one.
+        noise_share: share of the squared error of reuse that is noise of the features, 0 to 1.
         notes: the reasons.
     """
 
@@ -115,19 +120,10 @@ def advise(
     table = replace(table_of(schedule), **measured.made_for)
     speedup, cache_bytes = _tried(settings, EBCache(table))
     errors = measured.relative(measured.whole, 0, 0, 1)
-    few = num_inference_steps <= _FEW_STEPS
-    worth = speedup >= _WORTH and not few
+    worth = speedup >= _WORTH
     notes = [f"reusing the whole step before changes the output by {np.nanmedian(errors):.1%} (median over the steps)"]
     notes += notes_on(measured)
-    if few:
-        notes.append(
-            f"with {num_inference_steps} steps, as of a few-step distilled model, neighbouring steps have little in common: "
-            "use fewer steps instead of a cache"
-        )
-    elif not worth:
-        notes.append(f"too few steps change the output by less than {_TOLERANCE:.0%} when they are reused")
-    else:
-        notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search")
+    notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search" if worth else _NOT_WORTH)
     return Advice(
         worth=worth,
         method=EBCache(table) if worth else None,
@@ -145,16 +141,21 @@ def advise(
 def notes_on(measured: Measurement) -> list[str]:
     """What the features say of forecasts."""
     gain, noise = measured.forecast_gain, measured.noise_share
-    notes = []
-    if gain > 1:
+    noisy = (
+        f"noise floor of the features: {noise:.0%} of the squared error of reuse is noise of the network, which answers even a "
+        "small change of its input out of proportion (quantised activations)"
+    )
+    notes = [noisy] if noise > _NOISY else []
+    if gain is None:
+        notes.append("a generation of so few steps leaves nothing to forecast from")
+    elif gain > 1:
+        why = "features are noisy" if notes else "features turn from step to step (few steps, an ancestral sampler)"
         notes.append(
-            f"forecasts hurt one step ahead: a linear one is off {gain:.2f} times as far as the last value, because features "
-            "change at random from step to step (an ancestral sampler, few-step distillation, quantised activations)"
+            f"forecasts hurt one step ahead: a linear one is off {gain:.2f} times as far as the last value, because {why}; "
+            "reuse, don't forecast"
         )
     else:
         notes.append(f"forecasts help: a linear one is off {gain:.2f} times as far as the last value")
-    if noise > _NOISY:
-        notes.append(f"noise floor of the features: {noise:.0%} of the squared error of reuse is there at any distance")
     return notes
 
 
@@ -188,7 +189,8 @@ def _measure(settings: Settings, kind: Kind) -> Measurement:
 
 def _tolerable(measured: Measurement) -> Schedule:
     """From the first step on the longest runs, of up to two steps, whose errors are tolerable."""
-    kind, steps = measured.whole, measured.num_steps
+    kind, steps, gain = measured.whole, measured.num_steps, measured.forecast_gain
+    forecasts = gain is not None and gain <= 1
     segments: list[Segment] = []
     step = gap = 0
     while step < steps:
@@ -198,7 +200,7 @@ def _tolerable(measured: Measurement) -> Schedule:
                 continue
             errors = {
                 order: max(measured.relative(kind, order, max(gap, 1), lag)[step + lag] for lag in range(1, length + 1))
-                for order in ((0, 1) if gap else (0,))
+                for order in ((0, 1) if gap and forecasts else (0,))
             }
             order = min(errors, key=lambda order: (np.nan_to_num(errors[order], nan=np.inf), order))
             if errors[order] <= _TOLERANCE:
@@ -226,8 +228,12 @@ def _tried(settings: Settings, method: Method) -> tuple[float, int]:
 def _advise_unet(settings: Settings) -> Advice:
     method = DeepCache()
     speedup, cache_bytes = _tried(settings, method)
-    worth = settings.num_inference_steps > _FEW_STEPS
-    note = "a U-Net: the deep part is kept between steps; sostenuto.tune is for transformers"
+    error = _error_of(settings, method)
+    worth = speedup >= _WORTH and error <= _TOLERANCE
+    notes = [
+        f"reusing the deep part changes the output by {error:.1%} (median over the steps that reuse it)",
+        "a U-Net: the deep part is kept between steps; sostenuto.tune is for transformers" if worth else _NOT_WORTH,
+    ]
     return Advice(
         worth,
         method if worth else None,
@@ -235,8 +241,23 @@ def _advise_unet(settings: Settings) -> Advice:
         speedup if worth else 1.0,
         cache_bytes if worth else 0,
         settings.num_inference_steps,
+        error,
         None,
         None,
-        None,
-        (note,),
+        tuple(notes),
     )
+
+
+def _error_of(settings: Settings, method: Method) -> float:
+    """Relative error of the network's output where a method reuses anything, median over the steps; 0 where it never does."""
+    errors: list[float] = []
+
+    def compare(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        output = prober.follow()
+        if set(handle.last_actions) != {Action.COMPUTE.value}:
+            fresh = prober.prediction(prober.run([Op.COMPUTE] * len(handle.sites))).float()
+            errors.append(float((prober.prediction(output).float() - fresh).norm() / fresh.norm().clamp_min(1e-30)))
+        return output
+
+    generate(replace(settings, num_samples=1), 0, method, compare)
+    return float(np.median(errors)) if errors else 0.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sostenuto.clock import normalized_times
 from sostenuto.distributed.world import world
 from sostenuto.methods.feb import noise_scale_curve
-from sostenuto.table import CacheTable
+from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.lab import Lab, Trial, key_of
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
@@ -21,7 +21,7 @@ _SHORTLIST = 7  # plans that are scored
 _LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
 
 Scale = float | str
-"""A noise scale: b, or ``"matched"``, ``"b(τ)"``, or ``"early 0.98"``; see :meth:`Chooser.scaled`."""
+"""A noise scale: b, or one with a name; see :meth:`Chooser.scaled`."""
 
 
 class Planned(NamedTuple):
@@ -60,20 +60,13 @@ class Chooser:
         lab: runs them.
         options: of the tuning.
         by_score: whether the score decides.
-        can_spend: whether so much more may be done, in uncached generations of one row.
         table_of: makes a plan's table.
     """
 
     def __init__(
-        self,
-        lab: Lab,
-        options: TuneOptions,
-        by_score: bool,
-        can_spend: Callable[[float], bool],
-        table_of: Callable[[Schedule], CacheTable],
+        self, lab: Lab, options: TuneOptions, by_score: bool, table_of: Callable[[Schedule], CacheTable]
     ) -> None:
-        self._lab, self._options, self._by_score = lab, options, by_score
-        self._can_spend, self._table_of = can_spend, table_of
+        self._lab, self._options, self._by_score, self._table_of = lab, options, by_score, table_of
 
     def best(self, groups: Sequence[Sequence[Candidate]]) -> Candidate:
         """The best plan: the nearest to the uncached images, or of a shortlist that with the best score.
@@ -81,25 +74,37 @@ class Chooser:
         On the shortlist are the nearest of every group first, then the next ones of each: plans that were made in another way
         may be farther off and yet score better.
         """
-        ranked = [self.nearest(group) for group in groups if group]
         nearest = self.nearest([candidate for group in groups for candidate in group])
         if not self._by_score or len(nearest) == 1:
             return nearest[0]
-        cost = self._lab.scored(None).work * nearest[0].share
-        room = (self._options.max_work - self._lab.work) / cost - _LEFT_FOR_SCALE
+        made = [set(map(_key, group)) for group in groups]
+        ranked = [[candidate for candidate in nearest if _key(candidate) in keys] for keys in made]
         turns = [candidate for turn in itertools.zip_longest(*ranked) for candidate in turn if candidate is not None]
-        different = list({key_of(candidate.table): candidate for candidate in turns}.values())
-        shortlist = different[: max(1, min(_SHORTLIST, int(room)))]
-        if len(shortlist) == 1:
-            return shortlist[0]
+        different = list({_key(candidate): candidate for candidate in turns}.values())[:_SHORTLIST]
+        left = _LEFT_FOR_SCALE * self._lab.size("scored") * nearest[0].share
+        shortlist = self._affordable("scored", different, left)
+        if len(shortlist) < 2:
+            return different[0]
         self._lab.prepare("scored", [candidate.table for candidate in shortlist])
         return min(shortlist, key=lambda candidate: merit(self._lab.scored(candidate.table)))
 
     def nearest(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The candidates by the distance from the uncached images; of those that do the same the first."""
-        different = {key_of(candidate.table): candidate for candidate in reversed(candidates)}
-        self._lab.prepare("paired", [candidate.table for candidate in different.values()])
-        return sorted(different.values(), key=lambda candidate: self._lab.trial(candidate.table).error)
+        """The candidates by the distance from the uncached images; of those that do the same the first.
+
+        Those that the work doesn't suffice for are left out from the end; for the first there is the reserve.
+        """
+        different: dict[str, Candidate] = {}
+        for candidate in candidates:
+            different.setdefault(_key(candidate), candidate)
+        first = list(different.values())[:1]
+        able = self._affordable("paired", list(different.values()))
+        able = able or [one for one in first if self._lab.fits(self._lab.price("paired", one.table))]
+        self._lab.prepare("paired", [candidate.table for candidate in able])
+        return sorted(able, key=lambda candidate: self._lab.trial(candidate.table).error)
+
+    def _affordable(self, bench: str, candidates: Sequence[Candidate], keep: float = 0.0) -> list[Candidate]:
+        able = self._lab.affordable(bench, [candidate.table for candidate in candidates], keep)
+        return list(itertools.compress(candidates, able))
 
     def refined(self, candidate: Candidate) -> Candidate:
         """The plan after local changes, each tried for real, those first that the model likes best."""
@@ -111,12 +116,13 @@ class Chooser:
             fresh = {other: model.total(other) for other in neighbours(plan, model.orders) if other not in tried}
             likely = sorted(fresh, key=fresh.__getitem__)[: world().size]  # each process tries one
             step = next(iter(likely), None)
-            work = self._options.trial_samples * candidate.share
-            if step is None or fresh[step] == float("inf") or not self._can_spend(work):
+            if step is None or fresh[step] == float("inf"):
+                break
+            table = self._table_of(step)
+            if not self._lab.can_spend(self._lab.price("paired", table)):
                 break
             tried.add(step)
             self._lab.prepare("paired", [self._table_of(other) for other in likely if fresh[other] < float("inf")])
-            table = self._table_of(step)
             error = self._lab.trial(table).error
             if error < best:
                 plan, best, candidate = step, error, Candidate(candidate.name, table, Planned(step, model, tilt))
@@ -124,40 +130,59 @@ class Chooser:
 
     def better(self, one: Candidate, other: Candidate) -> Candidate:
         """That with the better score of two, where a score decides; otherwise the first."""
-        if one == other or not self._by_score or not self._can_spend(self._lab.scored(None).work * one.share):
+        if one == other or not self._by_score or not all(self._lab.affordable("scored", [one.table, other.table])):
             return one
         return min(one, other, key=lambda candidate: merit(self._lab.scored(candidate.table)))
 
     def scale(self, candidate: Candidate) -> Scale:
         """The noise scale of a plan."""
-        table = candidate.table
-        if not self._lab.trial(table).norms:
+        table, lab = candidate.table, self._lab
+        if not lab.trial(table).norms:
             return 1.0
         if not self._by_score:
-            kept, matched = (self._lab.trial(self.scaled(table, scale)).error for scale in (1.0, "matched"))
-            return 1.0 if kept <= matched else "matched"
-        scores: dict[Scale, float] = {}
+            matched = self.scaled(table, "matched")
+            if not lab.can_spend(lab.price("paired", matched)):
+                return 1.0
+            return 1.0 if lab.trial(table).error <= lab.trial(matched).error else "matched"
         grid = sorted({*map(float, self._options.eps_scale_grid), 1.0})
-        waiting: list[Scale] = [1.0, "b(τ)", "matched"]
-        while waiting and self._can_spend(self._lab.scored(None).work * candidate.share):
-            self._lab.prepare("scored", [self.scaled(table, scale) for scale in waiting[: world().size]])
-            scale = waiting.pop(0)
-            scores[scale] = merit(self._lab.scored(self.scaled(table, scale)))
-            known = {b: value for b, value in scores.items() if not isinstance(b, str)}
-            best = grid.index(min(known, key=known.__getitem__))
-            nearby = [grid[place] for place in (best - 1, best + 1) if 0 <= place < len(grid)]
-            waiting += [b for b in nearby if b not in scores and b not in waiting]
-            early = f"early {grid[best]:g}"
-            if not waiting and grid[best] != 1 and early not in scores:
-                waiting.append(early)
-        return min(scores, key=scores.__getitem__, default=1.0)
+        scores: dict[Scale, float] = {}
+
+        def hear(scales: Iterable[Scale]) -> bool:
+            """Score those that weren't yet; whether there were any, and all could be."""
+            fresh = [scale for scale in scales if scale not in scores]
+            tables = [self.scaled(table, scale) for scale in fresh]
+            able = lab.affordable("scored", tables)
+            lab.prepare("scored", list(itertools.compress(tables, able)))
+            for scale, one in itertools.compress(zip(fresh, tables, strict=True), able):
+                scores[scale] = merit(lab.scored(one))
+            return bool(fresh) and all(able)
+
+        def best(scales: Iterable[Scale]) -> Scale:
+            return min((scale for scale in scales if scale in scores), key=scores.__getitem__, default=1.0)
+
+        def near(b: float) -> list[float]:
+            return [grid[place] for place in (grid.index(b) - 1, grid.index(b) + 1) if 0 <= place < len(grid)]
+
+        hear([1.0, "b(τ)"])
+        while hear(near(constant := float(best(grid)))):
+            pass
+        if constant != 1:
+            hear([f"early {constant:g}"])
+        # Computed predictions tend to be too large and reused ones too small: first one factor, then the other.
+        computed: dict[Scale, float] = {constant: constant, **{_apart(b, constant): b for b in near(constant)}}
+        hear(computed)
+        b_computed = computed[best(computed)]
+        hear(_apart(b_computed, b) for b in near(constant) if b != b_computed)
+        hear(["matched"])
+        return best(scores)
 
     def scaled(self, table: CacheTable, scale: Scale) -> CacheTable:
         """The table with a noise scale.
 
-        A number is b at every step. ``"early 0.98"`` is that in the noisy half of the time and 1 after it, ``"b(τ)"`` the
-        curve of FEB-Cache with its published values, ``"matched"`` the factor at every step, computed or reused, that
-        restores the norm of the uncached noise.
+        A number is b at every step. ``"early 0.98"`` is that in the noisy half of the time and 1 after it, ``"computed 0.98,
+        reused 1.01"`` has a b for the steps that compute everything and one for the others, ``"b(τ)"`` is the curve of
+        FEB-Cache with its published values, ``"matched"`` the factor at every step, computed or reused, that restores the
+        norm of the uncached noise.
         """
         steps = table.num_inference_steps
         if not isinstance(scale, str):
@@ -168,8 +193,21 @@ class Chooser:
         if scale == "matched":
             wanted, norms = self._lab.trial(None).norms, self._lab.trial(table).norms
             return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
-        early = float(scale.removeprefix("early "))
-        return replace(table, eps_scale=tuple(early if tau >= 0.5 else 1.0 for tau in taus))
+        if scale.startswith("early "):
+            early = float(scale.removeprefix("early "))
+            return replace(table, eps_scale=tuple(early if tau >= 0.5 else 1.0 for tau in taus))
+        computed, reused = (float(part.split()[1]) for part in scale.split(", "))
+        scales = (computed if state is StepState.COMPUTE else reused for state in table.actions)
+        return replace(table, eps_scale=tuple(scales))
+
+
+def _apart(computed: float, reused: float) -> str:
+    """The name of a noise scale of two factors."""
+    return f"computed {computed:g}, reused {reused:g}"
+
+
+def _key(candidate: Candidate) -> str:
+    return key_of(candidate.table)
 
 
 def merit(trial: Trial) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ import torch
 
 from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick
+from sostenuto.cost import signature
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
+from sostenuto.features import Feature, mapped
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
-from sostenuto.tuning.measurement import Kind, Measurement, Reach
+from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach, nudged_steps, whole_of
 
 _NUM_VALUES = 4096  # of a sample's output that errors are compared in, chosen at random where it has more
 
@@ -49,6 +51,13 @@ def filled_call(prober: Prober, kind: Kind, lags: Sequence[int]) -> Any:
             slots[index] = kept
 
 
+def macs_of(prober: Prober, kinds: Iterable[Kind]) -> dict[str, float]:
+    """Multiply-accumulates of a step of each kind, ``"compute"`` being 1."""
+    handle, whole = prober.handle, prober.cost().macs
+    ops = {kind.value: ops_of(handle.sites, kind, Op.REUSE) for kind in kinds}
+    return {"compute": 1.0} | {name: handle.count(prober.call.signature, row) / whole for name, row in ops.items()}
+
+
 class Instrument:
     """Stands in for the plan of uncached generations and measures; what it measures is averaged over them.
 
@@ -72,7 +81,12 @@ class Instrument:
         self._errors: dict[tuple[int, Kind, int, int, int], list[torch.Tensor]] = {}  # …, computed step → its run
         self._seconds: dict[str, list[float]] = {}
         self._chosen: torch.Tensor | None = None
+        self._whole = whole_of(reach)
+        self._nudged = set(nudged_steps(num_steps) if self._whole in reach else ())
+        self._nudge_errors = np.full((len(NUDGES), num_steps), np.nan)  # mean squares
+        self._before: dict[int, Feature] = {}  # pass → latents of its last step
         self._macs: dict[str, float] = {}
+        self._sites: dict[str, tuple[str, float]] = {}
         self._bytes: dict[str, int] = {}
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
@@ -99,7 +113,26 @@ class Instrument:
         finally:
             for kept in slots:
                 kept.insert(0, kept.pop())
+        self._nudge(tick, prober, fresh, weight)
         return output
+
+    def _nudge(self, tick: Tick, prober: Prober, fresh: torch.Tensor, weight: float) -> None:
+        """The error of reusing everything from an input that is moved a little towards that of the step before."""
+        latents, before = prober.call.latents, self._before.get(tick.pass_index)
+        self._before[tick.pass_index] = mapped(torch.clone, latents)  # a sampler may write into its latents
+        if tick.step not in self._nudged or before is None or signature(before) != signature(latents):
+            return
+        slots = prober.state.slots
+        kept, slots[:] = list(slots), [[None] for _ in slots]
+        try:
+            for place, share in enumerate(NUDGES):
+                moved = mapped(lambda now, then, share=share: torch.lerp(now, then, share), latents, before)
+                prober.with_latents(moved).run([Op.STORE] * len(slots))
+                error = self._values(prober, filled_call(prober, self._whole, [1])) - fresh
+                known = self._nudge_errors[place, tick.step]
+                self._nudge_errors[place, tick.step] = _averaged(known, _mean_product(error, error), weight)
+        finally:
+            slots[:] = kept
 
     def _measure(
         self, tick: Tick, prober: Prober, fresh: torch.Tensor, weight: float, what: tuple[Kind, int, int], gap: int
@@ -113,8 +146,7 @@ class Instrument:
             run.append(self._values(prober, output) - fresh)
             products = self._runs[kind][order, at, computed]
             for place, earlier in enumerate(run):
-                product, known = _mean_product(earlier, run[-1]), products[place, lag - 1]
-                mean = product if np.isnan(known) else known + weight * (product - known)
+                mean = _averaged(products[place, lag - 1], _mean_product(earlier, run[-1]), weight)
                 products[place, lag - 1] = products[lag - 1, place] = mean
             if lag == self._reach[kind].max_run:
                 del self._errors[tick.pass_index, kind, order, at, computed]
@@ -140,17 +172,16 @@ class Instrument:
 
     def _note_cost(self, prober: Prober) -> None:
         sites, cost = self._handle.sites, prober.cost()
-        self._macs["compute"] = 1.0
+        self._macs = macs_of(prober, self._reach)
         for kind in self._reach:
             ops = ops_of(sites, kind, Op.REUSE)
-            self._macs[kind.value] = self._handle.count(prober.call.signature, ops) / cost.macs
             self._bytes[kind.value] = sum(size for size, op in zip(cost.output_bytes, ops, strict=True) if op.is_filled)
-
-    @property
-    def share(self) -> float:
-        """Multiply-accumulates of what was run, of the uncached generations in it."""
-        counted = sum(len(times) * self._macs[name] for name, times in self._seconds.items())
-        return counted / len(self._seconds["compute"])
+        kinds: dict[int, str] = {}
+        for kind in (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP):  # a branch belongs to the last that reuses it
+            kinds |= {place: kind.value for place, site in enumerate(sites) if _is_read(site, kind)}
+        for place, name in kinds.items():
+            own = sum(cost.site_macs[other] for other, kind in kinds.items() if kind == name)
+            self._sites[sites[place].id] = name, cost.site_macs[place] / own
 
     def result(self, num_samples: int, pause: float) -> Measurement:
         """What was measured.
@@ -166,11 +197,30 @@ class Instrument:
             raise MethodError("the network's output is not finite: run the model in a wider dtype")
         seconds = {name: float(np.median(times)) for name, times in self._seconds.items()}
         seconds["pause"] = pause
-        return Measurement(self._reach, self._runs, self._power, self._macs, seconds, num_samples, self._bytes)
+        little, more = self._nudge_errors
+        # In proportion to the change the squared errors would be as 1 to 4; noise adds the same to both.
+        ratio = (NUDGES[1] / NUDGES[0]) ** 2
+        roughness = (ratio * little - more) / ((ratio - 1) * np.maximum(little, 1e-30))
+        return Measurement(
+            self._reach,
+            self._runs,
+            self._power,
+            self._macs,
+            seconds,
+            num_samples,
+            self._bytes,
+            sites=self._sites,
+            roughness=np.clip(roughness, 0, 1),
+        )
 
 
 def _is_read(site: Site, kind: Kind) -> bool:
     return ops_of([site], kind, Op.REUSE)[0] is Op.REUSE
+
+
+def _averaged(known: float, value: float, weight: float) -> float:
+    """The mean with one more value of this weight; the first replaces what is not a number."""
+    return value if np.isnan(known) else known + weight * (value - known)
 
 
 def _mean_product(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.generate import Generated, generate
 from sostenuto.tuning.instrument import Instrument, filled_call
 from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds, reaches
+from sostenuto.tuning.rehearsal import Rehearsal, rehearse
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,19 +68,74 @@ class Lab:
         folder: where results are kept; ``None``: nowhere.
         trial_samples: rows of a trial that is not scored.
         spent: is told how much was done, in uncached generations of one row.
+        max_work: the most that may be done, the same way.
     """
 
     def __init__(
-        self, settings: Settings, folder: Path | None, trial_samples: int, spent: Callable[[float], object]
+        self,
+        settings: Settings,
+        folder: Path | None,
+        trial_samples: int,
+        spent: Callable[[float], object],
+        max_work: float = math.inf,
     ) -> None:
         self.settings, self.folder, self._trial_samples, self._spent = settings, folder, trial_samples, spent
+        self.max_work, self.reserve, self.was_short = max_work, 0.0, False
+        """``reserve`` is kept for what must yet be done; ``was_short`` tells whether anything was left out for want of work."""
         self.work = 0.0
         """What was done so far, in uncached generations of one row; what was found in the folder counts too."""
+        self.rehearsals: dict[str, Rehearsal] = {}
         self._counted: set[str] = set()
         self._final: dict[str, torch.Tensor] = {}  # latents of the uncached trials
         self._probed: torch.Tensor | None = None
         self._trials = {key: Trial(**{**t, "norms": tuple(t["norms"])}) for key, t in self._load("trials.json").items()}
         self._responses: dict[str, dict[str, float]] = self._load("response.json")
+
+    # --- what it costs -------------------------------------------------------------------------------------------
+
+    def rehearse(self, kinds: Sequence[Kind]) -> None:
+        """Learn what the samples are, before any of it is done for real."""
+        benches = ["paired"] if self.settings.score is None else ["paired", "scored"]
+        tapped = _tapped(tuple(kinds))
+
+        def one(bench: str) -> Rehearsal:
+            settings, stream = self._bench(bench)
+            return rehearse(replace(settings, num_samples=1), stream, tapped, kinds)
+
+        self.rehearsals = dict(zip(benches, shared(one, benches), strict=True))
+        self.count(sum(rehearsal.work for rehearsal in self.rehearsals.values()), "rehearsals")
+
+    def rows(self, num_samples: int, bench: str = "paired") -> int:
+        """Rows that so many samples are generated in: whole calls of the sample, once it was rehearsed."""
+        size = self.rehearsals[bench].rows if bench in self.rehearsals else 1
+        return math.ceil(num_samples / size) * size
+
+    def size(self, bench: str) -> int:
+        """Rows of a trial."""
+        return self.rows(self._bench(bench)[0].num_samples, bench)
+
+    def price(self, bench: str, table: CacheTable | None) -> float:
+        """What a trial costs, in uncached generations of one row; nothing once it was counted."""
+        return 0.0 if _name(bench, table) in self._counted else self.size(bench) * _share(table)
+
+    def affordable(self, bench: str, tables: Sequence[CacheTable], keep: float = 0.0) -> list[bool]:
+        """Which of some trials may be made, the first ones first, when so much is kept for what comes after them."""
+        able, work = [], keep
+        for table in tables:
+            price = self.price(bench, table)
+            able.append(not price or self.can_spend(work + price))
+            work += price * able[-1]
+        return able
+
+    def can_spend(self, work: float) -> bool:
+        """Whether so much more may be done without touching the reserve."""
+        can = self.fits(work + self.reserve)
+        self.was_short |= not can
+        return can
+
+    def fits(self, work: float) -> bool:
+        """Whether so much more may be done at all."""
+        return self.work + work <= self.max_work * (1 + 1e-9)
 
     # --- trials --------------------------------------------------------------------------------------------------
 
@@ -123,15 +180,19 @@ class Lab:
         error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
-        work = run.rows * (1.0 if table is None or table.macs_fraction is None else table.macs_fraction)
+        work = run.rows * _share(table)
         return Trial(error, score, norms, work, run.seconds / run.rows), latents if table is None else latents[:0]
 
     def _run(self, bench: str, method: Method) -> Generated:
+        settings, stream = self._bench(bench)
+        return generate(settings, stream, method)
+
+    def _bench(self, bench: str) -> tuple[Settings, int]:
+        """What is generated in a trial, and what is added to the seed."""
         settings = self.settings
         if bench == "scored":
-            sample = settings.score_sample or settings.sample
-            return generate(replace(settings, sample=sample, num_samples=1), 2, method)
-        return generate(replace(settings, num_samples=self._trial_samples), 1, method)
+            return replace(settings, sample=settings.score_sample or settings.sample, num_samples=1), 2
+        return replace(settings, num_samples=self._trial_samples, score=None), 1
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
@@ -187,8 +248,7 @@ class Lab:
             return instruments[0](tick, prober)
 
         run = generate(self.settings, 0, _tapped(all_kinds), drive)
-        work, pause = run.rows * instruments[0].share, float(np.median(run.pauses))
-        return replace(instruments[0].result(run.rows, pause), made_for=identity, work=work)
+        return replace(instruments[0].result(run.rows, float(np.median(run.pauses))), made_for=identity)
 
     def response(self, kind: Kind, order: int, step: int) -> float:
         """How much of the squared error that one reuse makes in the output is left at the end, after all that follows.
@@ -209,8 +269,13 @@ class Lab:
             self._responses |= {_response(*reuse): one for reuse, one in zip(part, found, strict=True)}
             self._save("response.json", self._responses)
 
+    @property
+    def num_probed(self) -> int:
+        """Samples that a response is measured on."""
+        return max(1, self.settings.num_samples // 4)
+
     def _responded(self, kind: Kind, order: int, step: int) -> dict[str, float]:
-        probing = replace(self.settings, num_samples=max(1, self.settings.num_samples // 4))
+        probing = replace(self.settings, num_samples=self.num_probed)
         if self._probed is None:
             self._probed = torch.cat(generate(probing, 0, NoCache()).latents)
         caused: list[tuple[float, int]] = []
@@ -279,6 +344,11 @@ def _perturb_at(
         return reused
 
     return drive
+
+
+def _share(table: CacheTable | None) -> float:
+    """Multiply-accumulates of a table, of the uncached ones."""
+    return 1.0 if table is None or table.macs_fraction is None else table.macs_fraction
 
 
 def _name(bench: str, table: CacheTable | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -59,16 +59,16 @@ class Reach:
 
 def joined_kinds(parts: Sequence[Measurement]) -> Measurement:
     """One measurement of several, each with kinds of its own, of the same generations; times but the kinds' are the first's."""
-    first, rest = parts[0], parts[1:]
+    first = parts[0]
+    whole = whole_of([kind for part in parts for kind in part.reach])
     return replace(
         first,
+        roughness=next(part.roughness for part in parts if whole in part.reach),
         reach={kind: reach for part in parts for kind, reach in part.reach.items()},
         runs={kind: runs for part in parts for kind, runs in part.runs.items()},
         macs={name: macs for part in parts for name, macs in part.macs.items()},
         seconds={**{name: seconds for part in parts for name, seconds in part.seconds.items()}, **first.seconds},
         kept_bytes={name: kept for part in parts for name, kept in part.kept_bytes.items()},
-        # Each has run the uncached generations, which one alone would have run once; to digits that don't depend on the order.
-        work=round(first.work + sum(part.work - first.num_samples for part in rest), 6),
     )
 
 
@@ -85,6 +85,36 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     return found
 
 
+NUDGES = (0.25, 0.5)
+"""How far the network's input is moved towards that of the step before, to see whether its features answer in proportion."""
+
+
+def whole_of(kinds: Iterable[Kind]) -> Kind:
+    """The kind among these that reuses all of a step, every branch by itself where it can be."""
+    return Kind.BRANCHES if Kind.BRANCHES in kinds else Kind.STACK
+
+
+def nudged_steps(num_steps: int) -> list[int]:
+    """The steps at which the input is moved a little, evenly spread."""
+    return sorted({round(step) for step in np.linspace(1, num_steps - 1, min(8, num_steps - 1))})
+
+
+def instrumented_share(reach: Mapping[Kind, Reach], macs: Mapping[str, float], num_steps: int) -> float:
+    """Multiply-accumulates of an instrumented generation, of an uncached one.
+
+    Args:
+        reach: what is measured.
+        macs: of a step of each kind, of a computed one's.
+        num_steps: steps of the generation.
+    """
+    spent = num_steps + len(NUDGES) * len(nudged_steps(num_steps)) * (1 + macs[whole_of(reach).value])
+    for kind, of_kind in reach.items():
+        backs = [order * gap for order, gaps in enumerate(of_kind.gaps) for gap in gaps]
+        calls = sum(min(of_kind.max_run, max(0, step - back)) for back in backs for step in range(num_steps))
+        spent += calls * macs[kind.value]
+    return spent / num_steps
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Errors of reuse in the network's output, means over samples and values, and costs; steps in sampling order.
@@ -99,7 +129,10 @@ class Measurement:
         num_samples: rows that the means are over.
         kept_bytes: bytes of one output of each kind, all rows of a call.
         made_for: identity of model and scheduler, ``{"model": …, "scheduler": …}``.
-        work: what it cost, in uncached generations of one row.
+        sites: of every branch by its id the kind that it belongs to, and its share of the multiply-accumulates that this kind
+            spares; ``"branches"`` are those that belong to no other kind.
+        roughness: of the squared error of reusing everything from an input that was moved a little, the share that is out of
+            proportion to the move, at some steps; not a number at the others. 0: the network is smooth, 1: features are noise.
     """
 
     reach: Mapping[Kind, Reach]
@@ -110,12 +143,18 @@ class Measurement:
     num_samples: int
     kept_bytes: Mapping[str, int]
     made_for: Mapping[str, Any] = field(default_factory=dict)
-    work: float = 0.0
+    sites: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+    roughness: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def num_steps(self) -> int:
         """Number of steps."""
         return len(self.power)
+
+    @property
+    def work(self) -> float:
+        """What it cost, in uncached generations of one row."""
+        return self.num_samples * instrumented_share(self.reach, self.macs, self.num_steps)
 
     def relative(self, kind: Kind, order: int, gap: int, lag: int) -> np.ndarray:
         """Root mean square error of reuse over that of the output ``[step]``, ``lag`` steps after a computed one."""
@@ -133,33 +172,35 @@ class Measurement:
     @property
     def whole(self) -> Kind:
         """The kind that reuses all of a step."""
-        return Kind.BRANCHES if Kind.BRANCHES in self.runs else Kind.STACK
+        return whole_of(self.runs)
 
     @property
-    def forecast_gain(self) -> float:
+    def forecast_gain(self) -> float | None:
         """Error of a linear forecast one step ahead over that of the last value, geometric mean over the steps.
 
         Where features move smoothly it is well below 1. Noise alone, independent from step to step, makes it √3: a
-        forecast with weights 2 and −1 is off by √(2² + 1² + 1) times the noise, the last value by √2.
+        forecast with weights 2 and −1 is off by √(2² + 1² + 1) times the noise, the last value by √2. ``None`` where a
+        generation has too few steps to forecast one.
         """
-        return _mean_ratio(self.relative(self.whole, 1, 1, 1), self.relative(self.whole, 0, 0, 1))
+        forecast, reuse = self.relative(self.whole, 1, 1, 1), self.relative(self.whole, 0, 0, 1)
+        both = np.isfinite(forecast) & np.isfinite(reuse) & (forecast > 0) & (reuse > 0)
+        return float(np.exp(np.mean(np.log(forecast[both] / reuse[both])))) if both.any() else None
 
     @property
     def noise_share(self) -> float:
-        """Share of the squared error of reuse one step later that is there whatever the lag: the noise floor of the features.
+        """Share of the squared error of reuse one step later that is noise of the features.
 
-        Drift makes the error grow in proportion to the lag, noise doesn't: ``e²(lag) = d²·lag² + n²``, so
-        ``n² = (4·e²(1) − e²(2)) / 3``. Median over the steps, 0 to 1.
+        Two things bound it, and the smaller counts. Features answer a small change of the network's input in proportion, all
+        but their noise: that is the ``roughness``. And noise of variance σ² adds 2σ² to the squared error of the last value,
+        6σ² to that of a linear forecast, so that it is no more than a third of what the forecast is off. The first excludes
+        smooth paths that turn from step to step, the second noise that is small against what a step changes. Median over the
+        steps, 0 to 1.
         """
-        one, two = (
-            (self.relative(self.whole, 0, 0, lag) ** 2 for lag in (1, 2)) if self._has_two else (np.zeros(1),) * 2
-        )
-        known = np.isfinite(one) & np.isfinite(two) & (one > 0)
-        return float(np.median(np.clip((4 * one[known] - two[known]) / (3 * one[known]), 0, 1))) if known.any() else 0.0
-
-    @property
-    def _has_two(self) -> bool:
-        return self.reach[self.whole].max_run > 1
+        room = self.relative(self.whole, 1, 1, 1) ** 2 / (3 * self.relative(self.whole, 0, 0, 1) ** 2 + 1e-30)
+        # Where no forecast can be measured (the first steps) roughness alone tells.
+        shares = [min(rough, np.nan_to_num(most, nan=1.0)) for rough, most in zip(self.roughness, room, strict=False)]
+        known = [share for share in shares if np.isfinite(share)]
+        return float(np.clip(np.median(known), 0, 1)) if known else 0.0
 
     def save(self, path: Path) -> None:
         """Write everything to one ``.npz`` file."""
@@ -170,11 +211,12 @@ class Measurement:
             "num_samples": self.num_samples,
             "kept_bytes": dict(self.kept_bytes),
             "made_for": dict(self.made_for),
-            "work": self.work,
+            "sites": {name: list(of_site) for name, of_site in self.sites.items()},
         }
         runs: dict[str, Any] = {f"runs-{kind.value}": values for kind, values in self.runs.items()}
         with publish(path) as partial:  # an interrupted write must not pass for a whole one
-            np.savez_compressed(partial, power=self.power, rest=np.array(json.dumps(rest)), **runs)
+            arrays = {"power": self.power, "roughness": self.roughness, **runs}
+            np.savez_compressed(partial, rest=np.array(json.dumps(rest)), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Measurement:
@@ -191,12 +233,8 @@ class Measurement:
                     for name, (run, orders) in rest.pop("reach").items()
                 }
                 runs = {kind: content[f"runs-{kind.value}"] for kind in reach}
-                return cls(reach, runs, content["power"], **rest)
+                sites = {name: (kind, share) for name, (kind, share) in rest.pop("sites").items()}
+                return cls(reach, runs, content["power"], sites=sites, roughness=content["roughness"], **rest)
         # Whatever numpy, zlib and what is read from them make of bytes that are not what was written.
         except Exception as error:
             raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
-
-
-def _mean_ratio(a: np.ndarray, b: np.ndarray) -> float:
-    both = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
-    return float(np.exp(np.mean(np.log(a[both] / b[both])))) if both.any() else 1.0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import InputError
-from sostenuto.methods.checks import check_choice, is_number
+from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.published import PUBLISHED
 
@@ -31,8 +31,9 @@ class TuneOptions:
             beyond what was measured, since errors add up in more ways than the model knows, and images show the late ones
             most. Each is tried, the first two also with linear forecasts alone where a score decides; those that the work
             doesn't suffice for are left out from the end.
-        eps_scale_grid: the values of b that are tried where a score decides, beside FEB-Cache's b(τ), a b for the noisy half
-            of the time alone, and the factors that restore the norm of the uncached noise.
+        eps_scale_grid: the values of b that are tried where a score decides, also apart for computed and reused steps, beside
+            FEB-Cache's b(τ), a b for the noisy half of the time alone, and the factors that restore the norm of the uncached
+            noise.
         published: the calibrations whose plans compete at the speed-up that is asked for: ``"eb"``, ``"feb"``,
             ``"smoothcache"``, and ``"smoothcache-site"``, which plans every branch of every block by itself; those that
             ``kinds`` leave out don't.
@@ -57,11 +58,11 @@ class TuneOptions:
             check_speedup(speedup)
         check_choice("budget", self.budget, ("macs", "time"))
         check_choice("prefer", self.prefer, ("score", "nearness"))
-        if self.trial_samples < 1 or self.refinements < 0 or not self.tilts:
-            raise InputError(
-                "tuning needs 1 trial sample, 0 refinements and 1 tilt at least, not "
-                f"{self.trial_samples}, {self.refinements} and {len(self.tilts)}"
-            )
+        check_whole("trial_samples", self.trial_samples, least=1)
+        check_whole("refinements", self.refinements, least=0)
+        check_number("max_work", self.max_work, above=0)
+        if not self.tilts or not all(map(is_number, self.tilts)):
+            raise InputError(f"tilts must be one finite number at least, not {self.tilts!r}")
         for kind in self.kinds or ():
             check_choice("kinds", kind, tuple(known.value for known in Kind))
         if self.kinds is not None and not {"stack", "branches"} & set(self.kinds):

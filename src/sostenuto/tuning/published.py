@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")
 """What can compete; the last makes a plan of its own for every site of every block."""
 
 _NUM_SAMPLES = 8
-_ROUNDS = 8  # of a bisection, at most
+_ROUNDS = 8  # of EB-Cache's bisection, at most
 _MARGIN = 0.01  # a bisection ends within so much of its target
 _LONGEST = 5  # run of reuse
 
@@ -59,13 +61,27 @@ def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> d
     return {name: able[name] for name in names if name in able}
 
 
-def work_of(calibration: Calibration, macs: Mapping[str, float]) -> float:
-    """The most that a calibration costs, in uncached generations of one row: every step of Algorithm 1 tries its candidates."""
+def work_of(
+    calibration: Calibration, macs: Mapping[str, float], rows: Callable[[int], int], table: CacheTable | None = None
+) -> float:
+    """The most that a calibration costs, in uncached generations of one row.
+
+    Every step of Algorithm 1 is computed, its candidates are tried, and what was chosen is run.
+
+    Args:
+        calibration: which.
+        macs: of a step of each kind, of a computed one's.
+        rows: in how many rows so many samples are generated.
+        table: what :func:`calibrated` made, which tells how many generations it took.
+    """
     if not isinstance(calibration, EBCalibration):
-        return float(_NUM_SAMPLES)
-    names = {StepState.REUSE_ATTENTION: "attention", StepState.REUSE_MLP: "mlp"}
-    tried = sum(macs.get(names.get(state, ""), 0.0) for state in calibration.candidates)
-    return _NUM_SAMPLES * _ROUNDS * (1 + tried)
+        return float(rows(_NUM_SAMPLES))
+    made = None if table is None else table.calibration.get("generations")
+    generated = _ROUNDS * rows(_NUM_SAMPLES) if made is None else made * rows(1)
+    whole = Kind.STACK if calibration.fill == "stack" else Kind.BRANCHES
+    names = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
+    tried = [sum(macs[names[state].value] for state in calibration.candidates_at(tau)) for tau in (0.0, 1.0)]
+    return generated * (2 + max(tried))
 
 
 def calibrated(calibration: Calibration, settings: Settings, path: Path | None) -> CacheTable | None:
@@ -80,14 +96,24 @@ def calibrated(calibration: Calibration, settings: Settings, path: Path | None) 
         return CacheTable.load(path)
     steps = settings.num_inference_steps
     noise = torch.Generator(settings.generator.device if settings.generator else "cpu").manual_seed(settings.seed)
-    plain = replace(settings, num_samples=_NUM_SAMPLES, generator=noise, score=None, show_progress=False)
+    generations = itertools.count()
+
+    def sample(*args: Any, **kwargs: Any) -> Any:
+        next(generations)
+        return settings.sample(*args, **kwargs)
+
+    plain = replace(settings, sample=sample, num_samples=_NUM_SAMPLES, generator=noise, score=None, show_progress=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a plan that misses the cost is left out by the caller
             made: CacheTable = calibration.run(plain)
     except MethodError:
         return None
-    table = replace(_by_states(made, inspect(compat.find_denoiser(settings.target))), eps_scale=(1.0,) * steps)
+    table = replace(
+        _by_states(made, inspect(compat.find_denoiser(settings.target))),
+        eps_scale=(1.0,) * steps,
+        calibration={**made.calibration, "generations": next(generations)},
+    )
     if path is not None:
         table.save(path)
     return table

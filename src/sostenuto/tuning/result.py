@@ -22,10 +22,13 @@ class Point:
         target: the speed-up that was asked for.
         speedup: the uncached cost over this one's, in the unit of the budget.
         ideal_speedup: the same by multiply-accumulates.
-        time_speedup: the same by the time that each kind of step took in the instrumented run.
+        time_speedup: the same by the time that each kind of step took in the instrumented run; what a kind spares is divided
+            among its branches by their multiply-accumulates.
         error: mean square difference of the final latents to the uncached ones', over their variance.
         score: what ``score`` says of the images, lower is better; ``None`` where no score was given.
         table: the plan, the forecasts and the noise scale.
+        measured_speedup: time of the uncached trial over that of this plan's, with all that the sample does; one run of each,
+            rough on a busy machine. ``None`` where several processes made the trials at the same time on one processor.
     """
 
     target: float
@@ -35,6 +38,7 @@ class Point:
     error: float
     score: float | None
     table: CacheTable
+    measured_speedup: float | None = None
 
     @property
     def method(self) -> EBCache:
@@ -61,6 +65,7 @@ class Point:
             "speedup": self.speedup,
             "ideal_speedup": self.ideal_speedup,
             "time_speedup": self.time_speedup,
+            "measured_speedup": self.measured_speedup,
             "error": self.error,
             "decibels": self.decibels,
             "score": self.score,
@@ -160,14 +165,17 @@ class Tuned:
 
     def __str__(self) -> str:
         scored = self.uncached_score is not None
-        lines = [f"{'for':>12} {'by MACs':>8} {'by time':>8} {'nearness':>9}{'    score' if scored else ''}  plan"]
+        lines = [
+            f"{'for':>12} {'by MACs':>8} {'by time':>8} {'measured':>8} {'nearness':>9}{'    score' if scored else ''}  plan"
+        ]
         for point in self.frontier:
             score = f" {point.score:8.3f}" if point.score is not None else ""
             mark = " ←" if point is self.point else ""
             targets = " ".join(f"{target:g}×" for target in self._answered(point))
+            measured = "–" if point.measured_speedup is None else f"{point.measured_speedup:.2f}×"
             lines.append(
-                f"{targets:>12} {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {point.decibels:6.1f} dB{score}  "
-                f"{point.table.strip()}  {point.origin}{mark}"
+                f"{targets:>12} {point.ideal_speedup:7.2f}× {point.time_speedup:7.2f}× {measured:>8} "
+                f"{point.decibels:6.1f} dB{score}  {point.table.strip()}  {point.origin}{mark}"
             )
         if scored:
             lines.append(f"score of the uncached images: {self.uncached_score:.3f}")

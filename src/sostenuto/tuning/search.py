@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.measurement import Kind, Measurement
 
@@ -44,16 +45,32 @@ def cost_of(schedule: Schedule, costs: Mapping[str, float]) -> float:
     return spent / (steps * costs["compute"])
 
 
-def cost_of_table(table: CacheTable, costs: Mapping[str, float]) -> float:
-    """Mean cost of a step of a table; by its multiply-accumulates where it lists sites, whose cost apart is not known."""
+def cost_of_table(
+    table: CacheTable, costs: Mapping[str, float], sites: Mapping[str, tuple[str, float]] | None = None
+) -> float:
+    """Mean cost of a step of a table, of a computed one's.
+
+    Args:
+        table: the plan.
+        costs: of a step, ``"compute"`` and each kind.
+        sites: where a step lists its sites, their kinds and shares (:attr:`Measurement.sites`): what a kind spares is divided
+            among its branches.
+    """
     whole = Kind.STACK if table.fill == "stack" else Kind.BRANCHES
     kinds = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
+    states = {state: costs[kind.value] for state, kind in kinds.items() if kind.value in costs}
+    states[StepState.COMPUTE] = costs["compute"]
+    spared = {name: costs["compute"] - cost for name, cost in costs.items()}
+    if Kind.BRANCHES.value in spared:  # by the branches that belong to no other kind
+        others = sum(spared.get(kind.value, 0.0) for kind in (Kind.ATTENTION, Kind.MLP))
+        spared[Kind.BRANCHES.value] = max(0.0, spared[Kind.BRANCHES.value] - others)
     spent = 0.0
     for state in table.actions:
-        name = "compute" if state is StepState.COMPUTE else kinds[state].value if isinstance(state, StepState) else ""
-        if name not in costs:
-            return 1.0 if table.macs_fraction is None else table.macs_fraction
-        spent += costs[name]
+        if isinstance(state, StepState):
+            spent += states[state]
+            continue
+        skipped = [(sites or {})[site] for site, action in state.items() if action is not Action.COMPUTE]
+        spent += costs["compute"] - sum(share * spared[kind] for kind, share in skipped)
     return spent / (table.num_inference_steps * costs["compute"])
 
 
@@ -123,27 +140,41 @@ class ErrorModel:
 
     def total(self, schedule: Schedule) -> float:
         """Error of a whole schedule."""
-        total, step, gap = 0.0, 0, 0
+        total, step = 0.0, 0
+        before: Run | None = None
         for segment in schedule:
+            gap = gap_after(before, segment.kind)
             total += self.error(step, gap, segment.kind, segment.length, segment.order)
-            gap = next_gap(segment.kind, segment.length)
+            before = segment.kind, segment.length
             step += segment.length + 1
         return total
 
 
-def next_gap(kind: Kind, length: int) -> int:
-    """Distance in steps of a computed step from the one before that left what a forecast needs.
+Run = tuple[Kind, int]
+"""What steps in a row reuse, and how many there are."""
 
-    A step that reuses attention or the MLP alone runs the stack, so that what the stack adds is kept anew there.
+
+def gap_after(before: Run | None, kind: Kind) -> int:
+    """Distance in steps of a computed step from the one before that left what a forecast of this kind is made from.
+
+    A step that reuses attention or the MLP alone computes the rest: the other, and what the stack adds, are kept anew there.
+
+    Args:
+        before: the run of reuse before the computed step; ``None``: it is the first step, and the distance 0.
+        kind: what is forecast.
     """
-    return 1 if length and kind in (Kind.ATTENTION, Kind.MLP) else length + 1
+    if before is None:
+        return 0
+    reused, length = before
+    is_kept_anew = reused in (Kind.ATTENTION, Kind.MLP) and kind not in (reused, Kind.BRANCHES)
+    return 1 if is_kept_anew else length + 1
 
 
 class Frontier:
     """The least error for every cost.
 
-    The state of the dynamic program is a computed step and its distance from the one before; a transition is the run of
-    reuses that follows and the next computed step. For every state and cost, counted in ticks, the least error is kept, so
+    The state of the dynamic program is a computed step and the run of reuse before it; a transition is the run that follows
+    and the next computed step. For every state and cost, counted in ticks, the least error is kept, so
     that one pass gives the best schedule for every budget. The last step is always computed.
 
     Args:
@@ -157,8 +188,8 @@ class Frontier:
         self._ticks = {name: round(cost / costs["compute"] * self._per_step) for name, cost in costs.items()}
         self._num_ticks = model.num_steps * self._per_step + 1
         self._runs = [(Kind.STACK, 0)] + [(k, n) for k in model.kinds for n in range(1, model.longest(k) + 1)]
-        self._errors: dict[tuple[int, int], np.ndarray] = {}
-        self._from: dict[tuple[int, int], np.ndarray] = {}  # gap of the state before and run, as one number
+        self._errors: dict[tuple[int, int], np.ndarray] = {}  # by step and place of the run before it, -1 for none
+        self._from: dict[tuple[int, int], np.ndarray] = {}  # place of the run before the last computed step
         self._solve()
 
     def schedule(self, budget: float) -> Schedule | None:
@@ -168,14 +199,14 @@ class Frontier:
             self._num_ticks, round((budget + 0.02) * self._num_ticks)
         )  # ticks are rounded, the costs below are not
         ends = [
-            (error, gap, tick)
-            for (step, gap), row in self._errors.items()
+            (error, run, tick)
+            for (step, run), row in self._errors.items()
             if step == last
             for tick, error in enumerate(row[:top].tolist())
             if error < np.inf
         ]
-        for _, gap, tick in sorted(ends):
-            found = self._trace(gap, tick)
+        for _, run, tick in sorted(ends):
+            found = self._trace(run, tick)
             if cost_of(found, self._costs) <= budget + 1e-9:
                 return found
         return None
@@ -185,47 +216,49 @@ class Frontier:
         """The mean cost of a step of the cheapest schedule."""
         last = self._model.num_steps - 1
         ends = [
-            (int(np.flatnonzero(row < np.inf)[0]), gap) for (step, gap), row in self._errors.items() if step == last
+            (int(np.flatnonzero(row < np.inf)[0]), run) for (step, run), row in self._errors.items() if step == last
         ]
-        tick, gap = min(ends)
-        return cost_of(self._trace(gap, tick), self._costs)
+        tick, run = min(ends)
+        return cost_of(self._trace(run, tick), self._costs)
 
     def _solve(self) -> None:
         last, size = self._model.num_steps - 1, self._num_ticks
         begin = np.full(size, np.inf)
         begin[self._ticks["compute"]] = 0.0
-        self._errors[0, 0] = begin
+        self._errors[0, -1] = begin
         for step in range(last):
-            for gap in sorted(gap for at, gap in self._errors if at == step):
-                past = self._errors[step, gap] if step == 0 else self._errors.pop((step, gap))
+            for before in sorted(run for at, run in self._errors if at == step):
+                past = self._errors[step, before] if step == 0 else self._errors.pop((step, before))
                 for number, (kind, length) in enumerate(self._runs):
                     if step + length + 1 > last:
                         continue
-                    error, _ = self._model.best(step, gap, kind, length)
+                    error, _ = self._model.best(step, self._gap(before, kind), kind, length)
                     if not np.isfinite(error):
                         continue
-                    place = step + length + 1, next_gap(kind, length)
+                    place = step + length + 1, number
                     if place not in self._errors:
                         self._errors[place] = np.full(size, np.inf)
-                        self._from[place] = np.full(size, -1, dtype=np.int32)
+                        self._from[place] = np.full(size, -1, dtype=np.int16)
                     ticks = (
                         self._ticks["compute"] + length * self._ticks[kind.value] if length else self._ticks["compute"]
                     )
                     moved = past[: size - ticks] + error
                     better = moved < self._errors[place][ticks:]
                     self._errors[place][ticks:][better] = moved[better]
-                    self._from[place][ticks:][better] = gap * len(self._runs) + number
+                    self._from[place][ticks:][better] = before
 
-    def _trace(self, gap: int, tick: int) -> Schedule:
+    def _gap(self, before: int, kind: Kind) -> int:
+        return gap_after(None if before < 0 else self._runs[before], kind)
+
+    def _trace(self, run: int, tick: int) -> Schedule:
         """The schedule that leads to a state of the last step at this cost."""
         step = self._model.num_steps - 1
         segments = [Segment(0, Kind.STACK, 0)]
         while step:
-            before, number = divmod(int(self._from[step, gap][tick]), len(self._runs))
-            kind, length = self._runs[number]
+            before, (kind, length) = int(self._from[step, run][tick]), self._runs[run]
             step -= length + 1
             tick -= self._ticks["compute"] + (length * self._ticks[kind.value] if length else 0)
-            gap = before
+            run, gap = before, self._gap(before, kind)
             segments.append(Segment(length, kind, self._model.best(step, gap, kind, length)[1] if length else 0))
         return tuple(segments[::-1])
 

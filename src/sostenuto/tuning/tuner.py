@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import itertools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +16,17 @@ import torch
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
-from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
-from sostenuto.files import publish_json
-from sostenuto.measured import fingerprint, read_json
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
 from sostenuto.tuning.advice import notes_on
 from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
 from sostenuto.tuning.lab import Lab, Trial, shared
-from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
+from sostenuto.tuning.record import claim, rehearsed, setting
 from sostenuto.tuning.result import Point, Tuned, answers, pareto
 from sostenuto.tuning.search import (
     ANY_ORDER,
@@ -42,11 +39,10 @@ from sostenuto.tuning.search import (
     table_of,
     uniform,
 )
-from sostenuto.tuning.weights import probe, probed_reuses, probed_steps
+from sostenuto.tuning.weights import probe, probed
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
 _WHOLES = (Kind.STACK, Kind.BRANCHES)
-_INSTRUMENTED = 8.0  # what an instrumented generation costs, about, in uncached ones
 
 
 def tune(
@@ -91,7 +87,8 @@ def tune(
         The method for the speed-up and the frontier. Where the speed-up is out of reach, the fastest there is, with a warning.
 
     Raises:
-        InputError: a speed-up is not above 1, or the folder holds another tuning.
+        InputError: a speed-up is not above 1, ``max_work`` is less than tuning needs at least, or the folder holds a tuning of
+            another setting.
         MethodError: the sample doesn't run the steps asked for, or a bare denoiser comes without its scheduler.
         AlreadyEnabledError: a method is enabled on the model.
     """
@@ -107,7 +104,7 @@ def tune(
         )
     folder = None if folder is None else Path(folder)
     if folder is not None:
-        _claim(folder, settings, options)
+        claim(folder, setting(settings, options))
     with progress(None, "tune (uncached generations)", show_progress) as bar:
         done = [0.0]
 
@@ -118,7 +115,8 @@ def tune(
         def expect(work: float) -> None:
             bar.total = round(work)
 
-        found = _Tuner(Lab(settings, folder, options.trial_samples, spent), options, float(speedup), expect).run()
+        lab = Lab(settings, folder, options.trial_samples, spent, options.max_work)
+        found = _Tuner(lab, options, float(speedup), expect).run()
         expect(int(done[0]))  # an estimate is one: what is done is all there was to do
     if folder is not None and world().is_main:
         found.save(folder)
@@ -137,44 +135,67 @@ class _Tuner:
 
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
-        kinds = _kinds(self.lab.settings.target, self.options)
+        lab = self.lab
+        kinds = _kinds(lab.settings.target, self.options)
+        self._check_work(kinds)  # what is too much whatever the samples are is refused before anything runs
+        lab.rehearse(kinds)
+        if lab.folder is not None:
+            samples = lab.rehearsals["paired"], lab.rehearsals.get("scored")
+            claim(lab.folder, rehearsed(lab.settings, *samples), begun=True)
         self._check_work(kinds)
-        self._tell(kinds, self.lab.trial(None))
-        on_cpu = next(compat.find_denoiser(self.lab.settings.target).parameters()).device.type == "cpu"
-        self.measured = self.lab.measure(kinds, undisturbed=self.options.budget == "time" and on_cpu)
+        self._tell(kinds, lab.trial(None))
+        self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
         self.notes += notes_on(self.measured)
         self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
-        self.weights = probe(self.lab, self.measured)
+        self.weights = probe(lab, self.measured)
+        uncached_score = lab.scored(None).score if self.scored else None
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
-        choose = self.choose = Chooser(self.lab, self.options, self.by_score, self._can_spend, self._table)
+        others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
+        answer, later = self._reserves(pivot, others)
+        others_share = 2 * sum(later)
+        lab.reserve = answer + others_share
+        choose = self.choose = Chooser(lab, self.options, self.by_score, self._table)
         groups = self._groups(pivot)
         best = choose.best(groups)
         best = choose.better(choose.refined(best), best)
+        if self.by_score:
+            lab.scored(best.table)  # from here on there is an answer, whatever noise scale is chosen
+            lab.reserve = others_share
         scale = choose.scale(best)
+        lab.reserve = others_share
         points = [self._point(pivot, best, scale)]  # what was asked for comes before the work runs out
         planned = [candidate for group in groups for candidate in group if candidate.planned]
         way = best.planned or choose.nearest(planned)[0].planned
         assert way is not None
-        others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
-        plans: list[Candidate] = []
-        for target in others:
+        plans: list[tuple[float, Candidate]] = []
+        for target, trial in zip(others, later, strict=True):
+            lab.reserve -= trial
             able = self._searched(target, way.tilt, way.model.orders) or self._searched(target, way.tilt)
-            plans.append(choose.refined(choose.nearest(able)[0]))
+            plans += [(target, choose.refined(nearest)) for nearest in choose.nearest(able)[:1]]
         if self.scored and world().size > 1:
-            self.lab.prepare("scored", [choose.scaled(plan.table, scale) for plan in plans])
-        points += [self._point(target, plan, scale) for target, plan in zip(others, plans, strict=True)]
-        frontier = pareto(points)
-        found = answers(points, frontier)
+            tables = [choose.scaled(plan.table, scale) for _, plan in plans]
+            lab.prepare("scored", list(itertools.compress(tables, lab.affordable("scored", tables))))
+        for target, plan in plans:
+            lab.reserve -= later[others.index(target)]
+            points.append(self._point(target, plan, scale))
+        if lab.was_short:
+            self.notes.append(
+                f"the work of {self.options.max_work:.0f} uncached generations was used up: fewer changes, scores and targets "
+                "were tried than asked for; give fewer speedups, a smaller score_sample, or a larger max_work"
+            )
+        made = [point for point in points if point is not None]
+        frontier = pareto(made)
+        found = answers(made, frontier)
         return Tuned(
             point=found[pivot],
             frontier=frontier,
             answers=found,
             budget=self.options.budget,
-            uncached_score=self.lab.scored(None).score if self.scored else None,
+            uncached_score=uncached_score,
             limit=self.limit,
             notes=tuple(self.notes),
-            work=self.lab.work,
+            work=lab.work,
         )
 
     # --- what is possible ----------------------------------------------------------------------------------------
@@ -251,20 +272,21 @@ class _Tuner:
             share = 1 - (1 - share) * (1 - measured.macs[whole]) / max(1e-9, 1 - relative[whole])
         able: list[tuple[str, Calibration, float]] = []
         for name, calibration in calibrations(self.options.published, share, tuple(measured.runs)).items():
-            work = work_of(calibration, measured.macs)
-            if not self._can_spend(work + sum(before for *_, before in able)):
+            work = work_of(calibration, measured.macs, self.lab.rows)
+            if not self.lab.can_spend(work + sum(before for *_, before in able)):
                 break
             able.append((name, calibration, work))
+        made_for = f"{target:g}x.json" if self.options.budget == "macs" else f"{target:g}x-time.json"
 
         def make(one: tuple[str, Calibration, float]) -> CacheTable | None:
             folder = self.lab.folder
             return calibrated(
-                one[1], self.lab.settings, None if folder is None else folder / f"published-{one[0]}-{target:g}x.json"
+                one[1], self.lab.settings, None if folder is None else folder / f"published-{one[0]}-{made_for}"
             )
 
-        for (name, _, work), table in zip(able, shared(make, able), strict=True):
-            self.lab.count(work, f"published {name} {target:g}")
-            if table is not None and cost_of_table(table, self.costs) <= 1 / target + 1e-9:
+        for (name, calibration, _), table in zip(able, shared(make, able), strict=True):
+            self.lab.count(work_of(calibration, measured.macs, self.lab.rows, table), f"published {name} {target:g}")
+            if table is not None and self._cost(table, self.costs) <= 1 / target + 1e-9:
                 found.append(Candidate(name, table))
                 other = int(not any(table.forecast_orders))  # forecasts in place of last values, or the other way round
                 found.append(Candidate(f"{name}, order {other}", table.filled(other)))
@@ -275,10 +297,19 @@ class _Tuner:
     def _table(self, plan: Schedule) -> CacheTable:
         return replace(table_of(plan), **self.measured.made_for, macs_fraction=cost_of(plan, self.measured.macs))
 
-    def _point(self, target: float, candidate: Candidate, scale: Scale) -> Point:
-        table = self.choose.scaled(candidate.table, scale)
-        scored = self.scored and self._can_spend(self._scoring_cost(candidate.share))
-        trial = self.lab.scored(table) if scored else self.lab.trial(table)
+    def _cost(self, table: CacheTable, costs: Mapping[str, float]) -> float:
+        return cost_of_table(table, costs, self.measured.sites)
+
+    def _point(self, target: float, candidate: Candidate, scale: Scale) -> Point | None:
+        """The plan with its noise scale, and what a real generation shows; ``None`` where the work doesn't suffice for one."""
+        table, lab = self.choose.scaled(candidate.table, scale), self.lab
+        benches = ["scored", "paired"] if self.scored else ["paired"]
+        bench = next((bench for bench in benches if all(lab.affordable(bench, [table]))), None)
+        if bench is None:
+            return None
+        run = lab.scored if bench == "scored" else lab.trial
+        trial, uncached = run(table), run(None)
+        disturbed = self._on_cpu and world().size > 1
         how = {
             "num_samples": self.measured.num_samples,
             "seed": self.lab.settings.seed,
@@ -291,65 +322,73 @@ class _Tuner:
         }
         return Point(
             target=target,
-            speedup=1 / cost_of_table(table, self.costs),
+            speedup=1 / self._cost(table, self.costs),
             ideal_speedup=1 / candidate.share,
-            time_speedup=1 / cost_of_table(table, self.measured.times),
+            time_speedup=1 / self._cost(table, self.measured.times),
             error=trial.error,
             score=trial.score,
             table=replace(table, method="tuned", calibration=how),
+            measured_speedup=None if disturbed else uncached.seconds / trial.seconds,
         )
 
     # --- what it costs -------------------------------------------------------------------------------------------
 
-    def _scoring_cost(self, share: float) -> float:
-        """Cost of scoring a plan that costs this share of an uncached generation."""
-        return self.lab.scored(None).work * share
-
-    def _can_spend(self, work: float) -> bool:
-        """Whether so much more may be done; says so once where it may not."""
-        if self.lab.work + work <= self.options.max_work:
-            return True
-        words = (
-            f"the work of {self.options.max_work:.0f} uncached generations was used up: fewer changes and scores were tried "
-            "than asked for; give fewer speedups, a smaller score_sample, or a larger max_work"
-        )
-        if words not in self.notes:
-            self.notes.append(words)
-        return False
+    @cached_property
+    def _on_cpu(self) -> bool:
+        denoiser = compat.find_denoiser(self.lab.settings.target)
+        return next(denoiser.parameters()).device.type == "cpu"
 
     def _warn(self, words: str) -> None:
         self.notes.append(words)
         warnings.warn(words, stacklevel=5)
 
-    def _least_work(self, kinds: tuple[Kind, ...]) -> float:
-        """About what measuring costs."""
-        settings = self.lab.settings
-        probes = len(probed_reuses(kinds)) * len(probed_steps(settings.num_inference_steps))
-        return settings.num_samples * (_INSTRUMENTED if len(kinds) > 1 else 1) + probes * max(
-            1, settings.num_samples // 4
-        )
+    def _measuring(self, kinds: tuple[Kind, ...]) -> float:
+        """What the measurements cost; before the rehearsal the least of it."""
+        lab, settings = self.lab, self.lab.settings
+        rehearsal = lab.rehearsals.get("paired")
+        steps = settings.num_inference_steps if rehearsal is None else rehearsal.num_steps
+        macs = dict.fromkeys((kind.value for kind in kinds), 0.0) if rehearsal is None else rehearsal.macs
+        instrumented = lab.rows(settings.num_samples) * instrumented_share(reaches(kinds, steps), macs, steps)
+        return instrumented + lab.rows(lab.num_probed) * (1 + len(probed(kinds, steps)))
+
+    def _reserves(self, pivot: float, others: Sequence[float]) -> tuple[float, list[float]]:
+        """What the answer needs at most, a plan that is tried and the result; and what a trial for each other target may cost.
+
+        All others together are left a quarter of the rest.
+        """
+        lab = self.lab
+        most = min(1.0, 1.05 / pivot) if self.options.budget == "macs" else 1.0
+        answer = most * (lab.size("paired") + lab.size("scored" if self.scored else "paired"))
+        later = [lab.size("paired") / target for target in others]
+        part = min(1.0, (lab.max_work - lab.work - answer) / 4 / max(1e-9, 2 * sum(later)))
+        return answer, [part * trial for trial in later]
 
     def _check_work(self, kinds: tuple[Kind, ...]) -> None:
-        least = self._least_work(kinds) + self.options.trial_samples
-        if least > self.options.max_work:
+        lab = self.lab
+        measuring, tried = self._measuring(kinds), 2 * lab.size("paired")
+        judged = 2 * lab.size("scored") if self.scored else lab.size("paired")
+        least = lab.work + measuring + tried + judged
+        if not lab.fits(measuring + tried + judged):
             raise InputError(
-                f"measuring alone costs about {least:.0f} uncached generations of one row, more than max_work = "
-                f"{self.options.max_work:.0f}: give fewer num_samples or trial_samples, or a larger max_work"
+                f"tuning needs about {least:.0f} uncached generations of one row at least ({measuring:.0f} to measure, "
+                f"{tried + judged:.0f} to try and judge one plan), more than max_work = {self.options.max_work:g}: give "
+                "fewer num_samples or trial_samples, a smaller score_sample, or a larger max_work"
             )
 
     def _tell(self, kinds: tuple[Kind, ...], uncached: Trial) -> None:
         """Say what is to come, where progress is shown."""
-        settings, options = self.lab.settings, self.options
+        settings, options, lab = self.lab.settings, self.options, self.lab
         if not settings.show_progress:
             return
         shares = [1 / target for target in {*options.speedups, self.speedup}]
-        work = self._least_work(kinds)
         tried = 6 + options.refinements
-        work += options.trial_samples * (1 + sum(shares) * tried + 6 * len(options.tilts) / self.speedup)
-        work += sum(work_of(one, {}) for one in calibrations(options.published, 1 / self.speedup, kinds).values())
+        work = lab.work + self._measuring(kinds)
+        work += lab.size("paired") * (sum(shares) * tried + 6 * len(options.tilts) / self.speedup)
+        macs = lab.rehearsals["paired"].macs
+        published = calibrations(options.published, 1 / self.speedup, kinds).values()
+        work += sum(work_of(one, macs, lab.rows) for one in published)
         if self.scored:
-            rows = self.lab.scored(None).work
-            work += rows * (1 + sum(shares) + 14 / self.speedup * self.by_score)
+            work += lab.size("scored") * (1 + sum(shares) + 18 / self.speedup * self.by_score)
         if not world().is_main:
             return
         work = min(work, options.max_work)
@@ -369,35 +408,3 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
     if not set(_WHOLES) & set(kinds):
         raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
     return kinds
-
-
-def _claim(folder: Path, settings: Settings, options: TuneOptions) -> None:
-    """Make the folder this tuning's, or refuse one that holds what was found for something else."""
-    denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
-    sampler = scheduler_of(settings.target, settings.scheduler)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
-    # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
-    chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
-    config = json.dumps(chosen, sort_keys=True, default=str)
-    made_with = {
-        "model": fingerprint(denoiser),
-        "weights": f"{weights:.8e}",
-        "scheduler": f"{type(sampler).__name__} {hashlib.sha256(config.encode()).hexdigest()[:12]}",
-        "num_inference_steps": settings.num_inference_steps,
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
-        "trial_samples": options.trial_samples,
-        "kinds": None if options.kinds is None else sorted(options.kinds),
-    }
-    path = folder / "run.json"
-    if path.exists():
-        known = read_json(path, "record of a tuning")
-        if not isinstance(known, dict):
-            raise InputError(f"{path} is no record of a tuning: use another folder")
-        odd = next((key for key in made_with if known.get(key) != made_with[key]), None)
-        if odd is not None:
-            raise InputError(
-                f"{folder} holds a tuning with another {odd} ({known.get(odd)}, now {made_with[odd]}): use another folder"
-            )
-    publish_json(path, made_with, indent=1)

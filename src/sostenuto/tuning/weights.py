@@ -56,11 +56,17 @@ def probed_reuses(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
     return [(kind, order) for kind in whole for order in (0, 1, 2)] + [(kind, 1) for kind in partial]
 
 
+def probed(kinds: tuple[Kind, ...], num_steps: int) -> list[tuple[Kind, int, int]]:
+    """What is probed: kind, order and step, where there is enough to forecast from."""
+    reuses, steps = probed_reuses(kinds), probed_steps(num_steps)
+    return [(kind, order, step) for kind, order in reuses for step in steps if step > order]
+
+
 def probe(lab: Lab, measured: Measurement) -> Weights:
     """Measure the weights, a short run of generations for each."""
-    kinds, steps = tuple(measured.runs), probed_steps(measured.num_steps)
-    reuses = [(kind, order) for kind, order in probed_reuses(kinds) if len(measured.reach[kind].gaps[order])]
-    able = {reuse: [step for step in steps if step > reuse[1]] for reuse in reuses}
-    lab.respond([(*reuse, step) for reuse in reuses for step in able[reuse]])
-    found = {reuse: {step: lab.response(*reuse, step) for step in able[reuse]} for reuse in reuses}
-    return Weights({key: known for key, known in found.items() if known}, measured.num_steps)
+    wanted = probed(tuple(measured.runs), measured.num_steps)
+    lab.respond(wanted)
+    found: dict[tuple[Kind, int], dict[int, float]] = {}
+    for kind, order, step in wanted:
+        found.setdefault((kind, order), {})[step] = lab.response(kind, order, step)
+    return Weights(found, measured.num_steps)
