@@ -281,6 +281,7 @@ def test_an_interrupted_generation_leaves_nothing_to_the_next(tiny, scheduler):
     assert torch.equal(expected, got)
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_is_called_at_computed_steps_alone(scheduler):
     torch._dynamo.reset()
     model, method = build_tiny(num_layers=1), ABCache(3, warmup=3, interval=4)

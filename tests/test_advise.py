@@ -43,7 +43,7 @@ def test_few_steps_are_advised_against_where_neighbouring_steps_differ_and_not_f
     assert advice.worth
 
 
-@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("steps", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_quantised_features_are_noisy_and_smooth_ones_are_not_with_few_steps_too(model, steps):
     model.scheduler_for_test = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     smooth = advised(calm(model), steps, num_samples=8)

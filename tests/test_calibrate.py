@@ -57,7 +57,7 @@ def test_a_threshold_of_nothing_computes_everything(model):
 
 
 @pytest.mark.parametrize("advance", ["selected", "no_cache"])
-@pytest.mark.parametrize("norm", ["rms", "mean_abs", "raw"])
+@pytest.mark.parametrize("norm", ["rms", pytest.param("mean_abs", marks=pytest.mark.slow), "raw"])
 def test_every_option_makes_a_table_and_is_recorded(model, advance, norm):
     table = calibrate(model, EBCalibration(target_fraction=0.7, norm=norm, advance=advance), steps=8)
     assert table.calibration["norm"] == norm

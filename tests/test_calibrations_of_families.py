@@ -39,7 +39,7 @@ def calibrated(name, calibration):
     ("calibration", "method"),
     [
         (calibrations.EBCalibration(target_fraction=0.7), sostenuto.EBCache),
-        (calibrations.FEBCalibration(target_fraction=0.7), sostenuto.FEBCache),
+        pytest.param(calibrations.FEBCalibration(target_fraction=0.7), sostenuto.FEBCache, marks=pytest.mark.slow),
         (calibrations.SmoothCacheCalibration(alpha=10.0), sostenuto.SmoothCache),
         (calibrations.MagCacheCalibration(target_skipped=0.4), sostenuto.MagCache),
         (calibrations.TeaCacheCalibration(degree=1), sostenuto.TeaCache),

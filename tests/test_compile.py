@@ -28,7 +28,7 @@ def _fresh_compiler():
     [
         pytest.param("in-place", 0, marks=pytest.mark.slow),
         ("wrapper", 0),
-        ("in-place", 1),
+        pytest.param("in-place", 1, marks=pytest.mark.slow),
         pytest.param("wrapper", 1, marks=pytest.mark.slow),
     ],
 )

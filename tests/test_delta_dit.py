@@ -159,6 +159,7 @@ def test_promises_shared_by_all_methods(four, scheduler):
     oracle.check_interruption_leaves_nothing(four, scheduler, DeltaDiT(2, 0.5, 3))
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_break_also_where_the_ranges_overlap(scheduler):
     oracle.check_compiles(build_tiny(3), scheduler, DeltaDiT(2, 2, 2), 4)
 

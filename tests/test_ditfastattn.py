@@ -243,6 +243,7 @@ def test_an_interrupted_generation_leaves_nothing_to_the_next(tiny, scheduler):
     assert torch.equal(expected, got)
 
 
+@pytest.mark.slow
 def test_one_graph_per_combination_without_a_break(scheduler):
     torch._dynamo.reset()
     counters.clear()

@@ -87,7 +87,7 @@ REGIONAL = [
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "method"), REGIONAL)
 def test_regional_compilation_keeps_plan_and_outputs_and_blocks_share_graphs(scheduler, name, method, order):
     tiny = TINY_MODELS[name]

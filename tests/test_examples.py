@@ -101,6 +101,10 @@ def stranger(name):
 
 
 every_example = pytest.mark.parametrize("name", STEPS)
+QUICK = ("dit_xl_2", "pixart_sigma", "flux", "wan")
+some_examples = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STEPS]
+)
 
 
 @every_example
@@ -114,7 +118,7 @@ def test_an_example_saves_both_pictures_and_runs_less(ran, name):
             assert sheet.width >= 2 * sheet.height  # two pictures side by side, none of them upright
 
 
-@every_example
+@some_examples
 def test_what_ran_is_the_plan_and_the_work_that_was_counted(ran, stock, name):
     done = ran(name)
     with sostenuto.enable(done.pipe, done.method) as handle:
@@ -199,7 +203,7 @@ def test_guidance_in_a_part_of_the_steps_mixes_up_nothing(ran, before, after):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@every_example
+@some_examples
 def test_one_generation_leaves_nothing_to_the_next(ran, fresh, name):
     done, expected = ran(name), fresh(name)
     with sostenuto.enable(done.pipe, done.method):
@@ -208,7 +212,7 @@ def test_one_generation_leaves_nothing_to_the_next(ran, fresh, name):
     assert not torch.equal(other, expected)
 
 
-@every_example
+@some_examples
 def test_an_interrupted_generation_leaves_nothing_to_the_next(ran, fresh, name, monkeypatch):
     done, expected = ran(name), fresh(name)
     with sostenuto.enable(done.pipe, done.method):

@@ -60,7 +60,7 @@ def generate(model, tiny, scheduler):
     return outputs
 
 
-QUICK = ("PixArtTransformer2DModel", "FluxTransformer2DModel")
+QUICK = ("FluxTransformer2DModel",)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,6 @@ COMPILED_QUICKLY = (
     "toca | eb scaling",
     "teacache",
     "dbcache",
-    "fora | epsilon-scaling",
 )
 COMPILED = [case if case.name in COMPILED_QUICKLY else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 

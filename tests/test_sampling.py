@@ -69,6 +69,7 @@ def test_no_two_images_of_a_run_share_their_noise():
     assert min(b - a for a, b in pairwise(starts)) > 1_000_000
 
 
+@pytest.mark.slow
 def test_four_processes_make_the_same_bytes(made, tmp_path):
     processes.run(generate, 4, "--output", str(tmp_path / "images"))
     assert bytes_in(tmp_path / "images") == bytes_in(made)

@@ -126,7 +126,7 @@ def test_an_interrupted_generation_leaves_nothing_to_the_next(tiny, scheduler):
     assert torch.equal(expected, got)
 
 
-@pytest.mark.parametrize(("lite", "order"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(("lite", "order"), [(False, 1), pytest.param(True, 2, marks=pytest.mark.slow)])
 def test_a_compiled_denoiser_has_one_graph_per_mode(scheduler, lite, order):
     torch._dynamo.reset()
     counters.clear()

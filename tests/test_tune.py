@@ -155,7 +155,7 @@ def executed(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name", ["feb", "smoothcache"])
+@pytest.mark.parametrize("name", [pytest.param("feb", marks=pytest.mark.slow), "smoothcache"])
 def test_a_calibration_costs_no_more_than_is_said_before(small, name, executed):
     settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
     kinds = (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP)
