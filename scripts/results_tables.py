@@ -36,6 +36,7 @@ _MARKED = re.compile(r"(<!-- table: (\S+(?: \w+)?) -->\n).*?(<!-- end -->)", re.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo-evidence.json": comparison,
     "demo-evidence.json frontier": frontier,
+    "demo-10k.json": comparison,
     "methods.json frontier": frontier,
     **SUITES,
     "reliability.json": reliability,
