@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
@@ -188,7 +189,7 @@ def test_the_list_above_is_complete():
             continue
         if any(site.kind is SiteKind.FUSED and site.takes_some_tokens for site in sites):
             found.add(name)
-    assert found == set(SINGLE_STREAM)
+    assert found == {name for name in SINGLE_STREAM if hasattr(diffusers, name)}  # the oldest has fewer
 
 
 # --- scores where text and image attend to each other ----------------------------------------------------------------
