@@ -185,8 +185,6 @@ def test_an_interrupted_demo_goes_on_with_the_same_images(demo_run, tmp_path):
 
 def test_a_folder_of_another_run_is_refused(demo_run):
     folder, _ = demo_run
-    with pytest.raises(sostenuto.InputError, match="batch_size"):
-        compare(folder, Settings(num_images=4, batch_size=2, search_images=0), show=False)
     with pytest.raises(sostenuto.InputError, match="search_images"):  # the tables are those of another search
         compare(folder, Settings(num_images=4, batch_size=4, search_images=8), show=False)
 
@@ -195,12 +193,23 @@ def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, dem
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:2])
     results = compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0, dtype="bfloat16"), show=False)
     assert results["machine"]["dtype"] == "bfloat16"
-    first = next((tmp_path / "batches").glob("uncached-*-seed0-00000.safetensors")).name
+    first = next((tmp_path / "batches").glob("uncached-*-seed0-00000-*.safetensors")).name
     single, half = (load_file(folder / "batches" / first)["images"] for folder in (demo_run[0], tmp_path))
     difference = (single[:4].float() - half.float()).abs()
     assert difference.max() > 0
     with pytest.raises(sostenuto.InputError, match="dtype"):
         compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0), show=False)
+
+
+def test_more_images_go_on_from_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[1:3])
+    few, many, odd = (Settings(num_images=n, batch_size=2, search_images=0) for n in (4, 6, 5))
+    compare(tmp_path, few, show=False)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "batches").iterdir()}
+    assert compare(tmp_path, many, show=False)["n"] == 6
+    assert len(list((tmp_path / "batches").iterdir())) == len(made) * 3 // 2
+    assert compare(tmp_path, odd, show=False)["n"] == 5  # half a batch is another one
+    assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
 def test_shards_share_the_work(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_a_pickle_in_any_clothes_is_never_opened(tmp_path):
 
 @pytest.mark.parametrize("name", ["../../up", "/etc/passwd", "a\\b", "..", "x\0y", "EB 1.5×"])
 def test_the_name_of_a_row_leads_nowhere_but_into_the_folder(tmp_path, name):
-    path = batch_file(tmp_path, name, 0, 0)
+    path = batch_file(tmp_path, name, 0, 0, 4)
     assert path.resolve().parent == (tmp_path / "batches").resolve()
 
 

@@ -31,7 +31,7 @@ def test_differences_are_paired_by_the_noise_and_few_images_have_no_error(tmp_pa
     entries = [Entry("uncached", NoCache()), Entry("same", FORA(2)), Entry("another", FORA(3))]
     settings = Settings(num_images=n, batch_size=n)
     for entry, seed in zip(entries, (0, 0, 1), strict=True):
-        write_batch(batch_file(tmp_path, entry.key, 0, 0), images(seed, n), 1.0, {"macs": 1})
+        write_batch(batch_file(tmp_path, entry.key, 0, 0, n), images(seed, n), 1.0, {"macs": 1})
     scale = [0.98] * 50
     rows = [{"name": entry.name, "plan": [["compute"]], "eps_scale": scale} for entry in entries]
     found = record(tmp_path, entries, settings, {"rows": rows, "n": n})

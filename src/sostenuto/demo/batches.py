@@ -15,10 +15,10 @@ from sostenuto.files import publish
 from sostenuto.measured import parse_json
 
 
-def batch_file(folder: Path, key: str, seed: int, start: int) -> Path:
-    """Where a batch of the row with this key lies."""
+def batch_file(folder: Path, key: str, seed: int, start: int, count: int) -> Path:
+    """Where the batch of so many images from the ``start``-th on lies, of the row with this key."""
     name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in key.replace("×", "x").replace("ε", "epsilon"))
-    return folder / "batches" / f"{name}-seed{seed}-{start:05d}.safetensors"
+    return folder / "batches" / f"{name}-seed{seed}-{start:05d}-{start + count - 1:05d}.safetensors"
 
 
 def write_batch(path: Path, images: torch.Tensor, seconds: float, stats: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The demo's comparison: every row on the same noise and labels, batch by batch in turn so that drift of the machine cancels.
 
-Each batch of each row is one file in the run's folder: an interrupted run goes on where it stopped, and several processes
-can share the work (``shard``).
+Each batch of each row is one file in the run's folder: an interrupted run goes on where it stopped, more images or seeds add
+to what is there, and several processes can share the work (``shard``).
 """
 
 from __future__ import annotations
@@ -237,12 +237,13 @@ def run_entries(
     with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
         for number, (seed, start, labels) in enumerate(batches):
             for entry in todo:
-                path = batch_file(folder, entry.key, seed, start)
+                path = batch_file(folder, entry.key, seed, start, len(labels))
                 if not path.exists() and number % settings.shard[1] == settings.shard[0]:
                     with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
                         _generate(pipe, entry, seed, start, labels, path)
                 bar.update()
-    missing = sum(not batch_file(folder, e.key, seed, start).exists() for seed, start, _ in batches for e in todo)
+    paths = (batch_file(folder, e.key, seed, start, len(labels)) for seed, start, labels in batches for e in todo)
+    missing = sum(not path.exists() for path in paths)
     if missing:
         return {"rows": [], "missing": missing}
     return _results(folder, todo, settings, judge)
@@ -266,11 +267,9 @@ SHIPPED = Path(sostenuto.__file__).parent / "tables"
 
 
 def _check_folder(folder: Path, settings: Settings, pipe: DemoPipeline | None = None) -> None:
-    """Refuse to go on with batches that other weights or sizes made; what a row samples is in its :attr:`Entry.key`."""
+    """Refuse batches of other weights. What a row samples is in its :attr:`Entry.key`, a batch's size in its file's name."""
     made_with = {
         "denoiser": _digest(asset("denoiser.safetensors")) if pipe is None else weights_digest(pipe),
-        "num_images": settings.num_images,
-        "batch_size": settings.batch_size,
         "search_images": settings.search_images,  # the tables in the folder were made with
         "dtype": settings.dtype,
         "torch": torch.__version__,
@@ -338,8 +337,8 @@ class _Sampled:
 
 def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
     images, seconds, macs, stats = [], [], 0, {}
-    for seed, start, _ in _batches(settings):
-        path = batch_file(folder, entry.key, seed, start)
+    for seed, start, labels in _batches(settings):
+        path = batch_file(folder, entry.key, seed, start, len(labels))
         batch, wall_s, stats = read_batch(path)
         images.append(batch)
         seconds.append(wall_s)

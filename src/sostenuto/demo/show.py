@@ -61,7 +61,7 @@ def terminal_table(results: dict[str, Any]) -> str:
 def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
     """Write ``demo.png``, ``demo.html`` and ``same-noise.png`` into the folder of a finished comparison."""
     names = [row["name"] for row in results["rows"]]
-    images = torch.stack([_first_images(folder, row["key"], results["seed"]) for row in results["rows"]])
+    images = torch.stack([_first_images(folder, row["key"], results) for row in results["rows"]])
     columns: Sequence[str] = [CLASS_NAMES[i % len(CLASS_NAMES)].split("/")[0] for i in range(images.shape[1])]
     picture, page = folder / "demo.png", folder / "demo.html"
     picture.write_bytes(png(poster(results, images, names, columns)))
@@ -74,6 +74,7 @@ def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
     return picture, page
 
 
-def _first_images(folder: Path, key: str, seed: int) -> torch.Tensor:
-    images = read_batch(batch_file(folder, key, seed, 0))[0].float() / 255
+def _first_images(folder: Path, key: str, results: dict[str, Any]) -> torch.Tensor:
+    count = min(results["batch_size"], results["n"])
+    images = read_batch(batch_file(folder, key, results["seed"], 0, count))[0].float() / 255
     return images[:GRID_COLUMNS]
