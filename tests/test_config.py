@@ -15,7 +15,19 @@ from diffusers import DDPMScheduler
 
 import sostenuto
 from conftest import build_tiny, sample_loop
-from sostenuto import FORA, ABCache, CacheTable, Config, EBCache, Forecast, RatioSchedule, StepState, TeaCache, ToCa
+from sostenuto import (
+    FORA,
+    PAB,
+    ABCache,
+    CacheTable,
+    Config,
+    EBCache,
+    Forecast,
+    RatioSchedule,
+    StepState,
+    TeaCache,
+    ToCa,
+)
 from sostenuto.cli import ModelChoice, main
 from sostenuto.methods import available_methods
 
@@ -24,6 +36,8 @@ EXAMPLES = [
     FORA(2) | Forecast(order=2, rule="taylor"),
     ABCache(order=3, warmup=2, interval=4),
     ToCa(ratio_schedule=RatioSchedule(0.4, streams=(("double", 0.5), ("single", 2.0)))),
+    PAB(2, None, 6, window=(100, 800), mlp={600: ((0, 1), 2), 400.5: ((3,), 4)}),
+    PAB(cross_range=6),
     TeaCache(coefficients=(1.5, 0.25, 0.0)),
     sostenuto.EpsilonScaling((1.0, 1.01, 1.02)),
     sostenuto.NoCache(),

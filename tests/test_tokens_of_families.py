@@ -13,7 +13,7 @@ from sostenuto import DuCa, MethodError, SiteKind, ToCa
 from sostenuto.errors import SostenutoError
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
-from sostenuto.tokens import TokenSelector
+from sostenuto.tokens import TokenSelector, _attention_of_blocks
 from sostenuto.zoo import TINY_MODELS
 from sostenuto.zoo.sampling import flow_sampler
 
@@ -279,6 +279,12 @@ def test_the_chosen_rows_of_joint_attention_have_the_highest_scores(name, select
     for site, tokens in first.items():
         best = scores[site].topk(tokens.shape[1], dim=-1).indices
         assert torch.equal(tokens.sort().values, best.sort().values)
+
+
+def test_values_that_several_queries_share_have_fewer_heads():
+    network = TINY_MODELS["Lumina2Transformer2DModel"].build()
+    assert (network.config.num_attention_heads, network.config.num_kv_heads) == (2, 1)
+    assert {read.heads for read in _attention_of_blocks("value-norm", network, inspect(network)).values()} == {1}
 
 
 @pytest.mark.parametrize("selection", ["attention", "value-norm"])

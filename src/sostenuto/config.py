@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -191,10 +191,20 @@ def _value(value: Any, kind: str, folder: Path) -> Any:
     """A parameter as its method wants it: lists as tuples, paths from the folder, a schedule from its numbers."""
     if isinstance(value, str) and "Path" in kind:
         return folder / value
+    if isinstance(value, Mapping) and "MLPBroadcast" in kind:
+        return {_number(key): _tuples(item) for key, item in value.items()}
     if isinstance(value, Mapping) and "RatioSchedule" in kind:
         _check_keys("ratio_schedule", value, [field.name for field in fields(RatioSchedule)])
         return RatioSchedule(**{key: _tuples(item) for key, item in value.items()})
     return _tuples(value)
+
+
+def _number(key: Any) -> Any:
+    """A key that JSON made a text of, as the number that it says; another one as it is."""
+    try:
+        return float(key) if isinstance(key, str) else key
+    except ValueError:
+        return key
 
 
 def _tuples(value: Any) -> Any:
@@ -210,7 +220,7 @@ def _written(method: Method, path: Path) -> Any:
     content: dict[str, Any] = {"name": method.name}
     for field in fields(method):
         value = getattr(method, field.name)
-        if value == field.default:
+        if value == (field.default if field.default_factory is MISSING else field.default_factory()):
             continue
         if "Path" in str(field.type) and isinstance(value, (str, Path)):
             content[field.name] = _relative(value, path.parent)
@@ -231,7 +241,9 @@ def _saved(measured: Any, name: str, path: Path) -> str:
 def _plain(value: Any, name: str) -> Any:
     if isinstance(value, RatioSchedule):
         return {field.name: _plain(getattr(value, field.name), name) for field in fields(value)}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range)):
         return [_plain(item, name) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

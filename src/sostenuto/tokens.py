@@ -336,12 +336,19 @@ def _attention_of_blocks(selection: Selection, denoiser: nn.Module, sites: Seque
             raise _unscored(f"{path} has no {names[0]}", selection)
         if selection == "value-norm" and not (isinstance(heads, int) and heads):
             raise _unscored(f"{path} doesn't say its number of heads", selection)
-        found[site.block] = Reading(path, there, heads or 0)
+        found[site.block] = Reading(path, there, _value_heads(attention, heads) if heads else 0)
     bare = {site.block for site in sites if site.takes_some_tokens and site.kind is not SiteKind.BLOCKS} - found.keys()
     if bare:
         kinds = " or ".join(kind.value for kind in read if kind.is_attention)
         raise _unscored(f"block {min(bare)} has no {kinds}", selection)
     return found
+
+
+def _value_heads(attention: nn.Module, heads: int) -> int:
+    """Heads of the values: fewer than of the queries where several of these share one (grouped-query attention)."""
+    widths = [getattr(getattr(attention, name, None), "out_features", None) for name in ("to_q", "to_k")]
+    queries, keys = (width if isinstance(width, int) else 1 for width in widths)
+    return max(1, heads * keys // queries) if 1 < keys < queries else heads
 
 
 def _like(score: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
