@@ -114,7 +114,7 @@ def test_regional_compilation_keeps_plan_and_outputs_and_blocks_share_graphs(sch
             for _, _, _, carried in handle._record.calls
             for block in {site.block for site in handle.sites}
         }
-        if handle._taps[0].in_graph:
+        if handle._mount.taps[0].in_graph:
             assert of_one_mode < graphs() <= of_one_mode * len(modes)
         else:
             assert graphs() == of_one_mode  # whole blocks are skipped from outside

@@ -130,7 +130,7 @@ def test_an_exception_inside_a_block_drops_the_state(tiny, scheduler):
         tiny.transformer_blocks[2].ff.net[2].forward = failing
         with pytest.raises(RuntimeError, match="out of memory"):
             sample_loop(tiny, scheduler, 7, seed=1)
-        assert all(tap.slots == [] for tap in handle._taps)
+        assert all(tap.slots == [] for tap in handle._mount.taps)
         got, _ = sample_loop(tiny, scheduler, 7, seed=5)
     assert torch.equal(expected, got)
 
@@ -471,8 +471,8 @@ def cached(model, scheduler):
     """The latents where every tap stands at every step."""
     naive, table = copy.deepcopy(model), IDLE_STEPS
     with sostenuto.enable(naive, table, scheduler=scheduler) as handle:
-        handle._executor._step_aside = lambda: None
-        handle._executor._staying = handle._taps
+        handle._mount.executor._step_aside = lambda: None
+        handle._mount.executor._staying = handle._mount.taps
         return sample_loop(naive, scheduler)[0]
 
 

@@ -104,8 +104,8 @@ def test_caching_goes_by_the_nominal_step(tiny, scheduler):
         assert [row[0] for row in handle.stats.plan] == ["compute", "reuse"] * 3
     with sostenuto.enable(tiny, FORA(2, anchor="start"), scheduler=scheduler) as handle:
         plain, _ = sample_loop(tiny, scheduler, 6)
-        assert handle.stats.macs == 3 * handle._cost(0).macs + 3 * (
-            handle._cost(0).macs - sum(handle._cost(0).site_macs)
+        assert handle.stats.macs == 3 * handle._dry_runs.cost(0).macs + 3 * (
+            handle._dry_runs.cost(0).macs - sum(handle._dry_runs.cost(0).site_macs)
         )
     assert not torch.equal(both, plain)
     with pytest.raises(MethodError, match="shifts the timestep"):

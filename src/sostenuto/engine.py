@@ -13,29 +13,27 @@ from torch import nn
 
 from sostenuto import compat, refusals
 from sostenuto.arguments import Arguments, Reader
-from sostenuto.attachment import Surroundings, not_copied
+from sostenuto.attachment import not_copied
 from sostenuto.budget import Budget
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
 from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
-from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
+from sostenuto.cost import Carried, signature
 from sostenuto.distributed import lockstep
+from sostenuto.dry_runs import DryRuns
 from sostenuto.errors import AlreadyEnabledError, EngineError, MethodError
-from sostenuto.execution import Executor, NeverReachedError
+from sostenuto.execution import NeverReachedError
 from sostenuto.features import Feature, leaves
-from sostenuto.finite import FiniteCheck
 from sostenuto.hold import Hold, owner_of
 from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, check_steps
+from sostenuto.mount import Mount
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
 from sostenuto.probe import Prober
-from sostenuto.shared import SharedTimesteps
+from sostenuto.sites import Site
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
-from sostenuto.tap import Observer
 from sostenuto.telemetry import Generation, Reporter
-
-_MOST_DRY_RUNS = 64  # of calls of different shapes that are remembered from generation to generation
 
 
 class Handle:
@@ -51,16 +49,14 @@ class Handle:
     ) -> None:
         self._caller = denoiser  # what the pipeline calls; may be what torch.compile made of the denoiser
         self._denoiser = compat.unwrapped(denoiser)
-        self._compiled = compat.is_compiled(denoiser)
         self.method = method.prepare(self._denoiser, scheduler())
         refusals.check_neighbours(self._denoiser)
         refusals.check_gaps(self.method)
-        self.sites = self.method.sites(self._denoiser)
+        self._mount = Mount(self._denoiser, self.method, compat.is_compiled(denoiser), check_finite)
         self._scheduler = Schedulers(scheduler)
         self._reader = Reader(self._denoiser)
         self._clock = Clock(self._scheduler, self._reader.given_as)
-        self._max_cache_bytes, self._checks_finite = max_cache_bytes, check_finite
-        self._make_taps()
+        self._max_cache_bytes = max_cache_bytes
         self.driver: Callable[[Tick, Prober], Any] | None = None  # takes the place of the plan during calibration
         self.driver_slots = 1
         self._detach: list[Callable[[], None]] = []
@@ -77,8 +73,7 @@ class Handle:
         self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
-        self._dry_runs: list[DryRun] = []
-        self._signatures: dict[Any, int] = {}
+        self._dry_runs = DryRuns(self._denoiser, self._mount, self._in_place)
         self._busy = threading.Lock()
         self._taps_in_use = threading.RLock()  # by a call or a dry run
         self._reporter = Reporter(self)
@@ -87,8 +82,8 @@ class Handle:
 
     def _attach(self) -> None:
         try:
-            self._detach.append(self._detach_taps)
-            self._attach_taps()
+            self._detach.append(self._mount.detach)
+            self._mount.attach()
             self._detach.append(self._hold.release)
             self._hold.take()
         except BaseException:
@@ -101,14 +96,10 @@ class Handle:
         if not self._busy.acquire(blocking=False):
             raise not_copied("a denoiser in the middle of a call")
         try:
-            self._executor.step_in()
             self._hold.release()
-            if not all(tap.step_aside() for tap in reversed(self._attached)):
-                raise not_copied("a denoiser with another library's hooks around what sostenuto replaced")
-            yield
+            with self._mount.aside():
+                yield
         finally:
-            for tap in self._attached:
-                tap.step_in()
             self._hold.take()
             self._busy.release()
 
@@ -124,59 +115,26 @@ class Handle:
             self._hold.release()
             try:
                 self._denoiser.compile(*args, **kwargs)
-                self._compiled = compat.is_compiled(self._denoiser)
+                self._mount.compiled = compat.is_compiled(self._denoiser)
             finally:
                 self._hold.take()
             self._place_anew()
 
-    def _make_taps(self) -> None:
-        self._taps = [self.method.tap(site, self._denoiser) for site in self.sites]
-        paths = self.method.observed(self._denoiser)
-        observers = [Observer(path, self._denoiser.get_submodule(path)) for path in paths]
-        self._observes = bool(observers)
-        finite = FiniteCheck(self._taps) if self._checks_finite else None
-        shared = SharedTimesteps(self._denoiser, self._compiled)
-        self._executor = Executor(self._denoiser, self.sites, self._taps, observers, shared, finite)
-        # Taps come last: what stands within a tap hears of what is computed alone.
-        self._attached = (shared, *(finite.watchers if finite else ()), *observers, *self._taps)
-
-    def _attach_taps(self) -> None:
-        for tap in self._attached:
-            tap.attach()
-        self._surroundings = Surroundings(
-            self._denoiser, (module for tap in self._attached for module in tap.modules_replaced)
-        )
-        for tap in self._attached:
-            tap.in_graph = self._compiled or not self._surroundings.in_graph.isdisjoint(tap.modules_replaced)
-        self._executor.in_graph = any(tap.in_graph for tap in self._attached)
-        refusals.check_graph(self.method, self._denoiser, self._executor.in_graph)
-
     def _settle(self, between: bool) -> None:
-        """Make sure that every tap is still in its place; between generations put them in place again.
-
-        Within a generation a tap that is displaced shows by a site that isn't reached, but in a compiled graph.
-        """
-        stand = self._surroundings.stand(between)
-        if between:
-            self._executor.step_in()
-        if between or self._executor.in_graph:
-            stand = stand and all(tap.stands for tap in self._attached)
-        if stand:
+        """Make sure that every tap is still in its place; between generations put them in place again."""
+        if self._mount.stands(between):
             return
         if not between:
             raise refusals.displaced()
         self._place_anew()
 
     def _place_anew(self) -> None:
-        self._detach_taps()
-        self._make_taps()
-        self._attach_taps()
-        self._record, self._dry_runs, self._signatures = None, [], {}
+        self._mount.attach_anew()
+        self._forget_counts()
 
-    def _detach_taps(self) -> None:
-        self._executor.step_in()
-        for tap in reversed(self._attached):
-            tap.detach()
+    def _forget_counts(self) -> None:
+        self._record = None
+        self._dry_runs.forget()
 
     def disable(self) -> None:
         """Take every trace away; does nothing when already disabled."""
@@ -229,6 +187,11 @@ class Handle:
     # --- what it did ---------------------------------------------------------------------------------------------
 
     @property
+    def sites(self) -> list[Site]:
+        """The sites of the method, in the order in which the network runs them."""
+        return self._mount.sites
+
+    @property
     def stats(self) -> Statistics:
         """Statistics of the last generation, also of one under way.
 
@@ -237,8 +200,7 @@ class Handle:
         """
         if self._record is None:
             raise EngineError("no statistics: the denoiser has not been called since sostenuto was enabled")
-        with self._dry():
-            return self._record.statistics(self._dry_runs, self.sites)
+        return self._dry_runs.statistics(self._record, self.sites)
 
     @property
     def plan(self) -> Plan | None:
@@ -268,42 +230,30 @@ class Handle:
 
     def _budget(self) -> Budget:
         assert self._facts is not None
-        return Budget(self.method, self._facts, self._plan, self._max_cache_bytes, self._cost)
-
-    def _cost(self, signature: int) -> Cost:
-        with self._dry():
-            return self._dry_runs[signature].cost
+        return Budget(self.method, self._facts, self._plan, self._max_cache_bytes, self._dry_runs.cost)
 
     def count(self, signature: int, ops: Sequence[Op]) -> int:
         """Multiply-accumulates of a call of that signature with these ops."""
-        with self._dry():
-            return self._dry_runs[signature].macs(Carried(tuple(ops)))
+        return self._dry_runs.macs(signature, ops)
 
     @contextmanager
-    def _dry(self) -> Iterator[None]:
+    def _in_place(self) -> Iterator[None]:
         """Taps attached for a dry run, also when disabled or when another handle's are in place by now."""
         with self._taps_in_use:
             other = handle_of(self._denoiser)
             if self.enabled:
-                self._executor.step_in()
+                self._mount.executor.step_in()
                 yield
                 return
             if other is not None:
-                other._detach_taps()
-            self._attach_taps()
+                other._mount.detach()
+            self._mount.attach()
             try:
                 yield
             finally:
-                self._detach_taps()
+                self._mount.detach()
                 if other is not None:
-                    other._attach_taps()
-
-    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        key = signature(args), signature(kwargs), autocast_state()
-        if key not in self._signatures:
-            self._signatures[key] = len(self._dry_runs)
-            self._dry_runs.append(DryRun(self._denoiser, self._taps, args, kwargs))
-        return self._signatures[key]
+                    other._mount.attach()
 
     # --- one denoiser call ---------------------------------------------------------------------------------------
 
@@ -335,11 +285,11 @@ class Handle:
             refusals.check_neighbours(self._denoiser)
             with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
                 self._decide(tick)
-                agree(self.method, self._plan, self._observes, tick.timesteps, tick.step, self._noise_scale)
-            if len(self._dry_runs) > _MOST_DRY_RUNS:  # nothing is read of generations before this one
-                self._record, self._dry_runs, self._signatures = None, [], {}
+                agree(self.method, self._plan, self._mount.observes, tick.timesteps, tick.step, self._noise_scale)
+            if self._dry_runs.too_many:  # nothing is read of generations before this one
+                self._forget_counts()
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
-        call = Call(inner, args, kwargs, self._signature(args, kwargs), given.latents)
+        call = Call(inner, args, kwargs, self._dry_runs.number(args, kwargs), given.latents)
         if tick.new_generation:
             self._begin(call, tick.num_steps)
         output = self._step(tick, call)
@@ -352,13 +302,12 @@ class Handle:
         """A call that fills the network's own key-value cache: all of it runs, and what comes after it begins anew."""
         self._drop_state()
         self._settle(between=True)
-        for tap in self._taps:
+        for tap in self._mount.taps:
             tap.begin(Op.COMPUTE)
         try:
             return inner(*args, **kwargs)
         finally:
-            for tap in self._taps:
-                tap.reset()
+            self._mount.reset()
 
     def _scaled(self, tick: Tick, call: Call, output: Any, scale: float) -> Any:
         if scale == 1.0:
@@ -381,7 +330,7 @@ class Handle:
         plan = self.method.plan(facts)
         if plan is not None:
             check_steps(plan, tick.num_steps)
-        refusals.check_taps(self.method, self._taps, () if plan is None else plan.actions)
+        refusals.check_taps(self.method, self._mount.taps, () if plan is None else plan.actions)
         factors = self.method.noise_scale(facts)
         scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
         if scale is not None and not scale.is_idle:
@@ -398,8 +347,7 @@ class Handle:
 
     def _begin(self, call: Call, num_steps: int) -> None:
         self._record = Record(self._clock.source, num_steps=num_steps)
-        for dry_run in self._dry_runs[: call.signature]:
-            dry_run.forget_arguments()
+        self._dry_runs.let_go_before(call.signature)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         # What a pass that left out a step keeps is of no use any more.
@@ -460,26 +408,25 @@ class Handle:
         if not row.is_plain:
             self._settle(between=False)
         try:
-            return self._executor.execute(
+            return self._mount.executor.execute(
                 tick.step,
                 tick.num_steps,
                 state,
                 call,
                 row,
                 plan=self._plan,
-                cost=lambda: self._cost(call.signature),
+                cost=lambda: self._dry_runs.cost(call.signature),
                 note=note,
             )
         except NeverReachedError:
-            if all(tap.stands for tap in self._taps):
+            if self._mount.taps_stand:
                 raise
             raise refusals.displaced() from None
 
     def _drop_state(self) -> None:
         self._passes = {}
         self._clock.forget()
-        for tap in self._taps:
-            tap.reset()
+        self._mount.reset()
 
 
 def attach(

@@ -63,4 +63,4 @@ class Prober:
 
     def cost(self) -> Cost:
         """What the call costs when everything is computed."""
-        return self.handle._cost(self.call.signature)
+        return self.handle._dry_runs.cost(self.call.signature)

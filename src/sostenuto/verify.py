@@ -144,11 +144,11 @@ def _reuse(sites: Sequence[Site], members: Sequence[int]) -> list[Op]:
 
 def _stock(prober: Prober) -> Any:
     """The output without any of our replacements."""
-    prober.handle._detach_taps()
+    prober.handle._mount.detach()
     try:
         return prober.call.inner(*prober.call.args, **prober.call.kwargs)
     finally:
-        prober.handle._attach_taps()
+        prober.handle._mount.attach()
 
 
 def _counted(prober: Prober, ops: Sequence[Op]) -> tuple[torch.Tensor, int]:

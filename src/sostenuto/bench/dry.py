@@ -55,7 +55,7 @@ def planned(
     with attach(denoiser, method, scheduler=scheduler) as handle:
         timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
         plan = handle.method.plan(Facts(handle.sites, timesteps, denoiser, scheduler))
-        dry_run = handle._dry_runs[handle._signature((), inputs)]
+        dry_run = handle._dry_runs[handle._dry_runs.number((), inputs)]
         if plan is None:
             if handle.method.skips:
                 raise MethodError(

@@ -142,7 +142,7 @@ class L2CCalibration(Calibration):
                 "keyword arguments of the denoiser's call)"
             )
         with attach(settings.target, NoCache(), scheduler=settings.scheduler) as handle:
-            if handle._compiled:
+            if handle._mount.compiled:
                 raise MethodError("L2C trains through the denoiser as it is written: calibrate before you compile it")
             scheduler = handle._scheduler()
             if not any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):

@@ -117,7 +117,7 @@ def _ratio(tick: Tick, prober: Prober) -> tuple[Any, float]:
     newest, previous = prober.state.slots[0]
     if previous is None:
         return output, 1.0
-    (tap,) = prober.handle._taps
+    (tap,) = prober.handle._mount.taps
     assert isinstance(tap, BlocksTap)
     residuals = (tap.sample_of(residual) for residual in (kept(newest), previous))
     sizes, before = (torch.linalg.vector_norm(r, dim=-1, dtype=torch.float32) for r in residuals)
