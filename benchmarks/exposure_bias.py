@@ -1,6 +1,6 @@
 """Exposure bias repaired: the demo's two tables with a calibrated noise scale, a constant one, FEB-Cache's curve, and none.
 
-    python benchmarks/exposure_bias.py --num-images 1000 --output runs/exposure-bias --json docs/results/exposure-bias.json
+    python benchmarks/exposure_bias.py --num-images 1000 --json docs/results/exposure-bias.json
 
 The tables are the shipped ones for 1.5× and 2.5×, each with: no scaling; the constant b that was searched for it by the
 Fréchet distance; FEB-Cache's b(τ) with the published values; the factors of `sostenuto.EpsilonScalingCalibration`, by
@@ -29,7 +29,7 @@ MATCHES = ("variance", "norm")
 
 
 def main() -> None:
-    parser = arguments(__doc__, "runs/exposure-bias")
+    parser = arguments(__doc__)
     parser.add_argument("--num-samples", type=int, default=40, help="training images to calibrate on, by twenties")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's IDX files")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help="other ones stretch the tables, for a quick look")

@@ -147,7 +147,7 @@ class Lab:
         return Entry(name, method, self.num_inference_steps, self.solver)
 
 
-def arguments(description: str, output: str) -> argparse.ArgumentParser:
+def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=1000)
@@ -156,7 +156,9 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), help="this process's part, and their number")
-    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/lab"), help="rows that several share are sampled once"
+    )
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -1,6 +1,6 @@
 """Every method on the demo model at equal cost: 50 DDIM steps, of each method the setting nearest to the speed-up.
 
-    python benchmarks/methods.py --num-images 5000 --dtype bfloat16 --output runs/methods --json docs/results/methods.json
+    python benchmarks/methods.py --num-images 5000 --dtype bfloat16 --json docs/results/methods.json
 
 Calibrated methods are calibrated first, on 8 samples (DiTFastAttn on 4). Then every setting is timed beside the uncached
 sampler (``--cost macs``: counted), and of each method the setting nearest to each target (within 15 %) is sampled with the
@@ -147,7 +147,7 @@ def entries(lab: Lab, grid: dict[str, list[Method]], targets: list[float], cost:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "runs/methods")
+    parser = arguments(__doc__)
     parser.set_defaults(num_images=5000)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0])
     parser.add_argument("--cost", choices=("macs", "time"), default="time")

@@ -246,13 +246,12 @@ ABSENT = {
 
 
 def main() -> None:
-    parser = arguments(__doc__, "runs/papers")
+    parser = arguments(__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--search-images", type=int, default=128, help="for each value of b; 0: not searched")
     parser.add_argument("--steps", type=int, help="in place of the table's own, for a quick look")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.output /= options.table
     rows, solver, steps = TABLES[options.table]
     pipe = load_demo_pipeline()
     lab = Lab(pipe, options.output, solver, options.steps or steps, options.dtype, options.search_images)

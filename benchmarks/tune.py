@@ -1,6 +1,6 @@
 """The tuned plans against the published methods at equal cost, on the demo model or another one that ``demo.train`` made.
 
-    python benchmarks/tune.py --num-images 1000 --seeds 0 1 2 --output runs/tune --json docs/results/tune.json
+    python benchmarks/tune.py --num-images 1000 --seeds 0 1 2 --json docs/results/tune.json
     python benchmarks/tune.py --model runs/small --solver dpm-solver++ --steps 20 --speedups 1.5 2
 
 Tuning, for each target by itself, and calibrations come first, each kept in the output folder (``--search-only`` ends there,
@@ -170,7 +170,7 @@ PREFERENCES = ("score", "nearness")
 
 
 def main() -> None:
-    parser = arguments(__doc__, "runs/tune")
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="folder that demo.train wrote; by default the demo's own model")
     parser.add_argument("--solver", choices=("ddpm", "ddim", "dpm-solver++"), default="ddpm")
     parser.add_argument("--steps", type=int, default=50)

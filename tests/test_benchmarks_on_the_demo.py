@@ -109,7 +109,9 @@ class Paper(Lab):
 
     def calibrated(self, name, calibration, result=CacheTable, num_samples=8):
         last_values = getattr(calibration, "forecast_order", 0) == 0
-        return table(self.num_inference_steps, eps_scale=(0.9 if last_values else 0.8,) * self.num_inference_steps)
+        scale = (0.9 if last_values else 0.8,) * self.num_inference_steps
+        states = (StepState.COMPUTE, *(REUSE,) * (self.num_inference_steps - 2), StepState.COMPUTE)
+        return CacheTable(states, eps_scale=scale, calibration={"options": repr(calibration)})
 
 
 def paper_rows(name):

@@ -193,7 +193,7 @@ def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, dem
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:2])
     results = compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0, dtype="bfloat16"), show=False)
     assert results["machine"]["dtype"] == "bfloat16"
-    first = next((tmp_path / "batches").glob("uncached-*-seed0-00000-*.safetensors")).name
+    first = next((tmp_path / "batches").glob("none-*-seed0-00000-*.safetensors")).name
     single, half = (load_file(folder / "batches" / first)["images"] for folder in (demo_run[0], tmp_path))
     difference = (single[:4].float() - half.float()).abs()
     assert difference.max() > 0

@@ -33,7 +33,7 @@ from sostenuto.errors import InputError
 from sostenuto.files import publish_json
 from sostenuto.measured import read_json, table_file
 from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
-from sostenuto.methods.base import Method
+from sostenuto.methods.base import Method, parts
 from sostenuto.progress import progress
 from sostenuto.quality.metrics import paired_psnr
 from sostenuto.table import CacheTable, StepState
@@ -85,8 +85,9 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """What the row's batches are kept by: its name, and a digest of what is sampled, the method with its table."""
-        return f"{self.name}-{digest(self.solver, self.num_inference_steps, self.method)}"
+        """What the row's batches are kept by: all that is sampled, so that rows that sample the same share them."""
+        names = "+".join(part.name for part in parts(self.method))
+        return f"{names}-{digest(self.solver, self.num_inference_steps, self.method)}"
 
 
 def digest(*parts: Any) -> str:
