@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 matplotlib.rcParams["svg.hashsalt"] = "sostenuto"  # the same figure is the same file
 
@@ -80,14 +81,10 @@ def draw_plan(axes: Axes, plan: Sequence[Sequence[str]], kinds: Sequence[str], t
 
 def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> None:
     """Distance against measured speed-up; down and to the right is better."""
-    points = [(row["speedup"], row["frechet_distance"]) for row in rows]
-    for row, point, (offset, side) in zip(rows, points, _label_places(rows, points), strict=True):
+    for row in rows:
         cached = row["ideal_speedup"] > 1 and row["method"] not in ("none", "epsilon-scaling")
         color = ACCENT if row["method"] == "eb" else WARM if cached else MUTED
-        axes.scatter(*point, s=42, color=color, zorder=3)
-        axes.annotate(
-            row["name"], point, textcoords="offset points", xytext=offset, fontsize=7, ha=side, va="center", color=INK
-        )
+        axes.scatter(row["speedup"], row["frechet_distance"], s=42, color=color, zorder=3)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FormatStrFormatter("%.3g"))
     axes.yaxis.set_minor_formatter(FormatStrFormatter("%.3g"))
@@ -95,45 +92,43 @@ def draw_frontier(axes: Axes, rows: Sequence[dict[str, Any]], floor: float) -> N
     axes.set_xlabel("measured speed-up over uncached", fontsize=8, color=INK)
     axes.set_ylabel("Fréchet distance (lower is better)", fontsize=8, color=INK)
     axes.set_title(f"quality against speed   (real images: {floor:.2f})", fontsize=9, loc="left", color=INK)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.grid(alpha=0.2)
     axes.margins(x=0.15, y=0.12)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    _label(axes, [(row["name"], (row["speedup"], row["frechet_distance"])) for row in rows])
 
 
-def _label_places(
-    rows: Sequence[dict[str, Any]], points: Sequence[tuple[float, float]]
-) -> list[tuple[tuple[float, float], str]]:
-    """For each point the offset in points and the side of its label, such that labels cover neither dots nor each other."""
-    width, height = 380.0, 250.0  # of the axes, about
-    spans = [(min(values), max(max(values), min(values) + 1e-9)) for values in zip(*points, strict=True)]
-    (left, right), (low, high) = spans[0], [math.log(value) for value in spans[1]]
-    at = [
-        ((x - left) / (right - left) * width, (math.log(y) - low) / max(high - low, 1e-9) * height) for x, y in points
-    ]
-    taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in at]
-    places = []
-    for row, (x, y) in zip(rows, at, strict=True):
-        size = 3.9 * len(row["name"])
-        tries = [((6.0 * way, up), "left" if way > 0 else "right") for up in (0, 8, -8, 15, -15) for way in (1, -1)]
-        boxes = [
-            (
-                x + dx - (size if side == "right" else 0),
-                x + dx + (size if side == "left" else 0),
-                y + dy - 4,
-                y + dy + 4,
+def _label(axes: Axes, dots: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write names beside dots, such that they cover neither dots nor each other, and stay within the figure."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # only then is it known where things are
+    at = [axes.transData.transform(point) for _, point in dots]
+    size = figure.dpi / 72 * 4.5
+    taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in at]
+    for name, point in dots:
+        tries = []
+        for up, way in itertools.product((0, 8, -8, 15, -15, 22, -22), (1, -1)):
+            label = axes.annotate(
+                name,
+                point,
+                textcoords="offset points",
+                xytext=(6 * way, up),
+                fontsize=7,
+                ha="left" if way > 0 else "right",
+                va="center",
+                color=INK,
             )
-            for (dx, dy), side in tries
-        ]
-        crossed = [
-            sum(a < d and c < b and e < h and g < f for c, d, g, h in taken) + (a < -45 or b > width + 60)
-            for a, b, e, f in boxes
-        ]
-        best = crossed.index(min(crossed))
-        taken.append(boxes[best])
-        places.append(tries[best])
-    return places
+            box = label.get_window_extent()
+            beyond = box.x0 < axes.bbox.x0 or box.x1 > figure.bbox.x1
+            tries.append((box.count_overlaps(taken) + beyond, len(tries), label, box))
+        *_, label, box = min(tries, key=lambda tried: tried[:2])
+        for *_, other, _ in tries:
+            if other is not label:
+                other.remove()
+        taken.append(box)
 
 
 def headline_figure(rows: Sequence[dict[str, Any]], images: torch.Tensor, column_labels: Sequence[str]) -> Figure:
