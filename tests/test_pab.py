@@ -112,7 +112,7 @@ def test_on_a_network_with_cross_attention_pab_is_the_naive_cache():
     with sostenuto.enable(model, method, scheduler=scheduler) as handle:
         got = sample_pixart(model, scheduler, 8)
         carried = handle.stats.plan
-        macs = handle._cost(0).site_macs
+        macs = handle._dry_runs.cost(0).site_macs
         saved = sum(macs[site] for row in carried for site, action in enumerate(row) if action == "reuse")
         assert handle.stats.macs == handle.stats.macs_uncached - saved
     assert [[a == "reuse" for a in row] for row in carried] == [

@@ -109,7 +109,7 @@ def test_interval_1_is_bit_identical_to_the_stock_model(tiny, scheduler, lite):
 def test_counted_macs_fall_by_the_skipped_branches(tiny, scheduler):
     with sostenuto.enable(tiny, TaylorSeer(3, 2, first_enhance=2), scheduler=scheduler) as handle:
         sample_loop(tiny, scheduler, 10)
-        cost, stats = handle._cost(0), handle.stats
+        cost, stats = handle._dry_runs.cost(0), handle.stats
     assert stats.macs_uncached == 10 * cost.macs
     assert stats.macs == 10 * cost.macs - 6 * sum(cost.site_macs)
     assert stats.cache_bytes_peak == 6 * 3 * 2 * 16 * 32 * 4  # branches, outputs of each, [2, 16, 32]
