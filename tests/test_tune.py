@@ -148,7 +148,9 @@ def executed(monkeypatch):
     done, execute = [0.0], Handle._execute
 
     def counted(handle, tick, state, call, row):
-        done[0] += call.latents.shape[0] * handle.count(call.signature, row.ops) / handle._dry_runs.cost(call.signature).macs
+        done[0] += (
+            call.latents.shape[0] * handle.count(call.signature, row.ops) / handle._dry_runs.cost(call.signature).macs
+        )
         return execute(handle, tick, state, call, row)
 
     monkeypatch.setattr(Handle, "_execute", counted)
