@@ -1,7 +1,7 @@
 """The tuned plans against the published methods at equal cost, on the demo model or another one that ``demo.train`` made.
 
     python benchmarks/tune.py --num-images 1000 --seeds 0 1 2 --json docs/results/tune.json
-    python benchmarks/tune.py --model runs/small --solver dpm-solver++ --steps 20 --speedups 1.5 2
+    python benchmarks/tune.py --model runs/small --output runs/lab-small --solver dpm-solver++ --steps 20
 
 Tuning, for each target by itself, and calibrations come first, each kept in the output folder (``--search-only`` ends there,
 so that ``--shard`` may then share the sampling); then every row is sampled on the same noise and labels, which none of the

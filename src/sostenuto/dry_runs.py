@@ -11,7 +11,6 @@ from torch import nn
 from sostenuto.cost import Carried, Cost, DryRun, autocast_state, signature
 from sostenuto.mount import Mount
 from sostenuto.plan import Op
-from sostenuto.sites import Site
 from sostenuto.stats import Record, Statistics
 
 _MOST = 64  # of calls of different shapes that are remembered from generation to generation
@@ -69,7 +68,7 @@ class DryRuns:
         with self._in_place():
             return self._runs[number].macs(Carried(tuple(ops)))
 
-    def statistics(self, record: Record, sites: Sequence[Site]) -> Statistics:
+    def statistics(self, record: Record) -> Statistics:
         """What a generation did, with what it cost."""
         with self._in_place():
-            return record.statistics(self._runs, sites)
+            return record.statistics(self._runs, self._mount.sites)

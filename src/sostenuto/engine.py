@@ -200,7 +200,7 @@ class Handle:
         """
         if self._record is None:
             raise EngineError("no statistics: the denoiser has not been called since sostenuto was enabled")
-        return self._dry_runs.statistics(self._record, self.sites)
+        return self._dry_runs.statistics(self._record)
 
     @property
     def plan(self) -> Plan | None:

@@ -17,7 +17,7 @@ from sostenuto.measured import parse_json
 
 def batch_file(folder: Path, key: str, seed: int, start: int, count: int) -> Path:
     """Where the batch of so many images from the ``start``-th on lies, of the row with this key."""
-    name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in key.replace("×", "x").replace("ε", "epsilon"))
+    name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in key)
     return folder / "batches" / f"{name}-seed{seed}-{start:05d}-{start + count - 1:05d}.safetensors"
 
 

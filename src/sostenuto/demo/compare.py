@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class Entry:
     solver: str = "ddpm"
     reference: str | None = "uncached"
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What the row's batches are kept by: all that is sampled, so that rows that sample the same share them."""
         names = "+".join(part.name for part in parts(self.method))

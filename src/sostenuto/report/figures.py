@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Annotation
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
@@ -109,26 +110,22 @@ def _label(axes: Axes, dots: Sequence[tuple[str, tuple[float, float]]]) -> None:
     size = figure.dpi / 72 * 4.5
     taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in at]
     for name, point in dots:
-        tries = []
-        for up, way in itertools.product((0, 8, -8, 15, -15, 22, -22), (1, -1)):
-            label = axes.annotate(
-                name,
-                point,
-                textcoords="offset points",
-                xytext=(6 * way, up),
-                fontsize=7,
-                ha="left" if way > 0 else "right",
-                va="center",
-                color=INK,
-            )
-            box = label.get_window_extent()
-            beyond = box.x0 < axes.bbox.x0 or box.x1 > figure.bbox.x1
-            tries.append((box.count_overlaps(taken) + beyond, len(tries), label, box))
-        *_, label, box = min(tries, key=lambda tried: tried[:2])
-        for *_, other, _ in tries:
-            if other is not label:
-                other.remove()
-        taken.append(box)
+        label = axes.annotate(
+            name, point, xytext=(0, 0), textcoords="offset points", fontsize=7, va="center", color=INK
+        )
+        boxes = [_moved(label, place) for place in _PLACES]
+        crossed = [box.count_overlaps(taken) + (box.x0 < axes.bbox.x0 or box.x1 > figure.bbox.x1) for box in boxes]
+        taken.append(_moved(label, _PLACES[crossed.index(min(crossed))]))
+
+
+_PLACES = tuple(itertools.product((0, 8, -8, 15, -15, 22, -22), (1, -1)))  # above the dot, and right or left of it
+
+
+def _moved(label: Annotation, place: tuple[int, int]) -> Bbox:
+    """Where a label lies once it is put there."""
+    up, way = place
+    label.set(position=(6 * way, up), ha="left" if way > 0 else "right")
+    return label.get_window_extent()
 
 
 def headline_figure(rows: Sequence[dict[str, Any]], images: torch.Tensor, column_labels: Sequence[str]) -> Figure:
