@@ -30,6 +30,8 @@ class Demo:
     """Threads that torch uses; 0 leaves torch's default."""
     fresh: bool = False
     """Delete what lies in the output folder first."""
+    join: tuple[Path, ...] = ()
+    """Results files of the same comparison with other seeds, sampled elsewhere: shown together with this run's."""
     json: Path | None = None
     """Also write the numbers to this file."""
 
@@ -40,8 +42,10 @@ class Demo:
         import torch
 
         from sostenuto.demo.compare import Settings, compare
+        from sostenuto.demo.join import joined, read_results
         from sostenuto.demo.show import terminal_table, write_pictures
 
+        others = [read_results(path) for path in self.join]  # before hours of sampling
         settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard, self.dtype)
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -53,6 +57,8 @@ class Demo:
         if not results["rows"]:
             print(f"this part is done; {results['missing']} batches of other parts are missing")
             return
+        if self.join:
+            results = joined(results, others)
         (self.output / "results.json").write_text(json.dumps(results, indent=1))
         write_json(self.json, results)
         picture, page = write_pictures(self.output, results)
