@@ -40,6 +40,8 @@ from sostenuto.quality.metrics import paired_psnr
 from sostenuto.table import CacheTable, StepState
 
 NUM_STEPS = 50
+_TURN = 4  # batches of one row before the next row's: few, as rows are timed as pairs that should run near each other
+_Batch = tuple[int, int, torch.Tensor]  # seed, number of its first image, labels
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,17 @@ def run_entries(
     _check_folder(folder, settings, pipe)
     pipe, judge = pipe or load_demo_pipeline(), Judge()
     batches = list(_batches(settings))
-    with progress(total=len(batches) * len(todo), desc="sample", show=show) as bar:
-        for number, (seed, start, labels) in enumerate(batches):
+    own = batches[settings.shard[0] :: settings.shard[1]]
+    with progress(total=len(own) * len(todo), desc="sample", show=show) as bar:
+        for first in range(0, len(own), _TURN):
             for entry in todo:
-                path = batch_file(folder, entry.key, seed, start, len(labels))
-                if not path.exists() and number % settings.shard[1] == settings.shard[0]:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                        _generate(pipe, entry, seed, start, labels, path)
-                bar.update()
-    paths = (batch_file(folder, e.key, seed, start, len(labels)) for seed, start, labels in batches for e in todo)
-    missing = sum(not path.exists() for path in paths)
+                turn = own[first : first + _TURN]
+                absent = [batch for batch in turn if not _file(folder, entry, batch).exists()]
+                bar.update(len(turn) - len(absent))
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                    for _ in _generate(pipe, entry, absent, folder):
+                        bar.update()
+    missing = sum(not _file(folder, entry, batch).exists() for batch in batches for entry in todo)
     if missing:
         return {"rows": [], "missing": missing}
     return _results(folder, todo, settings, judge)
@@ -295,11 +298,16 @@ def weights_digest(pipe: DemoPipeline) -> str:
     return found.hexdigest()
 
 
-def _batches(settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _batches(settings: Settings) -> Iterator[_Batch]:
     labels = labels_of(settings.num_images)
     for seed in settings.seeds:
         for start in range(0, settings.num_images, settings.batch_size):
             yield seed, start, labels[start : start + settings.batch_size]
+
+
+def _file(folder: Path, entry: Entry, batch: _Batch) -> Path:
+    seed, start, labels = batch
+    return batch_file(folder, entry.key, seed, start, len(labels))
 
 
 _SOLVERS: dict[str, str] = {"ddim": "DDIMScheduler", "dpm-solver++": "DPMSolverMultistepScheduler"}
@@ -317,14 +325,18 @@ def with_solver(pipe: DemoPipeline, solver: str) -> Iterator[None]:
         pipe.scheduler = base
 
 
-def _generate(pipe: DemoPipeline, entry: Entry, seed: int, start: int, labels: torch.Tensor, path: Path) -> None:
+def _generate(pipe: DemoPipeline, entry: Entry, batches: Sequence[_Batch], folder: Path) -> Iterator[None]:
+    """Sample batches of a row, one at a time: under one handle, which counts what its calls cost once for all of them."""
+    if not batches:
+        return
     with with_solver(pipe, entry.solver), sostenuto.enable(pipe, entry.method) as handle:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-        began = time.perf_counter()
-        images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
-        seconds = time.perf_counter() - began
-        stats = handle.stats.as_dict()
-    write_batch(path, images, seconds, stats)
+        for batch in batches:
+            seed, start, labels = batch
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            began = time.perf_counter()
+            images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
+            write_batch(_file(folder, entry, batch), images, time.perf_counter() - began, handle.stats.as_dict())
+            yield
 
 
 @dataclass
@@ -339,10 +351,9 @@ class _Sampled:
 
 def _read(folder: Path, entry: Entry, settings: Settings) -> _Sampled:
     images, seconds, macs, stats = [], [], 0, {}
-    for seed, start, labels in _batches(settings):
-        path = batch_file(folder, entry.key, seed, start, len(labels))
-        batch, wall_s, stats = read_batch(path)
-        images.append(batch)
+    for batch in _batches(settings):
+        part, wall_s, stats = read_batch(_file(folder, entry, batch))
+        images.append(part)
         seconds.append(wall_s)
         macs += stats["macs"]
     stacked = torch.cat(images).float() / 255
