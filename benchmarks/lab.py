@@ -118,20 +118,24 @@ class Lab:
     def _measured(self, method: Method, cost: str, pairs: int) -> float | None:
         labels = [i % 10 for i in range(1 if cost == "macs" else 16)]
 
-        def run(what: Method) -> tuple[float, float]:
-            with sostenuto.enable(self.pipe, what) as handle:
-                began = time.perf_counter()
-                noise = torch.Generator().manual_seed(0)
-                self.pipe(labels, self.num_inference_steps, generator=noise, output_type="latent")
-                return time.perf_counter() - began, handle.stats.ideal_speedup
+        def seconds() -> float:
+            began = time.perf_counter()
+            noise = torch.Generator().manual_seed(0)
+            self.pipe(labels, self.num_inference_steps, generator=noise, output_type="latent")
+            return time.perf_counter() - began
+
+        def timed(what: Method) -> float:
+            with sostenuto.enable(self.pipe, what):
+                return seconds()
 
         try:
-            _, ideal = run(method)
+            with sostenuto.enable(self.pipe, method) as handle:
+                seconds()
+                if cost == "macs":
+                    return handle.stats.ideal_speedup
         except sostenuto.SostenutoError:
             return None
-        if cost == "macs":
-            return ideal
-        return median(run(sostenuto.NoCache())[0] / run(method)[0] for _ in range(pairs))
+        return median(timed(sostenuto.NoCache()) / timed(method) for _ in range(pairs))
 
     def uncached(self) -> Entry:
         """The row that everything is measured against."""

@@ -18,22 +18,6 @@ def cell(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def comparison(results: dict[str, Any]) -> str:
-    """The demo's comparison, a line a row."""
-    floor = f"{results['floor']:.3f}"
-    lines = [
-        f"| row | speed-up | by MACs | Fréchet distance (real {floor}) | class accuracy | precision | recall | "
-        "PSNR to uncached |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.3f} | "
-            f"{row['class_accuracy']:.3f} | {row['precision']:.3f} | {row['recall']:.3f} | {cell(row['psnr'], 1)} |"
-        )
-    return "\n".join(lines)
-
-
 def frontier(results: dict[str, Any]) -> str:
     """Speed and quality alone, fastest last."""
     lines = [
@@ -65,16 +49,26 @@ def quality(results: dict[str, Any]) -> str:
             f"{row['precision']:.3f} | {row['recall']:.3f} | {cell(row['psnr'], 1)} |"
         )
     seeds, machine = results["seeds"], results["machine"]
-    several = len(seeds) > 1
-    way = "Student's t, over the seeds" if several else "the delta method, over images of the same noise"
+    way = "Student's t, over the seeds" if len(seeds) > 1 else "the delta method, over images of the same noise"
     lines += [
         "",
-        f"n = {results['n']}, {'seeds' if several else 'seed'} {', '.join(map(str, seeds))}, {machine['dtype']}, "
-        f"{machine['processor']}, torch {machine['torch']}; ± is 95 % by {way}.",
+        f"n = {results['n']}, {_seeds(seeds)}, {machine['dtype']}, {_processors(results)}, torch {machine['torch']}; "
+        f"± is 95 % by {way}.",
     ]
     if results.get("absent"):
         lines += ["", "Not in the table:", "", *(f"- {words}" for words in results["absent"])]
     return "\n".join(lines)
+
+
+def _seeds(seeds: list[int]) -> str:
+    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
+
+
+def _processors(results: dict[str, Any]) -> str:
+    """What it was measured on: one machine, or of a comparison joined from several which seeds ran on which."""
+    if not (parts := results.get("parts")):
+        return results["machine"]["processor"]
+    return " and ".join(f"{part['machine']['processor']} ({_seeds(part['seeds'])})" for part in parts)
 
 
 def _difference(results: dict[str, Any], i: int, j: int) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench_tables import SUITES
 from claims import CLAIMS
-from quality_tables import comparison, frontier, quality, reproduced, tuned
+from quality_tables import frontier, quality, reproduced, tuned
 from reliability_tables import reliability
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,8 @@ _MARKED = re.compile(r"(<!-- table: (\S+(?: \w+)?) -->\n).*?(<!-- end -->)", re.
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo-evidence.json": comparison,
-    "demo-evidence.json frontier": frontier,
-    "demo-10k.json": comparison,
+    "demo-10k.json": quality,
+    "demo-10k.json frontier": frontier,
     "methods.json frontier": frontier,
     **SUITES,
     "reliability.json": reliability,

@@ -19,7 +19,7 @@ from sostenuto.studio.session import EDITED, Session, Wish
 
 pytest.importorskip("starlette", reason="the studio extra is not installed")
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "demo-evidence.json"
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "demo-10k.json"
 
 
 @pytest.fixture(scope="module")
