@@ -16,7 +16,16 @@ import torch
 
 import sostenuto
 from sostenuto.calibrations import Calibration, EBCalibration
-from sostenuto.demo.compare import Entry, Settings, demo_sample, digest, run_entries, weights_digest, with_solver
+from sostenuto.demo.compare import (
+    SEARCH_SEED,
+    Entry,
+    Settings,
+    demo_sample,
+    digest,
+    run_entries,
+    weights_digest,
+    with_solver,
+)
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline
 from sostenuto.demo.record import record
@@ -25,7 +34,6 @@ from sostenuto.files import publish_json
 from sostenuto.methods.base import Method
 from sostenuto.table import CacheTable
 
-SEARCH_SEED = 900_001  # of every calibration and search: none of the noise that the rows are judged on
 SAMPLES = 8
 AT_ONCE = 20  # in one generation: labels in turn go on in the next one
 SCALES = (0.955, 0.97, 0.98, 0.99, 1.0, 1.01)  # tried for b, with 50 steps; the first is the paper's

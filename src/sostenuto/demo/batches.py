@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,15 +22,28 @@ def batch_file(folder: Path, key: str, seed: int, start: int, count: int) -> Pat
     return folder / "batches" / f"{name}-seed{seed}-{start:05d}-{start + count - 1:05d}.safetensors"
 
 
+PROCESS = uuid.uuid4().hex
+"""A name for this process, kept with what it timed: another one's seconds are those of another day or machine."""
+
+
+class Batch(NamedTuple):
+    """What a file holds: images ``[n, 1, 28, 28]`` (uint8), the seconds that they took, statistics, and who timed it."""
+
+    images: torch.Tensor
+    seconds: float
+    stats: dict[str, Any]
+    process: str
+
+
 def write_batch(path: Path, images: torch.Tensor, seconds: float, stats: dict[str, Any]) -> None:
-    """Write a batch of images ``[n, 1, 28, 28]`` in ``[0, 1]``, the seconds that they took and their statistics."""
-    metadata = {"wall_s": str(seconds), "stats": json.dumps(stats)}
+    """Write a batch of images ``[n, 1, 28, 28]`` in ``[0, 1]``, the seconds that they took here and their statistics."""
+    metadata = {"wall_s": str(seconds), "stats": json.dumps(stats), "process": PROCESS}
     with publish(path) as partial:
         save_file({"images": (images * 255).round().to(torch.uint8)}, partial, metadata)
 
 
-def read_batch(path: Path) -> tuple[torch.Tensor, float, dict[str, Any]]:
-    """The images ``[n, 1, 28, 28]`` of a batch (uint8), the seconds that they took and the statistics of their generation.
+def read_batch(path: Path) -> Batch:
+    """The content of a batch's file.
 
     Raises:
         InputError: the file is no such batch.
@@ -44,4 +58,4 @@ def read_batch(path: Path) -> tuple[torch.Tensor, float, dict[str, Any]]:
             raise ValueError(f"{stats['macs']!r} multiply-accumulates")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is no batch of a comparison, delete it and run again: {error}") from None
-    return images, seconds, stats
+    return Batch(images, seconds, stats, metadata.get("process", ""))

@@ -76,5 +76,5 @@ def write_pictures(folder: Path, results: dict[str, Any]) -> tuple[Path, Path]:
 
 def _first_images(folder: Path, key: str, results: dict[str, Any]) -> torch.Tensor:
     count = min(results["batch_size"], results["n"])
-    images = read_batch(batch_file(folder, key, results["seed"], 0, count))[0].float() / 255
+    images = read_batch(batch_file(folder, key, results["seed"], 0, count)).images.float() / 255
     return images[:GRID_COLUMNS]
