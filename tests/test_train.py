@@ -67,6 +67,15 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(data, tmp_path):
     assert json.loads((tmp_path / "two" / "curve.json").read_text())["images"] == 32
 
 
+def test_weights_that_make_no_garments_are_named(data, tmp_path, monkeypatch, capsys):
+    words = ["train", "--output", tmp_path, "--data", data, "--images", 8, "--batch-size", 8, "--num-layers", 1]
+    monkeypatch.setattr("sys.argv", [*map(str, words), "--num-heads", "1"])
+    training.main()
+    said = capsys.readouterr().out
+    assert "class accuracy of 200 generated images: 0." in said
+    assert "below 0.85: train on more images" in said
+
+
 def test_timesteps_are_uniform_and_stratified():
     generator = torch.Generator().manual_seed(0)
     timesteps = training.stratified_timesteps(100, generator)
