@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,7 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     Raises:
         MethodError: a factor is not finite or not above 0, or there are not ``num_steps`` of them.
     """
-    entries = (scale,) * (num_steps or 1) if isinstance(scale, (int, float)) else scale
+    entries = (scale,) * (num_steps or 1) if isinstance(scale, Real) else scale  # numpy's numbers, too
     try:
         if isinstance(scale, (bool, str)):
             raise TypeError

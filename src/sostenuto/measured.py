@@ -152,6 +152,10 @@ def read_json(path: Path, what: str) -> Any:
     """
     try:
         return parse_json(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise TableError(
+            f"{path} can't be read as a {what}, it is cut short or damaged ({error}): make it again"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise TableError(f"{path} can't be read as a {what}: {error}") from None
 
@@ -163,14 +167,22 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON, or holds a number that is not finite.
         RecursionError: it is nested too deeply.
     """
-    return json.loads(text, parse_constant=_finite, parse_float=_finite)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+    value = json.loads(text)
+    _refuse_infinite(value, "")
     return value
+
+
+def _refuse_infinite(value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{place or 'its content'}: {json.dumps(value)} is no finite number, write another or make it again"
+        )
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _refuse_infinite(entry, f"{place}.{name[:40]}" if place else name[:40])
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            _refuse_infinite(entry, f"{place}[{index}]")
 
 
 def is_number(value: Any) -> bool:

@@ -98,7 +98,7 @@ class Record:
         return {
             action.value: actions[action.value]
             for action in Action
-            if action in _ALWAYS_LISTED or (actions[action.value] and action is not Action.SKIP)
+            if action in _ALWAYS_LISTED or actions[action.value]
         }
 
     def statistics(self, dry_runs: Sequence[DryRun], sites: Sequence[Site]) -> Statistics:

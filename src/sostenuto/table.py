@@ -160,7 +160,10 @@ class CacheTable:
                 continue
             if set(state) != ids:
                 odd = sorted(set(state) ^ ids)[0]
-                raise TableError(f"step {step} of the cache table and the network disagree about site {odd!r}")
+                raise TableError(
+                    f"step {step} of the cache table and the network disagree about site {odd!r}: calibrate a table for this "
+                    "network with sostenuto.calibrate"
+                )
             rows.append(tuple(Action.COMPUTE if site is whole else state[site.id] for site in sites))
         order = self.forecast_order
         lowest = tuple(max(1, o) for o in order) if isinstance(order, tuple) else max(1, order)
@@ -313,6 +316,9 @@ def check_include_cross(include_cross: object, fill: str) -> None:
         )
 
 
+_SAVE_AGAIN = "save whole numbers, one per step, with numpy.save(path, array.astype(int))"
+
+
 def _read_npy(path: Path) -> list[Any]:
     values: list[Any] | None = None
     try:
@@ -324,9 +330,12 @@ def _read_npy(path: Path) -> list[Any]:
                 file.seek(0)
                 values = np.lib.format.read_array(file, allow_pickle=False).tolist()
     except Exception as error:  # numpy's parser of hostile headers raises errors of many kinds
-        raise TableError(f"{path} is not a plain .npy array (pickles are never opened): {error}") from None
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise TableError(f"{path} is no plain .npy array, or is cut short ({why}): {_SAVE_AGAIN}") from None
+    if dtype.hasobject:
+        raise TableError(f"{path} holds pickled objects, which are never opened: {_SAVE_AGAIN}")
     if values is None:
-        raise TableError(f"{path} must hold one whole number per step, but has shape {shape} of {dtype}")
+        raise TableError(f"{path} must hold one whole number per step, not shape {shape} of {dtype}: {_SAVE_AGAIN}")
     return values
 
 

@@ -77,6 +77,7 @@ class Generate:
         import sostenuto
         from sostenuto.pipelines import pictures
 
+        _check_picture(self.output)
         pipe = self.choice.pipeline()
         sample = self.choice.sample(pipe, "pil")
         steps = self.choice.num_inference_steps
@@ -101,6 +102,19 @@ class Generate:
         write_json(self.json, content)
         speed = f", {content['speedup']:.2f}× measured" if self.compare else ""
         print(f"{self.output}: {seconds:.2f} s, {stats['ideal_speedup']:.2f}× by multiply-accumulates{speed}")
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before anything is generated, a path that no picture can be written to; make its folder."""
+    from PIL import Image
+
+    from sostenuto.errors import InputError
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(
+            f"--output {path} doesn't end as a picture does: use {path.name}.png, or --num-images for a folder"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _contact_sheet(rows: list[list[Any]]) -> Any:

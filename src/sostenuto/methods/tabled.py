@@ -52,6 +52,7 @@ class TableMethod(Method):
         table.check(denoiser, scheduler)
         if self.forecast_order is not None:
             table = table.filled(self.forecast_order)
+        table.plan(table.sites(denoiser))  # refuses sites that the network lacks
         return replace(self, table=table)
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
@@ -80,6 +81,14 @@ class ScaledTableMethod(TableMethod):
         super().__post_init__()
         if self.eps_scale is not None:
             check_noise_scale(self.eps_scale)
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> TableMethod:
+        """Refuse factors of another number of steps, too."""
+        made = super().prepare(denoiser, scheduler)
+        if self.eps_scale is not None:
+            assert isinstance(made.table, CacheTable)
+            check_noise_scale(self.eps_scale, made.table.num_inference_steps)
+        return made
 
     @property
     def scales_noise(self) -> bool:
