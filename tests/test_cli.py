@@ -117,6 +117,12 @@ def test_wrong_usage_is_exit_status_2(capsys):
     capsys.readouterr()
 
 
+def test_generate_refuses_a_name_without_a_picture_s_ending_before_it_generates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sostenuto.cli.common.ModelChoice.pipeline", lambda _: pytest.fail("a model was loaded"))
+    assert main(["generate", "--output", str(tmp_path / "images")]) == 1
+    assert "images.png" in capsys.readouterr().err
+
+
 def test_generate_writes_a_picture_and_statistics(tmp_path, capsys):
     arguments = ["--method", "fora", "--num-inference-steps", "4", "--labels", "1", "8"]
     out, numbers = tmp_path / "g.png", tmp_path / "g.json"

@@ -339,11 +339,8 @@ def test_a_table_is_needed_and_must_be_for_these_sites(tiny, scheduler):
     with pytest.raises(MethodError, match="window must be"):
         sostenuto.enable(tiny, DiTFastAttn(table_of(window="wide")), scheduler=scheduler)
     odd = CacheTable(({"transformer_blocks.0.ff": C},) * 2)
-    with (
-        sostenuto.enable(tiny, DiTFastAttn(odd), scheduler=scheduler),
-        pytest.raises(TableError, match="disagree about site"),
-    ):
-        sample_loop(tiny, scheduler, 2)
+    with pytest.raises(TableError, match=r"disagree about site .* calibrate a table for this network"):
+        sostenuto.enable(tiny, DiTFastAttn(odd), scheduler=scheduler)
 
 
 def test_a_method_without_attention_taps_refuses_such_actions(tiny, scheduler):

@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -353,6 +354,21 @@ def test_a_noise_scale_that_is_no_factor_is_refused(scale):
         EBCache(CacheTable(STATES), eps_scale=scale)
     with pytest.raises(MethodError):
         EpsilonScaling(scale)
+
+
+def test_branches_that_the_reused_stack_skips_are_counted(tiny, scheduler):
+    whole = CacheTable((C, B), fill="stack")
+    branches = len(sostenuto.inspect(tiny))
+    with sostenuto.enable(tiny, EBCache(whole), scheduler=scheduler) as handle:
+        sample_loop(tiny, scheduler, 2)
+        counts = {"compute": branches + 1, "reuse": 1, "forecast": 0, "partial": 0, "skip": branches}
+        assert handle.stats.actions == counts
+
+
+def test_factors_of_another_number_of_steps_are_refused_when_enabled_and_numpy_s_numbers_are_numbers(tiny, scheduler):
+    with pytest.raises(MethodError, match="2"):
+        sostenuto.enable(tiny, EBCache(CacheTable(STATES), eps_scale=(1.0, 0.9)), scheduler=scheduler)
+    sostenuto.enable(tiny, EBCache(CacheTable(STATES), eps_scale=np.float32(0.9)), scheduler=scheduler).disable()
 
 
 def test_combinations_apply_both_parts_or_are_refused(tiny, scheduler):

@@ -85,8 +85,8 @@ def test_a_table_in_timestep_order_is_turned_around_with_all_it_holds(tmp_path, 
         ({"actions": "compute"}, "actions"),
         ({"eps_scale": [1.0, 1.0]}, "2 entries for 5"),
         ({"eps_scale": [1, 1, -1, 1, 1]}, "-1.0 at step 2"),
-        ({"eps_scale": float("nan")}, "NaN is no finite number"),
-        ({"eps_scale": [1, 1, float("inf"), 1, 1]}, "Infinity is no finite number"),
+        ({"eps_scale": float("nan")}, "eps_scale: NaN is no finite number"),
+        ({"eps_scale": [1, 1, float("inf"), 1, 1]}, r"eps_scale\[2\]: Infinity is no finite number"),
         ({"eps_scale": "0.9"}, "eps_scale"),
         ({"order": "backwards"}, "backwards"),
         ({"forecast_order": 1.5}, "forecast_order"),
@@ -113,8 +113,13 @@ def test_a_truncated_file_is_refused(tmp_path):
     GOOD.save(tmp_path / "table.json")
     text = (tmp_path / "table.json").read_text()
     (tmp_path / "cut.json").write_text(text[: len(text) // 2])
-    with pytest.raises(TableError, match="can't be read"):
+    with pytest.raises(TableError, match=r"cut\.json can't be read .* cut short or damaged .*: make it again"):
         CacheTable.load(tmp_path / "cut.json")
+    np.save(tmp_path / "whole.npy", np.array(AUTHORS))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:-9])
+    with pytest.raises(TableError, match=r"cut\.npy is cut short.*: save whole numbers") as caught:
+        CacheTable.load(tmp_path / "cut.npy")
+    assert "\n" not in str(caught.value)
     with pytest.raises(TableError, match=r"missing\.json"):
         CacheTable.load(tmp_path / "missing.json")
 
@@ -153,7 +158,7 @@ def test_an_npy_that_is_a_pickle_is_never_opened(tmp_path):
     (tmp_path / "raw.npy").write_bytes(pickle.dumps(Bomb()))
     np.save(tmp_path / "object.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     for name in ("raw.npy", "object.npy"):
-        with pytest.raises(TableError, match="pickle"):
+        with pytest.raises(TableError, match=r"never opened.*: save whole numbers"):
             CacheTable.load(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 

@@ -331,7 +331,9 @@ def _read_npy(path: Path) -> list[Any]:
                 values = np.lib.format.read_array(file, allow_pickle=False).tolist()
     except Exception as error:  # numpy's parser of hostile headers raises errors of many kinds
         why = str(error).partition("\n")[0].rstrip(".")
-        raise TableError(f"{path} is no plain .npy array, or is cut short ({why}): {_SAVE_AGAIN}") from None
+        raise TableError(
+            f"{path} is cut short, or no plain .npy array (pickles are never opened; {why}): {_SAVE_AGAIN}"
+        ) from None
     if dtype.hasobject:
         raise TableError(f"{path} holds pickled objects, which are never opened: {_SAVE_AGAIN}")
     if values is None:

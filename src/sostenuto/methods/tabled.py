@@ -52,8 +52,9 @@ class TableMethod(Method):
         table.check(denoiser, scheduler)
         if self.forecast_order is not None:
             table = table.filled(self.forecast_order)
-        table.plan(table.sites(denoiser))  # refuses sites that the network lacks
-        return replace(self, table=table)
+        made = replace(self, table=table)
+        table.plan(made.sites(denoiser))  # refuses sites that the network lacks
+        return made
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The table's."""
