@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,8 +101,3 @@ def _within(branch, site):
     name, first, last = found.groups()
     block = re.match(rf"{re.escape(name)}\.(\d+)\.", branch)
     return block is not None and int(first) <= int(block[1]) <= int(last)
-
-
-def counted(rows):
-    """How often each action stands in a plan; ``skip`` is no action of its own."""
-    return Counter(action for row in rows for action in row if action != "skip")
