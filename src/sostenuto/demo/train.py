@@ -21,11 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from sostenuto.demo.checkpoint import load_checkpoint, save_checkpoint
-from sostenuto.demo.compare import SEARCH_SEED, demo_sample, labels_of
 from sostenuto.demo.data import load
-from sostenuto.demo.judge import Judge
 from sostenuto.demo.network import NULL_CLASS, build_denoiser, build_scheduler
-from sostenuto.demo.pipeline import load_trained_pipeline
 
 LEAST_ACCURACY = 0.85  # of generated images, below which a model is no good, whatever its loss
 
@@ -186,6 +183,11 @@ def train(config: TrainConfig) -> Path:
 
 def class_accuracy(folder: Path, num_images: int = 200) -> float:
     """Share of images of the trained weights (50 DDPM steps, no guidance) that the judge sees as the class asked for."""
+    # Here, so that --help needs none of it.
+    from sostenuto.demo.compare import SEARCH_SEED, demo_sample, labels_of
+    from sostenuto.demo.judge import Judge
+    from sostenuto.demo.pipeline import load_trained_pipeline
+
     pipe, labels = load_trained_pipeline(folder), labels_of(num_images)
     return (
         Judge().judge(demo_sample(num_images)(pipe, torch.Generator().manual_seed(SEARCH_SEED)), labels).class_accuracy
