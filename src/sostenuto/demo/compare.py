@@ -349,16 +349,14 @@ def _generate(pipe: DemoPipeline, entry: Entry, batches: Sequence[_Batch], folde
 
 def _time_in_pairs(pipe: DemoPipeline, todo: Sequence[Entry], batches: Sequence[_Batch], folder: Path) -> None:
     """Sample some batches again, with the first row's, of rows that no process has sampled beside it."""
+    base, *others = [[read_batch(_file(folder, entry, batch)).process for batch in batches] for entry in todo]
 
-    def processes(entry: Entry, among: Sequence[_Batch]) -> list[str]:
-        return [read_batch(_file(folder, entry, batch)).process for batch in among]
+    def lone(first: int) -> list[Entry]:
+        own = zip(todo[1:], others, strict=True)
+        return [entry for entry, processes in own if not any(map(operator.eq, processes[first:], base[first:]))]
 
-    def lone(among: Sequence[_Batch]) -> list[Entry]:
-        base = processes(todo[0], among)
-        return [entry for entry in todo[1:] if not any(map(operator.eq, processes(entry, among), base))]
-
-    if lone(batches):
-        again = lone(batches[_PAIRS:])  # the first row's other batches stay, with what was timed beside them
+    if lone(0):
+        again = lone(_PAIRS)  # the first row's other batches stay, with what was timed beside them
         for batch in batches[:_PAIRS]:
             for entry in (todo[0], *again):
                 list(_generate(pipe, entry, [batch], folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,13 @@ def joined(own: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, A
     _refuse_unlike(own, others)
     weights = [len(run["seeds"]) / len(seeds) for run in runs]
 
-    def mean(pick: Callable[[dict[str, Any]], float | None]) -> float | None:
-        values = [pick(run) for run in runs]
-        known = [value for value in values if value is not None]
-        return sum(w * v for w, v in zip(weights, known, strict=True)) if len(known) == len(runs) else None
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+        return sum(known) if len(known) == len(values) else None
 
     rows = []
     for i, row in enumerate(own["rows"]):
-        means = {name: mean(lambda run, i=i, name=name: run["rows"][i][name]) for name in _MEANS}
+        means = {name: mean([run["rows"][i][name] for run in runs]) for name in _MEANS}
         rows.append(
             row
             | means
