@@ -115,13 +115,12 @@ class Lab:
             cost: ``"time"``, the median of pairs of generations of 16 images, or ``"macs"``.
             pairs: how many.
         """
-        path = self.folder / "speeds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if (key := self.key(cost, pairs, method)) not in known:
+        path = self.folder / "speeds" / f"{self.key(cost, pairs, method)}.json"
+        if not path.exists():
             with self.sampler():
-                known[key] = self._measured(method, cost, pairs)
-            publish_json(path, known, indent=1)
-        return known[key]
+                measured = self._measured(method, cost, pairs)
+            publish_json(path, {"method": repr(method), "speedup": measured}, indent=1)
+        return json.loads(path.read_text())["speedup"]
 
     def _measured(self, method: Method, cost: str, pairs: int) -> float | None:
         labels = [i % 10 for i in range(1 if cost == "macs" else 16)]
