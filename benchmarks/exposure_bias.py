@@ -19,8 +19,9 @@ from lab import Lab, arguments, compare
 import sostenuto
 from sostenuto.clock import normalized_times
 from sostenuto.demo import data
-from sostenuto.demo.compare import NUM_STEPS, SHIPPED, labels_of
+from sostenuto.demo.compare import SHIPPED
 from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.rows import NUM_STEPS, labels_of
 from sostenuto.methods.feb import noise_scale_curve
 from sostenuto.table import CacheTable
 

@@ -16,19 +16,12 @@ import torch
 
 import sostenuto
 from sostenuto.calibrations import Calibration, EBCalibration
-from sostenuto.demo.compare import (
-    SEARCH_SEED,
-    Entry,
-    Settings,
-    demo_sample,
-    digest,
-    run_entries,
-    weights_digest,
-    with_solver,
-)
+from sostenuto.demo.compare import SEARCH_SEED
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline
 from sostenuto.demo.record import record
+from sostenuto.demo.rows import Entry, Settings, demo_sample, digest, with_solver
+from sostenuto.demo.run import run_entries, weights_digest
 from sostenuto.demo.show import terminal_table
 from sostenuto.files import publish_json
 from sostenuto.methods.base import Method

@@ -32,9 +32,9 @@ from sostenuto.calibrations import (
     SmoothCacheCalibration,
     TeaCacheCalibration,
 )
-from sostenuto.demo.compare import Entry, demo_sample
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.rows import Entry, demo_sample
 from sostenuto.files import publish_json
 from sostenuto.methods.base import Method
 from sostenuto.table import CacheTable

@@ -23,8 +23,9 @@ import torch
 from lab import AS_PUBLISHED, Lab, arguments, compare
 
 from sostenuto.calibrations import DiTFastAttnCalibration, EBCalibration, FEBCalibration
-from sostenuto.demo.compare import CALIBRATIONS, SHIPPED, Entry
+from sostenuto.demo.compare import CALIBRATIONS, SHIPPED
 from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.rows import Entry
 from sostenuto.methods import (
     FORA,
     L2C,

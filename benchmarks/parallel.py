@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sostenuto
 from sostenuto import FORA, NoCache, TaylorSeer
-from sostenuto.demo.compare import machine
+from sostenuto.machine import machine
 
 STEPS, SIZE, BATCH = 8, 2, 1
 METHODS = {"uncached": NoCache(), "FORA N=2": FORA(2), "TaylorSeer N=3 O=1": TaylorSeer(interval=3, order=1)}

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import sostenuto
 from sostenuto.calibrations import Calibration, EBCalibration, FEBCalibration, SmoothCacheCalibration
-from sostenuto.demo.compare import SHIPPED, Entry, demo_sample
+from sostenuto.demo.compare import SHIPPED
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import load_demo_pipeline, load_trained_pipeline
+from sostenuto.demo.rows import Entry, demo_sample
 from sostenuto.methods.base import Method
 from sostenuto.router import Router
 from sostenuto.table import CacheTable

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 import sostenuto
 from sostenuto import FORA, EBCache, NoCache
-from sostenuto.demo.compare import Entry, Settings, run_entries
 from sostenuto.demo.network import build_denoiser
 from sostenuto.demo.pipeline import load_trained_pipeline
+from sostenuto.demo.rows import Entry, Settings
+from sostenuto.demo.run import run_entries
 from sostenuto.methods.base import parts
 from sostenuto.table import CacheTable, StepState
 

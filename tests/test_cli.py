@@ -14,8 +14,9 @@ from conftest import build_tiny
 from sostenuto import ABCache, Forecast
 from sostenuto.cli import ModelChoice, main
 from sostenuto.demo import compare as comparison
-from sostenuto.demo.compare import Settings, compare
+from sostenuto.demo.compare import compare
 from sostenuto.demo.compare import entries as all_entries
+from sostenuto.demo.rows import Settings
 from sostenuto.refusals import check_graph
 from unets import build_plain
 

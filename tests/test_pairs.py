@@ -8,9 +8,10 @@ import torch
 from sostenuto import FORA, NoCache
 from sostenuto.demo import batches
 from sostenuto.demo.batches import batch_file, read_batch
-from sostenuto.demo.compare import Entry, Settings, run_entries
 from sostenuto.demo.network import build_denoiser, build_scheduler
 from sostenuto.demo.pipeline import DemoPipeline
+from sostenuto.demo.rows import Entry, Settings
+from sostenuto.demo.run import run_entries
 
 BASE, ROW, OTHER = Entry("uncached", NoCache(), 4), Entry("row", FORA(2), 4), Entry("other", FORA(3), 4)
 
@@ -29,7 +30,7 @@ def run(pipe, tmp_path, monkeypatch):
     def run(process, rows, num_images, slower=1.0):
         monkeypatch.setattr(batches, "PROCESS", process)
         ticks = iter(range(10**6))
-        monkeypatch.setattr("sostenuto.demo.compare.time.perf_counter", lambda: slower * next(ticks))
+        monkeypatch.setattr("sostenuto.demo.run.time.perf_counter", lambda: slower * next(ticks))
         results = run_entries(tmp_path, [BASE, *rows], Settings(num_images, 4), show=False, pipe=pipe)
         return {row["name"]: row["speedup"] for row in results["rows"]}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sostenuto.demo.batches import batch_file, write_batch
-from sostenuto.demo.compare import Entry, Settings
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.record import concise, record
+from sostenuto.demo.rows import Entry, Settings
 from sostenuto.methods import FORA, NoCache
 from sostenuto.quality import spread
 

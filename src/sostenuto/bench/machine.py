@@ -13,8 +13,8 @@ import torch
 
 from sostenuto.bench.cases import Settings
 from sostenuto.compat import attention_of_diffusers
-from sostenuto.demo.compare import machine
 from sostenuto.errors import InputError
+from sostenuto.machine import machine
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _RETAINED = 1 << 30

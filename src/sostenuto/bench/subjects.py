@@ -107,8 +107,8 @@ def build_subject(model: str, batch_size: int, settings: Settings) -> Subject:
 
 
 def _demo(batch_size: int, device: str, dtype: torch.dtype) -> Subject:
-    from sostenuto.demo.compare import labels_of
     from sostenuto.demo.pipeline import load_demo_pipeline
+    from sostenuto.demo.rows import labels_of
 
     pipe: Any = load_demo_pipeline().to(device)
     pipe = pipe if dtype is torch.float32 else pipe.to(dtype)

@@ -102,8 +102,8 @@ class Calibrate:
         calibration = self.calibration()
         pipe, extra = self.choice.pipeline(), {}
         if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
-            from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
+            from sostenuto.demo.rows import demo_sample
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
         if self.choice.model == "demo" and isinstance(calibration, sostenuto.EpsilonScalingCalibration):

@@ -41,8 +41,9 @@ class Demo:
 
         import torch
 
-        from sostenuto.demo.compare import Settings, compare
+        from sostenuto.demo.compare import compare
         from sostenuto.demo.join import joined, read_results
+        from sostenuto.demo.rows import Settings
         from sostenuto.demo.show import terminal_table, write_pictures
 
         others = [read_results(path) for path in self.join]  # before hours of sampling

@@ -108,8 +108,8 @@ class Tune:
             judge = FrechetDistance(self.reference, self.network, parse_weights(self.weights), where)
             score, sample = judge, image_sample(self.choice.sample(pipe, "pt"), self.score_images)
         elif self.score_images and type(pipe).__name__ == "DemoPipeline":
-            from sostenuto.demo.compare import demo_sample
             from sostenuto.demo.judge import Judge
+            from sostenuto.demo.rows import demo_sample
 
             judge = Judge()
             score, sample = judge.distance, demo_sample(self.score_images)

@@ -32,7 +32,7 @@ def joined(own: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, A
     """One results file's content out of several with other seeds.
 
     Args:
-        own: what :func:`~sostenuto.demo.compare.run_entries` returned; seconds, the first seed and the machine stay its own.
+        own: what :func:`~sostenuto.demo.run.run_entries` returned; seconds, the first seed and the machine stay its own.
         others: the same of other runs, as ``sostenuto demo --json`` wrote them.
 
     Returns:

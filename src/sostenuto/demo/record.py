@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from sostenuto.demo.compare import Entry, Settings, images_of
 from sostenuto.demo.judge import Judge
+from sostenuto.demo.results import images_of
+from sostenuto.demo.rows import Entry, Settings
 from sostenuto.quality import spread
 
 _LETTERS = {"compute": "c", "reuse": "r", "forecast": "f", "partial": "p", "skip": "r"}
@@ -28,7 +29,7 @@ def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: 
         folder: of the comparison, with its batches.
         entries: its rows.
         settings: its sizes and seeds.
-        results: what :func:`~sostenuto.demo.compare.run_entries` returned.
+        results: what :func:`~sostenuto.demo.run.run_entries` returned.
     """
     judge = Judge()
     parts = [_influence(judge, images_of(folder, entry, settings)) for entry in entries]

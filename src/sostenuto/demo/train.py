@@ -184,9 +184,10 @@ def train(config: TrainConfig) -> Path:
 def class_accuracy(folder: Path, num_images: int = 200) -> float:
     """Share of images of the trained weights (50 DDPM steps, no guidance) that the judge sees as the class asked for."""
     # Here, so that --help needs none of it.
-    from sostenuto.demo.compare import SEARCH_SEED, demo_sample, labels_of
+    from sostenuto.demo.compare import SEARCH_SEED
     from sostenuto.demo.judge import Judge
     from sostenuto.demo.pipeline import load_trained_pipeline
+    from sostenuto.demo.rows import demo_sample, labels_of
 
     pipe, labels = load_trained_pipeline(folder), labels_of(num_images)
     return (

@@ -129,7 +129,7 @@ class MagCache(DiffusersCache):
         """The peer enabled; without ratios, on the demo pipeline, measures them first."""
         ready = self
         if self.ratios is None and _is_demo(target):
-            from sostenuto.demo.compare import demo_sample
+            from sostenuto.demo.rows import demo_sample
 
             ready = self.calibrated(target, demo_sample(8), num_inference_steps)
         with super(MagCache, ready).attached(target, num_inference_steps):
