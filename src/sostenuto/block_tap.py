@@ -27,6 +27,10 @@ class BlocksTap(Tap):
     So what the network adds between the blocks (a ControlNet's residuals, hints) is part of the range: it is in the kept
     feature, and is not added a second time.
 
+    What the range adds is told from its input laid out as its output is. Lists that run in turn, over space and over time,
+    take the tokens of a video in two orders; and where the last blocks have one stream for the several of the first, the
+    network has joined those along their tokens in between, in the order in which blocks return them.
+
     With a ``watch`` the engine may give it the op ``DECIDE``: it then measures the signal and asks ``decide``.
 
     Args:
@@ -46,6 +50,7 @@ class BlocksTap(Tap):
         self.blocks = [denoiser.get_submodule(member.path) for member in members]
         self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
         self._is_one_list = members[0].place is members[-1].place
+        self._turns = anatomy_of(denoiser).interleaved and not self._is_one_list
         self._in_place = any(place.place.in_place for place in places[: site.last_block + 1])
         front = next((place for place in places[: site.block] if place.place.whole), None)
         if watch == "front-residual":
@@ -147,7 +152,7 @@ class BlocksTap(Tap):
         op = self.op
         if op == Op.COMPUTE or op == Op.SKIP or op == Op.OUTSIDE:
             return
-        self._entry = streams.given(args, kwargs)
+        self._entry = self._streams[-1].joined(streams, streams.given(args, kwargs))
         if op == Op.STORE:
             if self.site.residual:
                 self._entry = {name: self._as_it_is(stream) for name, stream in self._entry.items()}
@@ -178,6 +183,7 @@ class BlocksTap(Tap):
         return stream
 
     def _subtract(self, output: Any, entry: Any) -> Any:
+        entry = self._turned(entry, output)
         if self._has_residual(output, entry):
             return output - entry
         if self.site.residual and self._is_one_list and _both_tensors(output, entry):
@@ -190,12 +196,26 @@ class BlocksTap(Tap):
     def _add(self, filled: Any, entry: Any) -> Any:
         if filled is None:  # a last block that leaves out a stream which nobody reads any more
             return entry
+        entry = self._turned(entry, filled)
         if self._has_residual(filled, entry):
             return entry + filled
         return filled.clone() if self.op == Op.REUSE else filled  # the network may write into what a block returns
 
+    def _turned(self, entry: Any, output: Any) -> Any:
+        """The range's input in the order of its output, where the first blocks run over space and the last over time.
+
+        ``[batch · frames, tokens, channels]`` becomes ``[batch · tokens, frames, channels]``, or the other way round.
+        """
+        if not self._turns or not _both_tensors(entry, output) or not entry.ndim == output.ndim == 3:
+            return entry
+        rows, tokens, channels = entry.shape
+        frames = output.shape[1]
+        if rows % frames or output.shape[0] != rows // frames * tokens:
+            return entry
+        return entry.reshape(-1, frames, tokens, channels).transpose(1, 2).reshape(-1, frames, channels)
+
     def _has_residual(self, output: Any, entry: Any) -> bool:
-        """Whether a stream is kept as a residual: not where the range joins streams, so that the shapes differ."""
+        """Whether a stream is kept as a residual: not where the range changes its shape in another way than those above."""
         return self.site.residual and _both_tensors(output, entry) and output.shape == entry.shape
 
     def _signal(
@@ -260,6 +280,15 @@ class _Streams:
         """What a block that changes nothing returns."""
         streams = [self._argument(name, args, kwargs) for name in self._returns]
         return tuple(streams) if len(streams) > 1 else streams[0]
+
+    def joined(self, first: _Streams, given: dict[str, Any]) -> dict[str, Any]:
+        """What the first block of a range was given, joined where this one, the last, has one stream for its several."""
+        parts = [given.get(name) for name in first._returns]
+        if len(self._streams) > 1 or len(parts) == 1:
+            return given
+        if not all(isinstance(part, torch.Tensor) and part.ndim == 3 for part in parts):
+            return given
+        return {self._streams[0]: torch.cat(parts, 1)} if len({part.shape[2] for part in parts}) == 1 else given
 
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""

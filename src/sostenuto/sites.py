@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import nn
@@ -34,6 +34,7 @@ class Site:
         optional: whether some calls of the denoiser leave it out.
         last_block: position of the last block of a range, or of the block itself where that is the branch.
         residual: whether what a range adds to its input is kept, instead of its output.
+        in_list: position of its block within its own list of blocks; of a network's only list that is ``block``.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Site:
     optional: bool = False
     last_block: int | None = None
     residual: bool = False
+    in_list: int | None = None
 
     @property
     def takes_some_tokens(self) -> bool:
@@ -86,10 +88,12 @@ class Block:
     Attributes:
         path: where it is.
         place: the list that it belongs to, which says what a block of it is given and returns.
+        number: its position there.
     """
 
     path: str
     place: BlockList
+    number: int
 
 
 def register_anatomy(model_class: type[nn.Module], anatomy: Anatomy) -> None:
@@ -143,6 +147,7 @@ def inspect(denoiser: nn.Module) -> list[Site]:
             site = _site(denoiser, block.path, branch, index)
             if site is None:
                 continue
+            site = replace(site, in_list=block.number)
             for path in (site.id, *site.front, *site.hollow):
                 module = _find(denoiser, path)
                 if owners.setdefault(module, len(found)) != len(found):
@@ -166,7 +171,10 @@ def blocks_of(denoiser: nn.Module) -> list[Block]:
     denoiser = compat.unwrapped(denoiser)
     anatomy = anatomy_of(denoiser)
     lists = [
-        [Block(f"{place.path}.{name}", place) for name, _ in _find(denoiser, place.path).named_children()]
+        [
+            Block(f"{place.path}.{name}", place, number)
+            for number, (name, _) in enumerate(_find(denoiser, place.path).named_children())
+        ]
         for place in anatomy.blocks
     ]
     if not anatomy.interleaved:
@@ -234,8 +242,6 @@ def block_range(denoiser: nn.Module, first: int, last: int, residual: bool = Tru
     if bare is not None:
         raise AnatomyError(f"the network reads what {bare.path} returns: a range with it can't be skipped")
     _check_skips(denoiser, blocks, first, last)
-    if anatomy_of(denoiser).interleaved and members[0].place is not members[-1].place:
-        residual = False  # the streams at both ends are laid out in different ways
     parameters = sum(_num_parameters(denoiser.get_submodule(block.path)) for block in members)
     begin, end = members[0].path, members[-1].path
     same_list = begin.rpartition(".")[0] == end.rpartition(".")[0]

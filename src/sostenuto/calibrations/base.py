@@ -135,7 +135,7 @@ def measure_uncached(
     method: Method,
     measure: Callable[[Tick, Prober], tuple[Any, Any]],
     num_slots: int = 1,
-) -> tuple[list[list[Any]], dict[str, Any]]:
+) -> tuple[list[dict[int, Any]], dict[str, Any]]:
     """Measure something at every denoiser call of as many uncached generations as the samples need.
 
     Args:
@@ -145,8 +145,9 @@ def measure_uncached(
         num_slots: outputs that a site keeps.
 
     Returns:
-        One list per pass of each generation, in it one measurement per step; and what the result was made for, with
-        how it was made: ``{"model": …, "scheduler": …, "calibration": …}``.
+        Of every pass of each generation the measurements by step, of the first pass at every step (a second one may be left
+        out at some, where guidance ends early); and what the result was made for, with how it was made:
+        ``{"model": …, "scheduler": …, "calibration": …}``.
 
     Raises:
         MethodError: a generation has another number of steps than asked for.
@@ -157,21 +158,20 @@ def measure_uncached(
     ):
         handle.driver_slots = num_slots
 
-        def generation(call: int) -> tuple[int, list[list[Any]]]:
-            passes: dict[int, list[Any]] = {}
-            rows = 0
+        def generation(call: int) -> tuple[int, list[dict[int, Any]]]:
+            passes: dict[int, dict[int, Any]] = {}
+            rows, listed = 0, settings.num_inference_steps
 
             def driver(tick: Tick, prober: Prober) -> Any:
-                nonlocal rows
-                rows = prober.batch_size
+                nonlocal rows, listed
+                rows, listed = prober.batch_size, tick.num_steps
                 output, measured = measure(tick, prober)
-                passes.setdefault(tick.pass_index, []).append(measured)
+                passes.setdefault(tick.pass_index, {})[tick.step] = measured
                 return output
 
             handle.driver = driver
             settings.generate(settings.generator_of(call))
-            for measurements in passes.values() or [[]]:
-                settings.check_steps(len(measurements))
+            settings.check_steps(len(passes.get(0, {})), listed)
             bar.update(rows)
             return rows, list(passes.values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
@@ -55,7 +55,8 @@ class MagCacheCalibration(Calibration):
     def run(self, settings: Settings) -> MagCacheRatios:
         """Measure and average."""
         series, identity = measure_uncached(settings, _Residual(), _ratio, num_slots=2)
-        ratios = [fmean(at_step) for at_step in zip(*series, strict=True)]
+        steps = range(len(series[0]))
+        ratios = [_mean(one[step] for one in series if step in one) for step in steps]
         if not all(math.isfinite(ratio) and ratio > 0 for ratio in ratios):
             raise MethodError(
                 "the blocks of this model add nothing or what is not finite: MagCache has nothing to go by"
@@ -93,6 +94,12 @@ class MagCacheCalibration(Calibration):
         }
 
 
+def _mean(ratios: Iterable[float | None]) -> float:
+    """Of those that are known; 1 where none is, as at the first step."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return fmean(known) if known else 1.0
+
+
 _ANY = 1e9  # as a threshold: no bound
 
 
@@ -112,11 +119,11 @@ class _Residual(Method):
         return MagCache().sites(denoiser)
 
 
-def _ratio(tick: Tick, prober: Prober) -> tuple[Any, float]:
+def _ratio(tick: Tick, prober: Prober) -> tuple[Any, float | None]:
     output = prober.run([Op.STORE])
     newest, previous = prober.state.slots[0]
     if previous is None:
-        return output, 1.0
+        return output, None
     (tap,) = prober.handle._mount.taps
     assert isinstance(tap, BlocksTap)
     residuals = (tap.sample_of(residual) for residual in (kept(newest), previous))

@@ -61,8 +61,9 @@ class TeaCacheCalibration(Calibration):
     def run(self, settings: Settings) -> TeaCacheFit:
         """Measure, fit, choose the threshold."""
         series, identity = measure_uncached(settings, TeaCache(), _changes)
-        inputs = [[change for change, _ in pairs[1:]] for pairs in series]
-        outputs = [[change for _, change in pairs[1:]] for pairs in series]
+        known = [[pair for pair in pairs.values() if pair is not None] for pairs in series]
+        inputs = [[change for change, _ in pairs] for pairs in known]
+        outputs = [[change for _, change in pairs] for pairs in known]
         coefficients = _fitted([*chain(*inputs)], [*chain(*outputs)], self.degree)
         threshold = skipped = None
         if self.target_skipped is not None:
@@ -127,14 +128,14 @@ class _Listener:
         self.inputs = [signal.detach(), *self.inputs[:1]]
         return False
 
-    def changes(self, prediction: torch.Tensor) -> _Pair:
+    def changes(self, prediction: torch.Tensor) -> _Pair | None:
         self.outputs = [prediction, *self.outputs[:1]]
         if len(self.outputs) == 1:
-            return math.nan, math.nan
+            return None
         return relative_l1(*self.inputs), relative_l1(*self.outputs)
 
 
-def _changes(tick: Tick, prober: Prober) -> tuple[Any, _Pair]:
+def _changes(tick: Tick, prober: Prober) -> tuple[Any, _Pair | None]:
     if prober.state.policy is None:
         prober.state.policy = _Listener()
     listener = prober.state.policy

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from torch import nn
 
 from sostenuto.clock import normalized_times
 from sostenuto.correct import check_noise_scale
@@ -17,6 +19,7 @@ from sostenuto.methods.tabled import ScaledTableMethod
 from sostenuto.table import CacheTable
 
 Denominator = Literal["as_reported", "symmetric"]
+_PUBLISHED: dict[str, Any] = {"b_high": 0.98, "b_low": 0.96, "tau_threshold": 0.4, "denominator": "as_reported"}
 
 
 def noise_scale_curve(
@@ -81,7 +84,8 @@ class FEBCache(ScaledTableMethod):
     Attention makes the low frequencies, which are fragile while there is much noise, and the MLP the high ones, which are
     fragile afterwards. So the early steps may reuse the MLP alone and the late ones attention alone; either may reuse both.
     The states are the table's; every table of states is carried out. All blocks share the step's state, branch outputs are
-    kept before their gate, and τ runs evenly over the sampler's steps, as for EB-Cache. Defaults are the published values.
+    kept before their gate, and τ runs evenly over the sampler's steps, as for EB-Cache. The parameters of b(τ) are by default
+    those that the table was calibrated with; of a table of other origin the published ones, 0.98, 0.96, 0.4, as reported.
 
     Attributes:
         table: the calibrated table, or its file; by default the one that ships for this model, where there is one. Its own
@@ -95,10 +99,10 @@ class FEBCache(ScaledTableMethod):
         denominator: of the late stage's exponent, ``"as_reported"`` or ``"symmetric"``; see :func:`noise_scale_curve`.
     """
 
-    b_high: float = 0.98
-    b_low: float = 0.96
-    tau_threshold: float = 0.4
-    denominator: Denominator = "as_reported"
+    b_high: float | None = None
+    b_low: float | None = None
+    tau_threshold: float | None = None
+    denominator: Denominator | None = None
 
     name: ClassVar[str] = "feb"
     paper: ClassVar[str] = "arXiv 2503.07120v3"
@@ -106,22 +110,42 @@ class FEBCache(ScaledTableMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_curve(self.b_high, self.b_low, self.tau_threshold, self.denominator)
+        _check_curve(**_PUBLISHED | self._given())
 
     @classmethod
     def dit_xl_2(cls, table: CacheTable | str | Path) -> FEBCache:
         """DiT-XL/2 256², DDPM with 50 steps: b_h = 0.98, b_l = 0.96, τ_thre = 0.4, for a table of your own."""
-        return cls(table, b_high=0.98, b_low=0.96, tau_threshold=0.4)
+        return cls(table, **_PUBLISHED)
+
+    def prepare(self, denoiser: nn.Module, scheduler: Any) -> FEBCache:
+        """Refuse a table whose calibration says what is no b(τ), too."""
+        made = super().prepare(denoiser, scheduler)
+        assert isinstance(made, FEBCache)
+        try:
+            _check_curve(**made._curve())
+        except MethodError as error:
+            raise TableError(f"the cache table's calibration.options: {error}") from None
+        return made
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """b(τ) at every step."""
         if self.eps_scale is not None:
             return check_noise_scale(self.eps_scale, facts.num_steps)
         assert isinstance(self.table, CacheTable)
-        taus = normalized_times(facts.num_steps)
-        curve = noise_scale_curve(taus, self.b_high, self.b_low, self.tau_threshold, self.denominator)
         multiplier = _multiplier(self.table)
-        return [multiplier * b for b in curve]
+        return [multiplier * b for b in noise_scale_curve(normalized_times(facts.num_steps), **self._curve())]
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name in _PUBLISHED if (value := getattr(self, name)) is not None}
+
+    def _curve(self) -> dict[str, Any]:
+        """The parameters of b(τ): those given, else those that the table was calibrated with, else the published ones."""
+        assert isinstance(self.table, CacheTable)
+        options = self.table.calibration.get("options") if self.table.method == self.name else None
+        calibrated = (
+            {name: options[name] for name in _PUBLISHED if name in options} if isinstance(options, dict) else {}
+        )
+        return _PUBLISHED | calibrated | self._given()
 
 
 def _multiplier(table: CacheTable) -> float:

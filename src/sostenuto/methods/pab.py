@@ -36,8 +36,9 @@ class PAB(Method):
         cross_range: the same for cross-attention.
         window: ``(lo, hi)``, the timesteps between which attention is broadcast, both excluded.
         mlp: ``{timestep: (blocks, skip_count)}``: at the step nearest to the timestep the MLPs of these blocks are computed,
-            and their outputs serve for the next ``skip_count`` steps, whatever the window. The authors' code wants exact
-            timesteps, which other numbers of steps don't have.
+            and their outputs serve for the next ``skip_count`` steps, whatever the window. Blocks are counted from 0 in each
+            list of blocks by itself, so that of a network with spatial and temporal blocks ``range(5)`` means five of each.
+            The authors' code wants exact timesteps, which other numbers of steps don't have.
     """
 
     spatial_range: int | None = 2
@@ -145,7 +146,7 @@ class PAB(Method):
 
     def _reuses(self, site: Site, step: int, facts: Facts, mlp: Mapping[int, set[int]]) -> bool:
         if site.kind is SiteKind.MLP:
-            return step in mlp.get(site.block, ())
+            return step in mlp.get(_number(site), ())
         lo, hi = self.window
         every = self._range(site.kind)
         return every is not None and lo < facts.timesteps[step] < hi and (step - facts.first_step) % every != 0
@@ -159,7 +160,7 @@ class PAB(Method):
         }.get(kind)
 
     def _mlp_steps(self, facts: Facts) -> dict[int, set[int]]:
-        """For every block the steps at which its MLP is reused."""
+        """For every block, by its number in its list, the steps at which its MLP is reused."""
         computed: dict[int, set[int]] = {}
         reused: dict[int, set[int]] = {}
         for timestep, (blocks, skip_count) in self.mlp.items():
@@ -170,10 +171,10 @@ class PAB(Method):
         return {block: steps - computed[block] for block, steps in reused.items()}
 
     def _check_fits(self, facts: Facts) -> None:
-        num_blocks = 1 + max(site.block for site in facts.sites)
+        num_blocks = 1 + max(map(_number, facts.sites))
         odd = sorted(block for blocks, _ in self.mlp.values() for block in blocks if block >= num_blocks)
         if odd:
-            raise MethodError(f"PAB's mlp names block {odd[0]}, but the network has {num_blocks} blocks")
+            raise MethodError(f"PAB's mlp names block {odd[0]}, but the network has {num_blocks} blocks in a list")
         if all(every in (None, 1) for every in (self.spatial_range, self.temporal_range, self.cross_range)):
             return
         if not self.mlp and all(self._range(site.kind) in (None, 1) for site in facts.sites):
@@ -185,6 +186,10 @@ class PAB(Method):
                 f"none of the scheduler's timesteps ({_span(facts.timesteps)}) lies in PAB's window {self.window}: give the "
                 "window in the scheduler's own timesteps"
             )
+
+
+def _number(site: Site) -> int:
+    return site.block if site.in_list is None else site.in_list
 
 
 def _nearest(timesteps: Sequence[float], wanted: float) -> int:
