@@ -34,7 +34,7 @@ _METHODS = {
     "forecast": lambda: TaylorSeer(2, 2, 3),
     "stack": lambda: EBCache(CacheTable((C, B, B, C, B, C), forecast_order=1, fill="stack")),
     "run-time decision": lambda: TeaCache(threshold=1.0),
-    "run-time decision, forecast": lambda: DBCache(1, 1, 1.0, warmup=2, forecast_order=1),
+    "run-time decision, forecast": lambda: DBCache(1, 1, 1.0, warmup=2, forecast_order=1, max_accumulated=1.5),
 }
 
 

@@ -37,7 +37,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "output": lambda: ABCache(order=2, warmup=2, interval=3),
     "partial": lambda: ToCa(interval=3, fresh_ratio=0.25, middle_interval=None, selection="random"),
     "run-time decision": lambda: TeaCache(threshold=1.0),
-    "run-time decision, forecast": lambda: DBCache(1, 1, 1.0, warmup=2, forecast_order=1),
+    "run-time decision, forecast": lambda: DBCache(1, 1, 1.0, warmup=2, forecast_order=1, max_accumulated=1.5),
 }
 
 

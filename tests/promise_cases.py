@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusers import DDPMScheduler
 from torch import nn
@@ -98,12 +98,12 @@ CASES = [
     Case("l2c", lambda: L2C(_router(-9.0)), lambda: L2C(_router(9.0))),
     Case("ditfastattn", lambda: DiTFastAttn(_attention("CWRWCR"), 3), lambda: DiTFastAttn(_attention("CCCCCC"), 3)),
     Case("pab", lambda: PAB(2, 2, 2, (0, 999), {700: ((1,), 1)}), lambda: PAB(1, 1, 1)),
-    Case("smoothcache", lambda: SmoothCache(TABLE), lambda: SmoothCache(ALL_COMPUTED)),
+    Case("smoothcache", lambda: SmoothCache(replace(TABLE, eps_scale=())), lambda: SmoothCache(ALL_COMPUTED)),
     Case("deepcache", lambda: DeepCache(2), lambda: DeepCache(1), _unet, inner="conv_in"),
     Case("taylorseer", lambda: TaylorSeer(2, 2, 2), lambda: TaylorSeer(1)),
     Case("taylorseer, lite", lambda: TaylorSeer(3, 1, 2, lite=True), lambda: TaylorSeer(1, lite=True)),
     Case("teacache", lambda: TeaCache(threshold=1.0), lambda: TeaCache(threshold=0.0)),
-    Case("dbcache", lambda: DBCache(1, 1, 1.0, warmup=2), lambda: DBCache(1, 1, 0.0)),
+    Case("dbcache", lambda: DBCache(1, 1, 1.0, warmup=2, max_accumulated=1.5), lambda: DBCache(1, 1, 0.0)),
     Case("magcache", lambda: MagCache((1.0,) * 6, 0.1, 2), lambda: MagCache((1.0,) * 6, max_consecutive=0)),
     Case("epsilon-scaling", EpsilonScaling, lambda: EpsilonScaling(1.0), skips=False),
     Case("time-shift", TimeShift, lambda: TimeShift(cutoff=1000), skips=False),

@@ -24,9 +24,10 @@ from sostenuto import (
     StepState,
     TaylorSeer,
     TeaCache,
+    TimeShift,
     ToCa,
 )
-from sostenuto.methods.base import Facts
+from sostenuto.methods.base import Combination, Facts
 from sostenuto.plan import Plan
 from tiny_pixart import build_pixart, naive_cached, sample_pixart
 from unets import build_plain
@@ -192,3 +193,9 @@ def test_a_plan_of_another_length_is_refused_beside_others_too(scheduler):
             pytest.raises(MethodError, match="the plan has 5 steps, the sampler runs 6"),
         ):
             sample_loop(model, scheduler)
+
+
+def test_a_combination_within_one_shifts_the_time_only_where_a_part_does():
+    inner = Combination((FORA(2), EpsilonScaling(1.01)))
+    assert not inner.shifts_time
+    assert Combination((inner, TimeShift())).shifts_time

@@ -321,7 +321,7 @@ def test_a_mask_is_refused_where_the_window_is_to_run(tiny):
         (lambda: DiTFastAttnCalibration(theta=0), "theta must be a number above 0"),
         (lambda: DiTFastAttnCalibration(theta=float("nan")), "theta must be a number above 0"),
         (lambda: DiTFastAttnCalibration(window=-1), "window must be a whole number"),
-        (lambda: DiTFastAttnCalibration(conditional_half=None), "not None"),
+        (lambda: DiTFastAttnCalibration(conditional_half="both"), "conditional_half must be"),
         (lambda: DiTFastAttnCalibration(loss="ratio"), "ratio_abs"),
         (lambda: DiTFastAttnCalibration(candidates=()), "one at least"),
         (lambda: DiTFastAttnCalibration(candidates=(Action.PARTIAL,)), r"Action\.WINDOW"),

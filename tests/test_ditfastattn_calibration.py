@@ -9,6 +9,9 @@ from naive_attention import SITES, WG, C, G, R, W, guided_loop, naive_copy
 from sostenuto import CacheTable, DiTFastAttn, DiTFastAttnCalibration, TableError
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
+from sostenuto.methods.ditfastattn import usual_half
+from sostenuto.zoo import TINY_MODELS
+from tiny_pixart import build_pixart
 
 
 def test_the_loss_by_hand():
@@ -128,7 +131,7 @@ def test_the_presets_are_the_published_ones():
     assert (d3.theta, d3.window, d3.conditional_half) == (0.075, 128, "first")
     assert DiTFastAttnCalibration.pixart_alpha(6) == DiTFastAttnCalibration(0.15, 512, "second")
     assert DiTFastAttnCalibration.pixart_sigma(1).window == DiTFastAttn.pixart_sigma().window == 2048
-    assert DiTFastAttnCalibration.open_sora(5, 50) == DiTFastAttnCalibration(0.05, 50)
+    assert DiTFastAttnCalibration.open_sora(5, 50) == DiTFastAttnCalibration(0.05, 50, "first")
     assert DiTFastAttn.open_sora() == DiTFastAttn(window=200, conditional_half="first")
 
 
@@ -140,3 +143,9 @@ def test_the_command_line_calibrates_and_takes_the_table(tmp_path, capsys):
     assert method == DiTFastAttn(path)
     assert CacheTable.load(path).calibration["theta"] == 100
     capsys.readouterr()
+
+
+def test_the_conditional_half_is_where_the_pipelines_of_such_a_network_put_it(tiny):
+    assert usual_half(tiny) == "first"  # class labels
+    assert usual_half(build_pixart()) == "second"  # prompts
+    assert usual_half(TINY_MODELS["FluxTransformer2DModel"].build()) == "second"

@@ -18,6 +18,11 @@ import bench_tables
 import results_tables
 
 ROOT = results_tables.ROOT
+SLOW_PAGES = {"combining", "ditfastattn", "eb-cache", "epsilon-scaling", "feb-cache", "l2c"}  # they calibrate, or train
+METHOD_PAGES = [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] * (page.stem in SLOW_PAGES))
+    for page in sorted((ROOT / "docs" / "methods").glob("*.md"))
+]
 GUIDES = {"README.md": [], "docs/index.md": ["table.json"], "docs/how-to/calibrate.md": ["table.json"]}
 
 
@@ -31,10 +36,20 @@ def test_measured_tables_are_those_of_the_result_files():
 @pytest.mark.parametrize("guide", GUIDES)
 def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "guide"}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, guide, "exec", dont_inherit=True), names)
+    run_the_code_of(ROOT / guide)
     assert {name for name in GUIDES[guide] if not (tmp_path / name).is_file()} == set()
+
+
+def run_the_code_of(page):
+    names = {"__name__": "guide"}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES)
+def test_the_code_of_a_methods_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_the_code_of(page)
 
 
 def test_every_public_name_is_in_the_reference():

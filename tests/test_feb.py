@@ -100,7 +100,8 @@ def test_the_predicted_noise_is_scaled_by_the_curve_unless_told_otherwise(model)
 
 
 def test_the_published_scale_is_a_preset_for_a_table_of_ones_own():
-    assert FEBCache.dit_xl_2(TABLE) == FEBCache(TABLE, b_high=0.98, b_low=0.96, tau_threshold=0.4)
+    published = dict(b_high=0.98, b_low=0.96, tau_threshold=0.4, denominator="as_reported")
+    assert FEBCache.dit_xl_2(TABLE) == FEBCache(TABLE, **published)
 
 
 def test_a_multiplier_counts_where_febs_calibration_found_it(model):
@@ -209,7 +210,7 @@ def test_norms_compare_the_unscaled_uncached_with_the_scaled_cached_prediction_o
             single = ("mlp", ("ff",)) if step < 6 else ("attn", ("attn1",))
             for name, kinds in (("both", ("ff", "attn1")), single):
                 cached, _ = forward(kinds, before)
-                gap = (rms(fresh) - curve[step] * rms(cached)).abs().mean().item()
+                gap = abs((rms(fresh) - curve[step] * rms(cached)).mean().item())
                 assert table.calibration["norms"][step][f"reuse-{name}"] == pytest.approx(gap, rel=1e-3, abs=1e-5)
             assert len(table.calibration["norms"][step]) == 2
         before = computed
@@ -296,3 +297,18 @@ def test_each_method_takes_the_table_that_ships_for_it():
     taus = normalized_times(50)
     shipped = FEBCache().prepare(pipe.transformer, pipe.scheduler).table
     assert shipped.eps_scale == pytest.approx([shipped.calibration["multiplier"] * b for b in noise_scale_curve(taus)])
+
+
+def test_a_table_runs_with_the_curve_that_it_was_calibrated_with(model, tmp_path):
+    other = dict(b_high=0.99, b_low=0.9, tau_threshold=0.2, denominator="symmetric")
+    table = calibrate(model, FEBCalibration(target_fraction=0.7, **other), steps=6)
+    curve = noise_scale_curve(normalized_times(6), **other)
+    assert table.eps_scale == curve
+    table.save(tmp_path / "t.json")
+    expected, _ = run(model, EBCache(table), 6)
+    assert torch.equal(run(model, FEBCache(tmp_path / "t.json"), 6)[0], expected)
+    published = {"b_high": 0.98, "b_low": 0.96, "tau_threshold": 0.4, "denominator": "as_reported"}
+    own, _ = run(model, FEBCache(table, **published), 6)
+    assert torch.equal(own, run(model, EBCache(table, noise_scale_curve(normalized_times(6))), 6)[0])
+    with pytest.raises(TableError, match=r"calibration\.options: b_low must be a finite number above 0, not 'low'"):
+        run(model, FEBCache(CacheTable(STATES, method="feb", calibration={"options": {"b_low": "low"}})))

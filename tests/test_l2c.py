@@ -140,6 +140,19 @@ def test_wrong_arguments_are_refused_with_the_value(tiny, scheduler):
         L2C.dit_xl_2("router.safetensors", resolution=128)
     assert L2C.dit_xl_2("a", 512).threshold == 0.9
     assert L2C.dit_xl_2("a").threshold == L2C.dit_l_2("a").threshold == 0.1
+
+
+def test_the_threshold_of_the_training_counts_unless_another_one_is_given(tiny, scheduler):
+    def plan(method):
+        with sostenuto.enable(tiny, method, scheduler=scheduler) as handle:
+            sample_loop(tiny, scheduler, 6)
+            return [[action == "compute" for action in row] for row in handle.stats.plan]
+
+    router = random_router(6, training={"threshold": 0.6})
+    assert plan(L2C(router)) == [list(row) for row in router.mask(0.6)] != [list(row) for row in router.mask(0.1)]
+    assert plan(L2C(router, 0.1)) == plan(L2C(random_router(6))) == [list(row) for row in router.mask(0.1)]
+    with pytest.raises(MethodError, match="was trained with must be a number"):
+        plan(L2C(random_router(6, training={"threshold": "high"})))
     with pytest.raises(MethodError, match="no router ships"):
         sostenuto.enable(tiny, "l2c", scheduler=scheduler)
 

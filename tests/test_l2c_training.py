@@ -294,6 +294,13 @@ def test_published_settings_are_those_of_the_paper():
         L2CCalibration.dit_xl_2(draw, 20, resolution=512)
 
 
+def test_a_published_penalty_is_refused_for_another_number_of_steps(tiny):
+    with pytest.raises(MethodError, match="published for 50 steps, and you train for 20"):
+        sostenuto.calibrate(
+            tiny, L2CCalibration.dit_xl_2(draw), scheduler=ddim(), num_inference_steps=20, num_samples=1
+        )
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A training set of 24 random images and labels in IDX files."""

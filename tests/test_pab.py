@@ -9,6 +9,7 @@ from conftest import sample_loop
 from sostenuto import PAB, MethodError, Site, SiteKind
 from sostenuto.methods.base import Facts
 from sostenuto.plan import Action
+from sostenuto.zoo import TINY_MODELS
 from tiny_pixart import build_pixart, naive_cached, sample_pixart
 
 KINDS = (
@@ -148,3 +149,14 @@ def test_what_would_be_a_silent_no_op_is_refused(tiny, scheduler):
     ):
         with sostenuto.enable(tiny, method, scheduler=scheduler), pytest.raises(MethodError, match=words):
             sample_loop(tiny, scheduler)
+
+
+def test_blocks_are_counted_in_each_list_by_itself():
+    """Latte's five blocks are five over space and five over time."""
+    model = TINY_MODELS["LatteTransformer3DModel"].build()
+    sites = [site for site in sostenuto.inspect(model) if site.kind is SiteKind.MLP]
+    timesteps = tuple(range(900, -1, -100))
+    plan = PAB(None, None, None, mlp={500: ((0,), 2)}).plan(Facts(sites, timesteps, model, None))
+    reused = {site.id for site, action in zip(sites, plan.actions[5], strict=True) if action is Action.REUSE}
+    assert len(sites) >= 4
+    assert {name.rpartition(".ff")[0] for name in reused} == {"transformer_blocks.0", "temporal_transformer_blocks.0"}

@@ -1,11 +1,11 @@
-"""What a range of blocks adds, where it begins in one list of blocks and ends in another that lays its streams out in another way."""
+"""What a range of blocks adds, where it ends in another list of blocks, which lays its streams out in another way."""
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import sostenuto
-from sostenuto import CacheTable, EBCache, MagCacheCalibration, StepState
+from sostenuto import CacheTable, EBCache, StepState
 from sostenuto.zoo import TINY_MODELS
 
 LISTS = {  # the first block and the module behind the last one

@@ -355,3 +355,9 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "'fora' has no calibration" in capsys.readouterr().err
     assert main(["generate", "--method", "fora", "--table", table]) == 1
     assert "--table" in capsys.readouterr().err
+
+
+def test_a_table_that_scales_the_noise_is_refused_with_what_runs_it(model):
+    table = CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH), eps_scale=(1.0, 0.98))
+    with pytest.raises(MethodError, match=r"which SmoothCache does not: run it with EBCache\(table\)"):
+        sostenuto.enable(model, SmoothCache(table), scheduler=model.scheduler_for_test)

@@ -275,3 +275,18 @@ def test_parameters_out_of_range_are_refused(name, value):
 def test_ratio_schedules_out_of_range_are_refused(wrong):
     with pytest.raises(MethodError, match="a RatioSchedule's"):
         RatioSchedule(**wrong)
+
+
+def test_scores_come_from_the_last_full_step_though_mlps_were_computed_since(tiny, scheduler):
+    """With a falling ratio all tokens of the MLPs run at the first partial step, and fewer at the next ones."""
+    method = ToCa(interval=4, fresh_ratio=0.9, selection="attention", ratio_schedule="pixart", spatial_bonus=0, **EVEN)
+    with sostenuto.enable(tiny, method, scheduler=scheduler) as handle:
+        assert torch.isfinite(sample_loop(tiny, scheduler, 12)[0]).all()
+        assert any("partial" in row and "compute" in row[1:] for row in handle.stats.plan)
+
+
+def test_factors_of_streams_are_for_networks_that_have_both(tiny, scheduler):
+    schedule = RATIO_SCHEDULES["flux"]
+    double, single = site(SiteKind.MLP, 0), site(SiteKind.FUSED, 1, "single_transformer_blocks")
+    assert schedule.fit([double, single]) is schedule
+    assert schedule.fit([double]).share(double, 1, 0, 50) == pytest.approx(1.0)

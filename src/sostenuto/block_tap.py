@@ -50,7 +50,7 @@ class BlocksTap(Tap):
         self.blocks = [denoiser.get_submodule(member.path) for member in members]
         self._streams = [_Streams(member, module) for member, module in zip(members, self.blocks, strict=True)]
         self._is_one_list = members[0].place is members[-1].place
-        self._turns = anatomy_of(denoiser).interleaved and not self._is_one_list
+        self._turns = site.residual and anatomy_of(denoiser).interleaved and not self._is_one_list
         self._in_place = any(place.place.in_place for place in places[: site.last_block + 1])
         front = next((place for place in places[: site.block] if place.place.whole), None)
         if watch == "front-residual":
@@ -152,7 +152,8 @@ class BlocksTap(Tap):
         op = self.op
         if op == Op.COMPUTE or op == Op.SKIP or op == Op.OUTSIDE:
             return
-        self._entry = self._streams[-1].joined(streams, streams.given(args, kwargs))
+        given = streams.given(args, kwargs)
+        self._entry = self._streams[-1].joined(streams, given) if self.site.residual else given
         if op == Op.STORE:
             if self.site.residual:
                 self._entry = {name: self._as_it_is(stream) for name, stream in self._entry.items()}

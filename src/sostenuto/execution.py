@@ -128,7 +128,7 @@ class Executor:
             (tap, kept(tap.slots[0])) for tap in map(taps.__getitem__, row.read) if tap.op in (Op.REUSE, Op.PARTIAL)
         ]
         written = [versions(slot) + (tap.op == Op.PARTIAL) for tap, slot in read]  # a partial site writes once
-        if state.selector is not None and step in state.program.refreshed:
+        if state.selector is not None and step in state.program.scored:
             for observer, index in zip(self._observers, self._observed_at, strict=True):
                 if index is None or ops[index].action is Action.COMPUTE:
                     observer.hear = state.selector.observe

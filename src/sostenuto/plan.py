@@ -197,14 +197,15 @@ class Program:
         history: ``[step][site]``, the steps whose outputs a ``FORECAST`` combines, newest first, otherwise ``()``.
         last_reader: for each site the last step that reads its kept outputs (−1: none), after which they are freed.
         last_residual_reader: the same for its kept residual.
-        refreshed: the steps some of whose outputs a later ``PARTIAL`` writes into: there tokens are scored.
+        scored: the steps at which tokens are scored: the newest ones before a ``PARTIAL`` that computed a site in full, but for
+            those that are partial themselves.
     """
 
     ops: tuple[tuple[Op, ...], ...]
     history: tuple[tuple[tuple[int, ...], ...], ...]
     last_reader: tuple[int, ...]
     last_residual_reader: tuple[int, ...]
-    refreshed: frozenset[int] = frozenset()
+    scored: frozenset[int] = frozenset()
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -239,12 +240,13 @@ def lower(plan: Plan, start: int = 0) -> Program:
     ops = [[Op.COMPUTE] * num_sites for _ in range(plan.num_steps)]
     history: list[list[tuple[int, ...]]] = [[()] * num_sites for _ in range(plan.num_steps)]
     last_reader, last_residual_reader = [-1] * num_sites, [-1] * num_sites
-    refreshed: set[int] = set()
+    newest: list[set[int]] = [set() for _ in range(plan.num_steps)]  # by step, those at which a site was last computed
     for site in range(num_sites):
         computed: list[int] = []  # newest first
         full = start  # the newest step with full attention
         for step in range(start, plan.num_steps):
             action = plan.actions[step][site]
+            newest[step].update(computed[:1])
             if action is Action.COMPUTE or not computed:
                 computed.insert(0, step)
                 full = step
@@ -265,7 +267,6 @@ def lower(plan: Plan, start: int = 0) -> Program:
             read = tuple(computed[:depth])
             if action is Action.PARTIAL:
                 ops[step][site] = Op.PARTIAL
-                refreshed.update(read)
             else:
                 ops[step][site] = Op.REUSE if len(read) == 1 else Op.FORECAST
             history[step][site] = read
@@ -274,12 +275,13 @@ def lower(plan: Plan, start: int = 0) -> Program:
                 ops[source][site] = Op.EXTEND if ops[source][site].is_filled else ops[source][site] | Op.STORE
             if plan.keep_forecasts and action is Action.FORECAST:
                 computed.insert(0, step)
+    partial = {step for step, row in enumerate(ops) if Op.PARTIAL in row}
     return Program(
         ops=tuple(() if step < start else tuple(row) for step, row in enumerate(ops)),
         history=tuple(tuple(row) for row in history),
         last_reader=tuple(last_reader),
         last_residual_reader=tuple(last_residual_reader),
-        refreshed=frozenset(refreshed),
+        scored=frozenset().union(*(newest[step] for step in partial)) - partial,
     )
 
 

@@ -166,11 +166,12 @@ class Algorithm1:
             if not self._may(candidate):
                 continue
             gaps = self._gap(tick, fresh, self._run(tick, prober, candidate, keep=False), prober)
-            measured[candidate.value] = gaps.mean().item()
             if options.aggregation == "batch_mean":
+                measured[candidate.value] = abs(gaps.mean().item())
                 accepted = measured[candidate.value] < threshold
             else:
-                accepted = (gaps < threshold).float().mean().item() > 0.5
+                measured[candidate.value] = gaps.abs().mean().item()
+                accepted = (gaps.abs() < threshold).float().mean().item() > 0.5
             if accepted:
                 chosen = candidate
                 break
@@ -217,12 +218,12 @@ class Algorithm1:
             self.idle = {group: self.idle.get(group, 0) + 1 for group in state.groups}
 
     def _gap(self, tick: Tick, fresh: Any, cached: Any, prober: Prober) -> torch.Tensor:
-        """One number per sample ``[batch]``: how far the cached prediction is from the fresh one."""
+        """How far each sample's cached prediction is from the fresh one ``[batch]``; a difference of norms has its sign."""
         norm = self.options.norm
         if self.options.criterion == "vector_gap":
             return _norm(prober.prediction(fresh).float() - prober.prediction(cached).float(), norm)
         scale = self.options.noise_scale_at(tick.tau)
-        return (_norm(prober.noise(fresh).float(), norm) - _norm(scale * prober.noise(cached).float(), norm)).abs()
+        return _norm(prober.noise(fresh).float(), norm) - _norm(scale * prober.noise(cached).float(), norm)
 
 
 class NormMatch(Algorithm1):

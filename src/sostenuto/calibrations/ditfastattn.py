@@ -19,7 +19,7 @@ from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number
-from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
+from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention, usual_half
 from sostenuto.plan import Action, Op, Plan, lower
 from sostenuto.probe import Prober
 from sostenuto.progress import Bar, progress
@@ -50,7 +50,7 @@ class DiTFastAttnCalibration(Calibration):
     Attributes:
         theta: the paper's θ, a number above 0; published: D1 … D6 = 0.025, 0.05 … 0.15 for images.
         window: as for :class:`~sostenuto.DiTFastAttn`; ``None``: an eighth of the tokens.
-        conditional_half: as for :class:`~sostenuto.DiTFastAttn`.
+        conditional_half: as for :class:`~sostenuto.DiTFastAttn`; the table keeps it.
         loss: the mean of ``|y − ŷ| / (max(y, ŷ) + 10⁻⁶)``, clipped to 0 … 10, over the network's output: with the larger
             absolute value in the denominator (``"ratio_abs"``), or with the larger signed one as in the official code
             (``"ratio_signed"``), which doesn't count elements where both are negative.
@@ -59,7 +59,7 @@ class DiTFastAttnCalibration(Calibration):
 
     theta: float = 0.1
     window: int | None = None
-    conditional_half: ConditionalHalf = "first"
+    conditional_half: ConditionalHalf | None = None
     loss: Loss = "ratio_abs"
     candidates: tuple[Action, ...] = CANDIDATES
 
@@ -68,7 +68,6 @@ class DiTFastAttnCalibration(Calibration):
     def __post_init__(self) -> None:
         check_number("theta", self.theta, above=0)
         check_attention(self.window, self.conditional_half)
-        check_choice("conditional_half", self.conditional_half, ("first", "second"))
         check_choice("loss", self.loss, ("ratio_abs", "ratio_signed"))
         if not self.candidates or not all(candidate in CANDIDATES for candidate in self.candidates):
             known = ", ".join(f"Action.{action.name}" for action in CANDIDATES)
@@ -127,7 +126,7 @@ class DiTFastAttnCalibration(Calibration):
                     "seed": settings.seed,
                     "theta": self.theta,
                     "window": self.window,
-                    "conditional_half": self.conditional_half,
+                    "conditional_half": self.conditional_half or usual_half(handle._denoiser),
                     "loss": self.loss,
                     "candidates": [candidate.value for candidate in self.candidates],
                     "losses": found[0].losses,

@@ -65,6 +65,7 @@ class L2CCalibration(Calibration):
         straight_through: the gated call uses the thresholded gates, and gradients pass as if it had used β.
         checkpoint: a safetensors file that is written on the way, and gone on from where it is there.
         checkpoint_every: iterations between two writes of it.
+        made_for: steps of the sampler that λ belongs to; another number is refused. ``None``: any.
     """
 
     data: Data | None = None
@@ -76,6 +77,7 @@ class L2CCalibration(Calibration):
     straight_through: bool = False
     checkpoint: str | Path | None = None
     checkpoint_every: int = 100
+    made_for: int | None = None
 
     method: ClassVar[str] = "l2c"
 
@@ -106,7 +108,7 @@ class L2CCalibration(Calibration):
                 f"L2C published nothing for {model} at {resolution} with {steps} steps: choose λ yourself"
             )
         penalty, learning_rate = settings[steps]
-        return cls(data, penalty, learning_rate, threshold)
+        return cls(data, penalty, learning_rate, threshold, made_for=steps)
 
     @classmethod
     def demo(cls, num_inference_steps: int = 20, folder: str | Path | None = None) -> L2CCalibration:
@@ -140,6 +142,11 @@ class L2CCalibration(Calibration):
             raise MethodError(
                 "L2C learns from clean latents: pass L2CCalibration(data) with data(generator, batch_size) → (latents, "
                 "keyword arguments of the denoiser's call)"
+            )
+        if self.made_for not in (None, settings.num_inference_steps):
+            raise MethodError(
+                f"this λ was published for {self.made_for} steps, and you train for {settings.num_inference_steps}: give the "
+                "preset that number, or choose λ yourself"
             )
         with attach(settings.target, NoCache(), scheduler=settings.scheduler) as handle:
             if handle._mount.compiled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -29,6 +29,8 @@ class Calibrate:
     """The error that compressed attention may cause (ditfastattn); published: 0.025 to 0.15."""
     window: int | None = None
     """Tokens to each side that a token attends to (ditfastattn); by default an eighth of all."""
+    conditional_half: Literal["first", "second"] | None = None
+    """Where a guided batch has its conditional half (ditfastattn); by default where diffusers' pipelines put it."""
     num_samples: int = 8
     search_images: int = 200
     """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
@@ -156,7 +158,7 @@ class Calibrate:
             raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
         self._refuse("penalty", "num_iterations")  # of the training of routers
         kind = known[self.choice.method]
-        names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window")
+        names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window", "conditional_half")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         takes = inspect.signature(kind).parameters
         target = given.pop("target_fraction", None) if "target_fraction" not in takes else None

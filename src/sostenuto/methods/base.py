@@ -292,6 +292,10 @@ class Combination(Method):
     def observed(self, denoiser: nn.Module) -> list[str]:  # noqa: D102
         return self._one.observed(denoiser)
 
+    @property
+    def shifts_time(self) -> bool:  # noqa: D102
+        return any(m.shifts_time for m in self.methods)
+
     def time_shifter(self, facts: Facts) -> TimeShifter | None:  # noqa: D102
         return next((m.time_shifter(facts) for m in self.methods if m.shifts_time), None)
 

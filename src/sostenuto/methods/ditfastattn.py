@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import AttentionTap, ConditionalHalf
 from sostenuto.errors import MethodError
 from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.methods.tabled import TableMethod
 from sostenuto.sites import Site, inspect
+from sostenuto.source import accepts
 from sostenuto.table import CacheTable
 
 
@@ -39,7 +41,8 @@ class DiTFastAttn(TableMethod):
         window: tokens to each side that a token attends to, 1 or more; one that covers all tokens is full attention. By
             default the table's, where that has none an eighth of the tokens, as published for every image size.
         conditional_half: where the conditional pass lies in a guided batch: ``"first"`` as in diffusers' DiT pipeline, or
-            ``"second"`` as in its text-to-image pipelines. By default the table's, else ``"first"``.
+            ``"second"`` as in its text-to-image pipelines. By default the table's, else that of diffusers' pipelines for such
+            a network.
         forecast_order: how a reused output is filled: 0, as in the paper, with the last value; 1 by linear extrapolation; …
     """
 
@@ -93,7 +96,7 @@ class DiTFastAttn(TableMethod):
 
     def tap(self, site: Site, denoiser: nn.Module) -> AttentionTap:
         """Attention that can run over a window or for half of the batch."""
-        return AttentionTap(site, denoiser, self.window, self.conditional_half or "first")
+        return AttentionTap(site, denoiser, self.window, self.conditional_half or usual_half(denoiser))
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> DiTFastAttn:
         """Load the table, refuse one that was made for something else, and take from it what was not given."""
@@ -102,9 +105,15 @@ class DiTFastAttn(TableMethod):
         assert isinstance(method.table, CacheTable)
         made_with = method.table.calibration
         window = made_with.get("window") if self.window is None else self.window
-        half = self.conditional_half or made_with.get("conditional_half")
+        half = self.conditional_half or made_with.get("conditional_half") or usual_half(denoiser)
         check_attention(window, half)
         return replace(method, window=window, conditional_half=half)
+
+
+def usual_half(denoiser: nn.Module) -> ConditionalHalf:
+    """Where diffusers' pipelines put the conditional pass: behind the other one, where the network is given a prompt."""
+    kind = type(compat.unwrapped(denoiser))
+    return "second" if accepts(kind, "encoder_hidden_states") and not accepts(kind, "class_labels") else "first"
 
 
 def check_attention(window: object, conditional_half: object) -> None:

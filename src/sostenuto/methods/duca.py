@@ -61,9 +61,9 @@ class DuCa(TokenCycle):
         return StepKind.PARTIAL if conservative else StepKind.AGGRESSIVE
 
     @classmethod
-    def dit_xl_2(cls) -> DuCa:
-        """DiT-XL/2 256², DDIM with 50 steps: N = 3, 5 % of the tokens."""
-        return cls()
+    def dit_xl_2(cls, interval: int = 3) -> DuCa:
+        """DiT-XL/2 256², DDIM with 50 steps: N = 3 (also 5), 5 % of the tokens."""
+        return cls(interval=interval)
 
     @classmethod
     def pixart_alpha(cls) -> DuCa:
@@ -80,14 +80,14 @@ class DuCa(TokenCycle):
     @classmethod
     def open_sora(cls) -> DuCa:
         """Open-Sora 1.2, rectified flow with 30 steps: F C A, cross-attention F C A C C A, 10 %, the first three steps full."""
-        return cls._at_random(
+        return cls._evenly(
             fresh_ratio=0.1, ratio_schedule="open-sora", anchor="start", first_full_steps=3, cross_attention_every=2
         )
 
     @classmethod
-    def flux_dev(cls) -> DuCa:
-        """FLUX.1-dev, 50 steps: N = 5 (to 10), 10 % of the tokens, the first three steps full."""
-        return cls._counted_upward(5, 0.1, "flux", first_full_steps=3)
+    def flux_dev(cls, interval: int = 5) -> DuCa:
+        """FLUX.1-dev, 50 steps: N = 5 (also 7, 10), 10 % of the tokens, the first three steps full."""
+        return cls._counted_upward(interval, 0.1, "flux", first_full_steps=3)
 
     @classmethod
     def hunyuan_video(cls) -> DuCa:
@@ -95,15 +95,15 @@ class DuCa(TokenCycle):
         return cls._counted_upward(5, 0.1)
 
     @classmethod
-    def qwen_image(cls) -> DuCa:
+    def qwen_image(cls, interval: int = 9, fresh_ratio: float = 0.2) -> DuCa:
         """Qwen-Image, 50 steps: N = 9, 20 % of the tokens (also N = 12 with 10 %)."""
-        return cls._counted_upward(9, 0.2)
+        return cls._counted_upward(interval, fresh_ratio)
 
     @classmethod
     def _counted_upward(
         cls, interval: int, fresh_ratio: float, ratio_schedule: str = "constant", first_full_steps: int = 1
     ) -> DuCa:
-        return cls._at_random(
+        return cls._evenly(
             interval=interval,
             fresh_ratio=fresh_ratio,
             ratio_schedule=ratio_schedule,

@@ -222,6 +222,8 @@ class EpsilonScaling(Method):
 
 def _of_x0_only(step: int, scale: float, share: float) -> float:
     """The factor of all the noise that does what 1/λ in x₀ alone does."""
+    if scale == 1:
+        return 1.0
     if share >= 1 or 1 / scale <= share:
         raise MethodError(
             f"in x₀ alone, λ = {scale:g} moves step {step} further than the step itself goes (to λ = {1 / share:.4g} at most): "

@@ -40,19 +40,19 @@ class FORA(Method):
         check_forecast_order(self.forecast_order)
 
     @classmethod
-    def dit_xl_2(cls) -> FORA:
-        """DiT-XL/2 256², DDIM with 50 steps: N = 3 (N = 2 to 5 were also published)."""
-        return cls(interval=3)
+    def dit_xl_2(cls, interval: int = 3) -> FORA:
+        """DiT-XL/2 256², DDIM with 50 steps: N = 3 (N = 2 to 5 were published)."""
+        return cls(interval=interval)
 
     @classmethod
-    def pixart_alpha(cls) -> FORA:
+    def pixart_alpha(cls, interval: int = 3) -> FORA:
         """PixArt-α 256², DPM-Solver++ with 20 steps: N = 3 (N = 2 to 4 were published)."""
-        return cls(interval=3)
+        return cls(interval=interval)
 
     @classmethod
-    def flux_dev(cls) -> FORA:
+    def flux_dev(cls, interval: int = 3) -> FORA:
         """FLUX.1-dev, 50 steps: N = 3 (also 6): 18 computed (10), which is nearest to the published FLOPs."""
-        return cls(interval=3)
+        return cls(interval=interval)
 
     @classmethod
     def hunyuan_video(cls) -> FORA:
@@ -60,9 +60,9 @@ class FORA(Method):
         return cls(interval=5, anchor="start")
 
     @classmethod
-    def qwen_image(cls) -> FORA:
+    def qwen_image(cls, interval: int = 4) -> FORA:
         """Qwen-Image, 50 steps: N = 4 (also 6), counted from the first step: 13 computed, as the published FLOPs tell."""
-        return cls(interval=4, anchor="start")
+        return cls(interval=interval, anchor="start")
 
     def plan(self, facts: Facts) -> Plan:
         """Compute at the first step and at every multiple of the interval."""

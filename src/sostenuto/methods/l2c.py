@@ -27,11 +27,12 @@ class L2C(Method):
 
     Attributes:
         router: the trained router, or its file; by default the one that ships for this model, scheduler and number of steps.
-        threshold: the paper's θ, 0 or more and below 1: branches of a greater β are computed.
+        threshold: the paper's θ, 0 or more and below 1: branches of a greater β are computed. By default the one that the
+            router was trained with, of a router that names none 0.1.
     """
 
     router: Router | str | Path | None = None
-    threshold: float = 0.1
+    threshold: float | None = None
 
     name: ClassVar[str] = "l2c"
     paper: ClassVar[str] = "arXiv 2406.01733"
@@ -43,7 +44,8 @@ class L2C(Method):
     def __post_init__(self) -> None:
         if self.router is not None and not isinstance(self.router, (Router, str, Path)):
             raise MethodError(f"L2C's router is a Router or the path of one, not {self.router!r}")
-        check_number("L2C's threshold", self.threshold, least=0, below=1)
+        if self.threshold is not None:
+            check_number("L2C's threshold", self.threshold, least=0, below=1)
 
     @classmethod
     def dit_xl_2(cls, router: Router | str | Path, resolution: int = 256) -> L2C:
@@ -73,4 +75,6 @@ class L2C(Method):
         router = self.router or shipped_router(facts.denoiser, facts.scheduler, facts.num_steps)
         assert isinstance(router, Router)
         router.check_steps(facts.timesteps)
-        return router.to_table(self.threshold).plan(facts.sites)
+        threshold = router.training.get("threshold", 0.1) if self.threshold is None else self.threshold
+        check_number("the threshold that an L2C router was trained with", threshold, least=0, below=1)
+        return router.to_table(threshold).plan(facts.sites)

@@ -109,9 +109,14 @@ class MagCache(Method):
         return cls(ratios, threshold=0.24, max_consecutive=5, retention=0.1, always_computed=(11,))
 
     @classmethod
-    def hunyuan_video(cls, ratios: tuple[float, ...] | MagCacheRatios | str | Path) -> MagCache:
+    def hunyuan_video(
+        cls,
+        ratios: tuple[float, ...] | MagCacheRatios | str | Path,
+        threshold: float = 0.24,
+        max_consecutive: int = 6,
+    ) -> MagCache:
         """HunyuanVideo: δ = 0.24, K = 6, retention 0.2 (2.8×), for ratios of your own; 0.12 and 4 are slower and closer."""
-        return cls(ratios, threshold=0.24, max_consecutive=6, retention=0.2)
+        return cls(ratios, threshold=threshold, max_consecutive=max_consecutive, retention=0.2)
 
     @classmethod
     def wan_1_3b(cls, ratios: tuple[float, ...] | MagCacheRatios | str | Path) -> MagCache:

@@ -50,6 +50,11 @@ class TableMethod(Method):
         """Load the table and refuse one that was made for something else."""
         table = shipped_table(denoiser, scheduler, self.name) if self.table is None else loaded(self.table)
         table.check(denoiser, scheduler)
+        if any(scale != 1 for scale in table.eps_scale) and not isinstance(self, ScaledTableMethod):
+            raise MethodError(
+                f"the cache table scales the predicted noise, which {type(self).__name__} does not: run it with "
+                "EBCache(table), or drop its factors with dataclasses.replace(table, eps_scale=())"
+            )
         if self.forecast_order is not None:
             table = table.filled(self.forecast_order)
         made = replace(self, table=table)

@@ -56,14 +56,14 @@ class TaylorSeer(Method):
         check_choice("TaylorSeer's differences", self.differences, ("divided", "last-gap"))
 
     @classmethod
-    def dit_xl_2(cls) -> TaylorSeer:
-        """DiT-XL/2, DDIM, 50 steps: published N = 3, O = 3."""
-        return cls(interval=3, order=3, first_enhance=2, differences="last-gap")
+    def dit_xl_2(cls, interval: int = 3, order: int = 3) -> TaylorSeer:
+        """DiT-XL/2, DDIM, 50 steps: published N = 3, O = 3, also N = 5, O = 3; the authors recommend N = 4, O = 4."""
+        return cls(interval=interval, order=order, first_enhance=2, differences="last-gap")
 
     @classmethod
-    def flux_dev(cls) -> TaylorSeer:
-        """FLUX.1-dev, 50 steps: published N = 6, O = 2 (the code's own default is O = 1)."""
-        return cls(interval=6, order=2, first_enhance=3, differences="last-gap")
+    def flux_dev(cls, interval: int = 6, order: int = 2) -> TaylorSeer:
+        """FLUX.1-dev, 50 steps: published N = 3, 6 and 7 with O = 2 (the code's own default is N = 6, O = 1)."""
+        return cls(interval=interval, order=order, first_enhance=3, differences="last-gap")
 
     @classmethod
     def hunyuan_video(cls) -> TaylorSeer:

@@ -62,21 +62,26 @@ class ToCa(TokenCycle):
 
         Which tokens was not published in a form that this network's split attention allows: random ones, as DuCa has them.
         """
-        return cls._at_random(
+        return cls._evenly(
             fresh_ratio=0.1, ratio_schedule="open-sora", anchor="start", first_full_steps=3, cross_attention_every=2
         )
 
     @classmethod
-    def flux_dev(cls) -> ToCa:
-        """FLUX.1-dev, 50 steps: N = 4 (later 5), 10 % of the tokens, the first three steps full.
+    def flux_dev(cls, interval: int = 4, selection: Selection = "attention") -> ToCa:
+        """FLUX.1-dev, 50 steps: N = 4 (also 5, 6, 8, 12), 10 % of the tokens by their attention, the first three steps full.
 
-        Published by attention scores, for which every map is computed a second time; random ones here, as DuCa has them.
+        For the scores every map of a full step is computed a second time; ``selection="random"`` spares that, as DuCa does.
         """
-        return cls._at_random(
-            interval=4, fresh_ratio=0.1, ratio_schedule="flux", anchor="last-full", first_full_steps=3
+        return cls._evenly(
+            selection,
+            interval=interval,
+            fresh_ratio=0.1,
+            ratio_schedule="flux",
+            anchor="last-full",
+            first_full_steps=3,
         )
 
     @classmethod
     def hunyuan_video(cls) -> ToCa:
         """HunyuanVideo, 50 steps: N = 5, 10 % of the tokens, chosen at random as in the later port."""
-        return cls._at_random(interval=5, fresh_ratio=0.1, ratio_schedule="constant", anchor="last-full")
+        return cls._evenly(interval=5, fresh_ratio=0.1, ratio_schedule="constant", anchor="last-full")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +48,7 @@ class RatioSchedule:
         mlp: f_branch of MLPs, 0 or more, also of those that share a projection with attention.
         cross_attention: f_branch of cross-attention, 0 or more. Other attention is never partial.
         ascending: count steps upward: ``f_step = 1 − w + 2w·p/S``, which differs by 2w/S.
-        streams: a further factor for the blocks in lists of these names.
+        streams: a further factor for the blocks in lists of these names, in networks that have them all.
     """
 
     step_weight: float = 0.0
@@ -63,6 +63,11 @@ class RatioSchedule:
             check_finite(f"a RatioSchedule's {name}", getattr(self, name))
         for name, value in (("mlp", self.mlp), ("cross_attention", self.cross_attention), *self.streams):
             check_number(f"a RatioSchedule's factor for {name}", value, least=0)
+
+    def fit(self, sites: Sequence[Site]) -> RatioSchedule:
+        """The schedule for a network: without factors for lists of blocks that it doesn't have all."""
+        lists = {site.id.partition(".")[0] for site in sites}
+        return self if {name for name, _ in self.streams} <= lists else replace(self, streams=())
 
     def share(self, site: Site, num_blocks: int, step: int, num_steps: int) -> float:
         """``f_step · f_layer · f_branch`` of a site, below 0 as 0."""
@@ -157,9 +162,9 @@ class TokenCycle(Method):
         check_number(f"{mine}'s threshold_weight", self.threshold_weight, above=-1, below=1)
 
     @classmethod
-    def _at_random(cls, **options: Any) -> Self:
-        """What later presets share: random tokens, none preferred by its tile, and full steps at equal distances."""
-        return cls(selection="random", spatial_bonus=0.0, threshold_weight=0.0, middle_interval=None, **options)
+    def _evenly(cls, selection: Selection = "random", **options: Any) -> Self:
+        """What later presets share: no token preferred by its tile, full steps at equal distances, random tokens as a rule."""
+        return cls(selection=selection, spatial_bonus=0.0, threshold_weight=0.0, middle_interval=None, **options)
 
     def between(self, offset: int, since_full: int) -> StepKind:
         """The kind of a step that is not full, by its offset ``i mod thr`` and its distance from the last full step."""
@@ -193,7 +198,7 @@ class TokenCycle(Method):
         """One kind a step; in partial steps the ratios by step, depth and branch."""
         kinds = self.kinds(facts.num_steps, facts.first_step)
         named = self.ratio_schedule
-        schedule = named if isinstance(named, RatioSchedule) else RATIO_SCHEDULES[named]
+        schedule = (named if isinstance(named, RatioSchedule) else RATIO_SCHEDULES[named]).fit(facts.sites)
         num_blocks = 1 + max(site.block for site in facts.sites)
         within = [any(larger.covers(site) for larger in facts.sites) for site in facts.sites]
         actions, ratios = [], []
