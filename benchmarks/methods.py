@@ -5,9 +5,10 @@
 Calibrated methods are calibrated first, on 8 samples (DiTFastAttn on 4). Then every setting is timed beside the uncached
 sampler (``--cost macs``: counted), and of each method the setting nearest to each target (within 15 %) is sampled with the
 same noise and labels; a method that gets to none of them has one row at the most it does. EB-Cache's and FEB-Cache's noise
-scale is searched by the distance of some images, as their papers do, and so is one for a second row of some others; no search
-sees the noise of the rows. There is no guidance, so that what caches between its halves has nothing to do. What an interrupted
-run has done is kept in the output folder, and processes can share the sampling: ``--shard 0 2`` and ``--shard 1 2``.
+scale is searched by the distance of some images, as their papers do, and so is one for some others, which have a second row
+where that found another b than 1; no search sees the noise of the rows. There is no guidance, so that what caches between its
+halves has nothing to do. What an interrupted run has done is kept in the output folder, and processes can share the sampling:
+``--shard 0 2`` and ``--shard 1 2``.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ from sostenuto.table import CacheTable
 STEPS = 50
 FRACTIONS = (0.64, 0.48, 0.32)  # of the multiply-accumulates, for the methods that are calibrated to a cost
 NEAR = math.log(1.15)
-COMBINED = ("FORA", "ToCa", "L2C", "TaylorSeer, order 2", "SmoothCache")  # sampled with a noise scale of their own, too
+COMBINED = ("FORA", "ToCa", "L2C", "TaylorSeer, order 2", "SmoothCache")  # for which a noise scale is searched, too
+FEB_SCALES = (*SCALES, 1.02, 1.03)  # what its falling b(τ) is multiplied by
 GREEDY_SAMPLES = 4  # DiTFastAttn tries every layer at every step, with a run of the network for each candidate
 
 
-def with_noise_scale(lab: Lab, method: Method) -> Method:
-    """The method with the constant b that gives the smallest distance of a few images."""
+def best_scale(lab: Lab, method: Method) -> float:
+    """The constant b with which the method gives the smallest distance of a few images."""
     path = lab.folder / "made" / f"scale-{lab.key(method, SCALES, lab.search_images)}.json"
     if not path.exists():
         distances = {}
@@ -57,7 +59,7 @@ def with_noise_scale(lab: Lab, method: Method) -> Method:
             distances[b] = Judge().distance(images)
         best = min(distances, key=distances.__getitem__)
         publish_json(path, {"method": repr(method), "distances": distances, "b": best}, indent=1)
-    return method | sostenuto.EpsilonScaling(1 / json.loads(path.read_text())["b"])
+    return json.loads(path.read_text())["b"]
 
 
 def settings_of_every_method(lab: Lab, only: list[str] | None = None) -> dict[str, list[Method]]:
@@ -78,7 +80,7 @@ def settings_of_every_method(lab: Lab, only: list[str] | None = None) -> dict[st
             recipe: Any = EBCalibration(fill="stack", forecast_order=order, **options)
             eb = partial(lab.calibrated, f"eb-{fraction}-{order}", recipe)
             add(f"EB-Cache{suffix}", sostenuto.EBCache, eb)
-        feb_options = FEBCalibration(forecast_order=0, **options)
+        feb_options = FEBCalibration(forecast_order=0, **{**options, "eps_scale_grid": FEB_SCALES})
         feb = partial(lab.calibrated, f"feb-{fraction}", feb_options)
         add("FEB-Cache", sostenuto.FEBCache, feb)
         own = SmoothCacheCalibration(target_fraction=fraction, max_lag=4)
@@ -93,7 +95,7 @@ def settings_of_every_method(lab: Lab, only: list[str] | None = None) -> dict[st
         )
         fitted = TeaCacheCalibration(target_skipped=1 - fraction)
         add("TeaCache", sostenuto.TeaCache, partial(lab.calibrated, f"tea-{fraction}", fitted, sostenuto.TeaCacheFit))
-    for theta in (0.15, 0.6):  # the largest published one, and far beyond: attention is a small share of this network
+    for theta in (0.1, 0.15):  # the largest are published; attention is a small share of this network
         search = DiTFastAttnCalibration(theta=theta)
         greedy = partial(lab.calibrated, f"ditfastattn-{theta}", search, CacheTable, GREEDY_SAMPLES)
         add("DiTFastAttn", sostenuto.DiTFastAttn, greedy)
@@ -132,9 +134,11 @@ def chosen(
     return sorted(rows, key=lambda row: row[0] or 0)
 
 
-def entries(lab: Lab, grid: dict[str, list[Method]], targets: list[float], cost: str, pairs: int) -> list[Entry]:
-    """The rows; the first is the uncached sampler."""
-    found = [lab.uncached()]
+def entries(
+    lab: Lab, grid: dict[str, list[Method]], targets: list[float], cost: str, pairs: int
+) -> tuple[list[Entry], dict[str, float]]:
+    """The rows, the first of which is the uncached sampler; and the b of those for which one was searched besides."""
+    found, scales = [lab.uncached()], {}
     for target in targets:
         fewer = lab.fewer(1 / target)
         found.append(replace(fewer, name=f"{target:g}x: {fewer.name}"))
@@ -142,8 +146,10 @@ def entries(lab: Lab, grid: dict[str, list[Method]], targets: list[float], cost:
         speed = "at most" if target is None else f"{target:g}x"
         found.append(lab.row(f"{speed}: {name}", method))
         if name in COMBINED and lab.search_images:
-            found.append(lab.row(f"{speed}: {name} | ε-scaling", with_noise_scale(lab, method)))
-    return found
+            b = scales[found[-1].name] = best_scale(lab, method)
+            if b != 1:  # or else it is the row above
+                found.append(lab.row(f"{speed}: {name} | ε-scaling", method | sostenuto.EpsilonScaling(1 / b)))
+    return found, scales
 
 
 def main() -> None:
@@ -159,9 +165,10 @@ def main() -> None:
 
     pipe = load_demo_pipeline()
     lab = Lab(pipe, options.output, "ddim", STEPS, options.dtype, options.search_images)
-    rows = entries(lab, settings_of_every_method(lab, options.only), options.speedups, options.cost, options.pairs)
+    grid = settings_of_every_method(lab, options.only)
+    rows, scales = entries(lab, grid, options.speedups, options.cost, options.pairs)
     settings = {entry.name: repr(entry.method)[:200] for entry in rows}
-    compare(options, rows, pipe, cost=options.cost, settings=settings)
+    compare(options, rows, pipe, cost=options.cost, settings=settings, noise_scales=scales)
 
 
 if __name__ == "__main__":

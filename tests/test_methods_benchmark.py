@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from diffusers import DDIMScheduler
 
-from sostenuto import FORA, L2C, EpsilonScaling, available_methods
+from sostenuto import FORA, L2C, available_methods
 from sostenuto.demo.network import build_denoiser
 from sostenuto.demo.pipeline import DemoPipeline
 from sostenuto.methods.base import parts
@@ -57,10 +57,9 @@ def test_the_noise_scale_of_the_smallest_distance_is_taken_and_kept_and_sees_non
     monkeypatch.setattr(script, "demo_sample", sample)
     left = iter(distances.values())
     monkeypatch.setattr(script, "Judge", lambda: SimpleNamespace(distance=lambda _: next(left)))
-    wanted = FORA(2) | EpsilonScaling(1 / 0.98)
-    assert script.with_noise_scale(lab, FORA(2)) == wanted
+    assert script.best_scale(lab, FORA(2)) == 0.98
     assert given == [(7, SEARCH_SEED)] * 6
-    assert script.with_noise_scale(lab, FORA(2)) == wanted
+    assert script.best_scale(lab, FORA(2)) == 0.98
     assert len(given) == 6  # kept
     assert SEARCH_SEED not in range(900_000)  # a row's batches begin at their seed × 1 000 003 + the first image
 

@@ -284,12 +284,14 @@ class _Streams:
 
     def joined(self, first: _Streams, given: dict[str, Any]) -> dict[str, Any]:
         """What the first block of a range was given, joined where this one, the last, has one stream for its several."""
-        parts = [given.get(name) for name in first._returns]
-        if len(self._streams) > 1 or len(parts) == 1:
+        if len(self._streams) > 1 or len(first._returns) == 1:
             return given
-        if not all(isinstance(part, torch.Tensor) and part.ndim == 3 for part in parts):
+        parts = [
+            part for name in first._returns if isinstance(part := given.get(name), torch.Tensor) and part.ndim == 3
+        ]
+        if len(parts) < len(first._returns) or len({part.shape[2] for part in parts}) > 1:
             return given
-        return {self._streams[0]: torch.cat(parts, 1)} if len({part.shape[2] for part in parts}) == 1 else given
+        return {self._streams[0]: torch.cat(parts, 1)}
 
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""
