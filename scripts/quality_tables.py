@@ -32,6 +32,54 @@ def frontier(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def at_speeds(results: dict[str, Any]) -> str:
+    """What is at hand at each speed, the lowest distance first."""
+    lines = [
+        f"| at | row | measured | by MACs | Fréchet distance (real {results['floor']:.2f}) | PSNR to uncached |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target, rows in _targets(results).items():
+        for row in sorted(rows, key=lambda row: row["frechet_distance"]):
+            name = row["name"].partition(": ")[2].replace(" | ", " + ")
+            lines.append(
+                f"| {target} | {name} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.2f} | "
+                f"{cell(row['psnr'], 1)} |"
+            )
+    uncached = results["rows"][0]["frechet_distance"]
+    return "\n".join(
+        [*lines, "", f"The uncached sampler: {uncached:.2f}. n = {results['n']}, {_seeds(results['seeds'])}."]
+    )
+
+
+def _targets(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows by the speed-up that they are for, those that get to none of them last."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        target, colon, _ = row["name"].partition(": ")
+        if colon:
+            found.setdefault(target.replace("x", "×"), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: item[0] == "at most"))
+
+
+def smoothness(results: dict[str, Any]) -> str:
+    """The differences of a network's features over the steps, and what moves meanwhile."""
+    lines = [
+        "| step | what goes on | first | second | third | second : first | third : second |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    words = {"both": "both, as when sampling", "timestep": "the timestep alone", "latents": "the latents alone"}
+    for row in results["rows"]:
+        first, second, third = row["differences"]
+        lines.append(
+            f"| {row['step']} | {words[row['moves']]} | {first:.4f} | {second:.4f} | {third:.4f} | {second / first:.2f} | "
+            f"{third / second:.2f} |"
+        )
+    machine = results["machine"]
+    facts = f"{results['n']} samples, {_seeds([results['seed']])}, {results['steps']} steps of {results['solver']}"
+    made = f"{machine['dtype']}, {machine['processor']}, torch {machine['torch']}"
+    return "\n".join([*lines, "", f"{facts}, {made}."])
+
+
 def quality(results: dict[str, Any]) -> str:
     """Quality on both axes with its uncertainty, a line a row, what it was measured on, and what is not in it."""
     floor = f"{results['floor']:.3f}"

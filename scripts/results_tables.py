@@ -19,7 +19,7 @@ from typing import Any
 
 from bench_tables import SUITES
 from claims import CLAIMS
-from quality_tables import frontier, quality, reproduced, tuned
+from quality_tables import at_speeds, frontier, quality, reproduced, smoothness, tuned
 from reliability_tables import reliability
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "choosing.md",
     ROOT / "docs" / "peers.md",
-    *(RESULTS / name for name in ("README.md", "reliability.md", "papers.md")),
+    *(RESULTS / name for name in ("README.md", "methods.md", "reliability.md", "papers.md")),
 )
 _MARKED = re.compile(r"(<!-- table: (\S+(?: \w+)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -36,7 +36,9 @@ _MARKED = re.compile(r"(<!-- table: (\S+(?: \w+)?) -->\n).*?(<!-- end -->)", re.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo-10k.json": quality,
     "demo-10k.json frontier": frontier,
-    "methods.json frontier": frontier,
+    "methods.json": quality,
+    "methods.json speeds": at_speeds,
+    "smoothness.json": smoothness,
     **SUITES,
     "reliability.json": reliability,
     **{f"papers-{name}.json": reproduced for name in CLAIMS},
