@@ -175,6 +175,19 @@ def test_the_steps_that_a_mask_marks_run_and_no_others(four, scheduler, separate
         assert ran == expected  # nothing was computed
 
 
+@pytest.mark.parametrize("keep", ["residual", "hidden"])
+def test_a_cached_step_gets_the_middle_blocks_residual_or_their_hidden_states(four, scheduler, keep):
+    given, returned = [], []
+    four.transformer_blocks[1].register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
+    four.transformer_blocks[3].register_forward_pre_hook(lambda _, args: returned.append(args[0].clone()))
+    method = DBCache(1, 1, steps_computation_mask=(1, 1, 0), steps_computation_policy="static", keep=keep)
+    with sostenuto.enable(four, method, scheduler=scheduler):
+        sample_loop(four, scheduler, 3)
+    expected = returned[1] + given[2] - given[1] if keep == "residual" else returned[1]
+    assert not torch.equal(given[1], given[2])
+    torch.testing.assert_close(returned[2], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_pass_decides_for_itself(four, scheduler):
     shrink(four)
     for block in four.transformer_blocks:  # so that the two labels differ
@@ -246,6 +259,7 @@ def test_promises_shared_by_all_methods(four, scheduler):
         (dict(steps_computation_mask=(0, 1)), "must begin with 1"),
         (dict(steps_computation_mask=(1, 0), steps_computation_policy="slow"), "must be one of dynamic, static"),
         (dict(steps_computation_policy="static"), "'static' needs a steps_computation_mask"),
+        (dict(keep="both"), "keep must be one of residual, hidden, not 'both'"),
     ],
 )
 def test_parameters_without_meaning_are_refused(wrong, words):

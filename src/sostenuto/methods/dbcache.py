@@ -45,6 +45,8 @@ class DBCache(Method):
             the warm-up. Where a generation begins is computed in any case.
         steps_computation_policy: who decides about the steps marked 0: ``"dynamic"``, d and the counts; ``"static"``, nobody:
             all of them are cached.
+        keep: what is kept of the middle blocks: the ``"residual"`` that they add to their input, or the ``"hidden"`` states
+            that they return, with which a cached step forgets its own input.
     """
 
     front_blocks: int = 8
@@ -59,6 +61,7 @@ class DBCache(Method):
     warmup_interval: int = field(default=1, kw_only=True)
     steps_computation_mask: tuple[int, ...] | None = field(default=None, kw_only=True)
     steps_computation_policy: Literal["dynamic", "static"] = field(default="dynamic", kw_only=True)
+    keep: Literal["residual", "hidden"] = field(default="residual", kw_only=True)
 
     name: ClassVar[str] = "dbcache"
     paper: ClassVar[str] = "cache-dit"
@@ -85,6 +88,7 @@ class DBCache(Method):
             check_number("DBCache's max_accumulated", self.max_accumulated, above=0)
         check_whole("DBCache's warmup_interval", self.warmup_interval, least=1)
         check_choice("DBCache's steps_computation_policy", self.steps_computation_policy, ("dynamic", "static"))
+        check_choice("DBCache's keep", self.keep, ("residual", "hidden"))
         self._check_mask()
 
     def _check_mask(self) -> None:
@@ -141,9 +145,11 @@ class DBCache(Method):
         return self
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
-        """The residual of the middle blocks."""
+        """The middle blocks."""
         first, last = stack_range(denoiser)
-        return [block_range(denoiser, first + self.front_blocks, last - self.back_blocks)]
+        return [
+            block_range(denoiser, first + self.front_blocks, last - self.back_blocks, residual=self.keep == "residual")
+        ]
 
     def tap(self, site: Site, denoiser: nn.Module) -> BlocksTap:
         """Watches what the front blocks add."""
