@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -5,6 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 import sostenuto
 from conftest import sample, sample_loop
 from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
+from sostenuto.calibrations.algorithm1 import Algorithm1
 from sostenuto.calibrations.eb import _vote
 
 C, A, M, B = StepState
@@ -164,3 +168,43 @@ def test_norm_matching_restores_the_uncached_norm_at_every_step(model):
     assert norms(EBCache(table)) == pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert norms(EBCache(table, eps_scale=1.0)) != pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert len(set(table.eps_scale)) > 1
+
+
+@pytest.mark.parametrize("half", [None, "first", "second"])
+def test_with_a_guidance_scale_the_guided_predictions_of_the_images_are_compared(tiny, half):
+    latents, fresh, cached = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    tick = SimpleNamespace(tau=0.5)
+
+    def gap(batch, scale, **options):
+        prober = SimpleNamespace(
+            call=SimpleNamespace(latents=batch), prediction=lambda output: output, noise=lambda output: output
+        )
+        made = EBCalibration(eps_scale=0.9, guidance_scale=scale, conditional_half=half, **options)
+        return Algorithm1(SimpleNamespace(_denoiser=tiny), made, 1.0)._gap(tick, fresh, cached, prober)
+
+    def guided(rows):
+        conditional, other = (rows[2:], rows[:2]) if half == "second" else (rows[:2], rows[2:])
+        return 2.5 * conditional - 1.5 * other
+
+    def rms(rows):
+        return rows.flatten(1).square().mean(1).sqrt()
+
+    both = torch.cat([latents[:2], latents[:2]])
+    torch.testing.assert_close(gap(both, 2.5), rms(guided(fresh) - guided(cached)))
+    norms = gap(both, 2.5, criterion="norm_gap")
+    torch.testing.assert_close(norms, rms(guided(fresh)) - 0.9 * rms(guided(cached)))
+    torch.testing.assert_close(gap(both, None), rms(fresh - cached))
+    torch.testing.assert_close(gap(latents, 2.5), rms(fresh - cached))  # no two passes in one batch
+
+
+def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model):
+    """A batch of which one half's norm rises as much as the other's falls is no reason to compute."""
+    options = EBCalibration((0.1, 0.0), None, criterion="norm_gap", candidates=(B,))
+    algorithm = Algorithm1(SimpleNamespace(sites=()), options, 1.0)
+    algorithm._run = lambda *args, **kwargs: torch.zeros(2, 1)
+    algorithm._gap = lambda *args: torch.tensor([0.5, -0.5])
+    state, _ = algorithm._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)
+    assert state is B
+    voting = Algorithm1(SimpleNamespace(sites=()), replace(options, aggregation="vote"), 1.0)
+    voting._run, voting._gap = algorithm._run, algorithm._gap
+    assert voting._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)[0] is C

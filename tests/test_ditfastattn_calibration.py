@@ -7,9 +7,9 @@ import sostenuto
 from conftest import sample_loop
 from naive_attention import SITES, WG, C, G, R, W, guided_loop, naive_copy
 from sostenuto import CacheTable, DiTFastAttn, DiTFastAttnCalibration, TableError
+from sostenuto.attention_tap import usual_half
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
-from sostenuto.methods.ditfastattn import usual_half
 from sostenuto.zoo import TINY_MODELS
 from tiny_pixart import build_pixart
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sostenuto import compat
 from sostenuto.errors import MethodError
 from sostenuto.features import keep, kept
 from sostenuto.plan import Action, Op
 from sostenuto.sites import Site
+from sostenuto.source import accepts
 from sostenuto.tap import BranchTap
 
 ConditionalHalf = Literal["first", "second"]
@@ -158,6 +160,12 @@ def check_plain(name: str, module: nn.Module) -> None:
     heads: Any = module.heads
     if sizes[0] is None or len(set(sizes)) > 1 or sizes[0] % heads:
         raise MethodError(f"{name} projects to {sizes} channels for {heads} heads: queries, keys and values must agree")
+
+
+def usual_half(denoiser: nn.Module) -> ConditionalHalf:
+    """Where diffusers' pipelines put the conditional pass: behind the other one, where the network is given a prompt."""
+    kind = type(compat.unwrapped(denoiser))
+    return "second" if accepts(kind, "encoder_hidden_states") and not accepts(kind, "class_labels") else "first"
 
 
 def is_guided(latents: torch.Tensor) -> bool:

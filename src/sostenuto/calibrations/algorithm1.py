@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 
 from sostenuto.anatomy import SiteKind
+from sostenuto.attention_tap import ConditionalHalf, is_guided, usual_half
 from sostenuto.clock import Tick, normalized_times
 from sostenuto.correct import check_noise_scale
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
+from sostenuto.features import leaves
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.plan import Op
@@ -51,6 +53,11 @@ class Algorithm1Options:
             ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
             ``"fixed"`` keeps ``eps_scale``.
         eps_scale_grid: the values of b that are tried when a ``score`` is given.
+        guidance_scale: s of classifier-free guidance, where both passes are in one batch: what is compared is then each image's
+            guided prediction ``u + s·(c − u)``. ``None``: every row of the batch by itself, and of passes in separate calls
+            the first one.
+        conditional_half: where the conditional pass c lies in such a batch, ``"first"`` or ``"second"``; by default where
+            diffusers' pipelines for such a network put it.
     """
 
     delta: tuple[float, float] = (0.05, 0.15)
@@ -69,6 +76,8 @@ class Algorithm1Options:
     eps_scale: float = 1.0
     eps_scale_rule: Literal["search", "match_norm", "fixed"] = "search"
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+    guidance_scale: float | None = field(default=None, kw_only=True)
+    conditional_half: ConditionalHalf | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.target_fraction is not None:
@@ -99,6 +108,10 @@ class Algorithm1Options:
         ):
             check_choice(name, getattr(self, name), known)
         check_include_cross(self.include_cross, self.fill)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale, least=0)
+        if self.conditional_half is not None:
+            check_choice("conditional_half", self.conditional_half, ("first", "second"))
 
     def candidates_at(self, tau: float) -> tuple[StepState, ...]:
         """The states that are tried at normalised time τ, deepest reuse first."""
@@ -221,9 +234,20 @@ class Algorithm1:
         """How far each sample's cached prediction is from the fresh one ``[batch]``; a difference of norms has its sign."""
         norm = self.options.norm
         if self.options.criterion == "vector_gap":
-            return _norm(prober.prediction(fresh).float() - prober.prediction(cached).float(), norm)
+            difference = prober.prediction(fresh).float() - prober.prediction(cached).float()
+            return _norm(self._guided(difference, prober), norm)
         scale = self.options.noise_scale_at(tick.tau)
-        return _norm(prober.noise(fresh).float(), norm) - _norm(scale * prober.noise(cached).float(), norm)
+        one, other = (self._guided(prober.noise(output).float(), prober) for output in (fresh, cached))
+        return _norm(one, norm) - _norm(scale * other, norm)
+
+    def _guided(self, rows: torch.Tensor, prober: Prober) -> torch.Tensor:
+        """What guidance makes of the rows of a batch ``[rows, …]``, where its scale is known and both passes are in it."""
+        scale = self.options.guidance_scale
+        if scale is None or not is_guided(next(leaves(prober.call.latents))):
+            return rows
+        half = self.options.conditional_half or usual_half(self.handle._denoiser)
+        conditional, other = rows.chunk(2) if half == "first" else reversed(rows.chunk(2))
+        return other + scale * (conditional - other)
 
 
 class NormMatch(Algorithm1):
@@ -243,7 +267,7 @@ class NormMatch(Algorithm1):
         return state, self._run(tick, prober, state)
 
     def _scale(self, tick: Tick, output: Any, prober: Prober) -> float:
-        norm = _norm(prober.noise(output).float(), self.options.norm).mean().item()
+        norm = _norm(self._guided(prober.noise(output).float(), prober), self.options.norm).mean().item()
         scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
         self.norms.setdefault(tick.step, []).append(norm)
         self.scales.setdefault(tick.step, []).append(scale)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sostenuto import compat
-from sostenuto.attention_tap import ConditionalHalf, is_guided
+from sostenuto.attention_tap import ConditionalHalf, is_guided, usual_half
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.distributed.world import until
@@ -19,7 +19,7 @@ from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number
-from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention, usual_half
+from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
 from sostenuto.plan import Action, Op, Plan, lower
 from sostenuto.probe import Prober
 from sostenuto.progress import Bar, progress

@@ -30,7 +30,7 @@ class Calibrate:
     window: int | None = None
     """Tokens to each side that a token attends to (ditfastattn); by default an eighth of all."""
     conditional_half: Literal["first", "second"] | None = None
-    """Where a guided batch has its conditional half (ditfastattn); by default where diffusers' pipelines put it."""
+    """Where a guided batch has its conditional half (ditfastattn, eb, feb); by default where diffusers' pipelines put it."""
     num_samples: int = 8
     search_images: int = 200
     """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
@@ -163,6 +163,8 @@ class Calibrate:
         takes = inspect.signature(kind).parameters
         target = given.pop("target_fraction", None) if "target_fraction" not in takes else None
         self._refuse(*(name for name in given if name not in takes))
+        if "guidance_scale" in takes and self.choice.guidance_scale is not None:
+            given["guidance_scale"] = self.choice.guidance_scale
         return kind(**given) if target is None else kind.at_cost(target)
 
     def _refuse(self, *names: str) -> None:

@@ -8,14 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from sostenuto import compat
 from sostenuto.anatomy import SiteKind
-from sostenuto.attention_tap import AttentionTap, ConditionalHalf
+from sostenuto.attention_tap import AttentionTap, ConditionalHalf, usual_half
 from sostenuto.errors import MethodError
 from sostenuto.methods.checks import check_choice, check_whole
 from sostenuto.methods.tabled import TableMethod
 from sostenuto.sites import Site, inspect
-from sostenuto.source import accepts
 from sostenuto.table import CacheTable
 
 
@@ -108,12 +106,6 @@ class DiTFastAttn(TableMethod):
         half = self.conditional_half or made_with.get("conditional_half") or usual_half(denoiser)
         check_attention(window, half)
         return replace(method, window=window, conditional_half=half)
-
-
-def usual_half(denoiser: nn.Module) -> ConditionalHalf:
-    """Where diffusers' pipelines put the conditional pass: behind the other one, where the network is given a prompt."""
-    kind = type(compat.unwrapped(denoiser))
-    return "second" if accepts(kind, "encoder_hidden_states") and not accepts(kind, "class_labels") else "first"
 
 
 def check_attention(window: object, conditional_half: object) -> None:
