@@ -142,9 +142,10 @@ class Lab:
         return Entry("uncached", sostenuto.NoCache(), self.num_inference_steps, self.solver)
 
     def fewer(self, fraction: float) -> Entry:
-        """The uncached sampler with this share of the steps."""
+        """The uncached sampler with this share of the steps; of a solver without noise of its own beside the images of all."""
         steps = round(fraction * self.num_inference_steps)
-        return Entry(f"{steps} steps", sostenuto.NoCache(), steps, self.solver, reference=None)
+        reference = None if self.solver == "ddpm" else "uncached"
+        return Entry(f"{steps} steps", sostenuto.NoCache(), steps, self.solver, reference=reference)
 
     def row(self, name: str, method: sostenuto.Method) -> Entry:
         """A method under this sampler."""

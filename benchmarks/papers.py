@@ -38,6 +38,7 @@ from sostenuto.methods import (
     FEBCache,
     ToCa,
 )
+from sostenuto.methods.token_cycle import StepKind
 from sostenuto.router import Router
 from sostenuto.table import CacheTable, StepState
 
@@ -89,13 +90,13 @@ def table2(lab: Lab) -> list[Entry]:
 
 
 def table5(lab: Lab) -> list[Entry]:
-    """The noise scale b: the paper's values and some nearer to 1."""
+    """The noise scale b: the paper's values, some on both sides of 1, and what the authors' code divides by, 1 / 0.965."""
     light = lab.published_eb(LIGHT)
-    scales = (0.945, 0.95, 0.955, 0.96, 0.965, 0.975, 0.985, 1.0, 1.01)
+    scales = (0.945, 0.95, 0.955, 0.96, 0.965, 0.975, 0.985, 1.0, 1.01, 1.02, 1 / 0.965, 1.05)
     return [
         lab.uncached(),
         lab.fewer(LIGHT),
-        *(lab.row(f"b = {b:g}", EBCache(light, eps_scale=b)) for b in scales),
+        *(lab.row(f"b = {b:.4g}", EBCache(light, eps_scale=b)) for b in scales),
     ]
 
 
@@ -123,7 +124,10 @@ def eb(lab: Lab) -> list[Entry]:
     """EB-Cache: scale, table, both, the table read from its other end, and the paper's criterion taken literally."""
     light = lab.published_eb(LIGHT)
     flipped = replace(light, actions=(light.actions[0], *light.actions[:0:-1]))
-    literal = lab.published_eb(LIGHT, criterion="norm_gap", max_consecutive_reuse=None, eps_scale_rule="fixed")
+    b = fmean(light.eps_scale)  # scales the norms that are compared, and the path on which they are
+    literal = lab.published_eb(
+        LIGHT, criterion="norm_gap", max_consecutive_reuse=None, eps_scale_rule="fixed", eps_scale=b
+    )
     return [
         lab.uncached(),
         lab.fewer(LIGHT),
@@ -131,7 +135,7 @@ def eb(lab: Lab) -> list[Entry]:
         lab.row("table alone", EBCache(light, eps_scale=1.0)),
         lab.row("both", EBCache(light)),
         lab.row("both, table backwards", EBCache(flipped)),
-        lab.row("both, norms compared, no bound", EBCache(literal, eps_scale=fmean(light.eps_scale))),
+        lab.row("both, norms compared, no bound", EBCache(literal)),
         lab.row("both, recommended", EBCache(recommended(lab))),
     ]
 
@@ -169,13 +173,24 @@ def stages(lab: Lab, reference: str, prefix: str) -> list[Entry]:
         "target_fraction": 0.72,
         "candidates": (StepState.REUSE_MLP, StepState.REUSE_ATTENTION),
         "eps_scale_rule": "fixed",
+        "b_high": 1.0,
+        "b_low": 1.0,
         **AS_PUBLISHED,
     }
     made = {"stages apart": FEBCalibration(**options), "no stages": OneStage(**options)}
     return [
-        replace(lab.row(prefix + name, FEBCache(lab.calibrated(name.replace(" ", "-"), one), 1.0)), reference=reference)
+        replace(lab.row(prefix + name, FEBCache(lab.calibrated(name.replace(" ", "-"), one))), reference=reference)
         for name, one in made.items()
     ]
+
+
+@dataclass(frozen=True)
+class OnlyAggressive(DuCa):
+    """DuCa with the same full steps and none that repairs what aggressive ones do."""
+
+    def between(self, offset: int, since_full: int) -> StepKind:
+        """Aggressive."""
+        return StepKind.AGGRESSIVE
 
 
 def duca(lab: Lab) -> list[Entry]:
@@ -184,7 +199,8 @@ def duca(lab: Lab) -> list[Entry]:
     return [
         lab.uncached(),
         lab.fewer(0.385),
-        lab.row("full and aggressive (FORA N=3)", FORA(3)),
+        lab.row("FORA N=3", FORA(3)),
+        lab.row("full and aggressive", OnlyAggressive(4)),
         lab.row("full and conservative (ToCa N=4)", ToCa(4, 0.03)),
         *(lab.row(f"DuCa N=4, {rule}", DuCa(4, selection=rule)) for rule in rules),
     ]
@@ -199,7 +215,8 @@ def ab(lab: Lab) -> list[Entry]:
     for solver in ("ddpm", "dpm-solver++"):
         other, reference = replace(lab, solver=solver), f"{solver}, uncached"
         rows.append(replace(other.uncached(), name=reference, reference=None))
-        rows.append(replace(other.fewer(0.54), name=f"{solver}, {other.fewer(0.54).name}"))
+        fewer = other.fewer(0.54)
+        rows.append(replace(fewer, name=f"{solver}, {fewer.name}", reference=fewer.reference and reference))
         rows.append(replace(other.row(f"{solver}, k=2, every 2", ABCache(2, 5, 2)), reference=reference))
     return rows
 

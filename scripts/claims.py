@@ -3,6 +3,9 @@
 Claim = tuple[str, str, str]
 """The claim with the paper's numbers (FID), the row that is said to be better, and the one that is said to be worse."""
 
+EQUAL = "= "
+"""Begins a claim that two rows are alike."""
+
 CLAIMS: dict[str, tuple[Claim, ...]] = {
     "table1": (
         ("EB-Cache at 1.5× is better than uncached: 3.06 against 3.69", "EB-Cache 1.5×", "uncached"),
@@ -13,6 +16,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ("scaling alone helps: 3.39 against 3.69", "ε-scaling alone", "uncached"),
         ("33 steps are better than FORA: 4.65 against 8.45", "33 steps", "FORA N=2"),
         ("EB-Cache at 2.5× is better than 20 steps: 10.28 against 15.92", "EB-Cache 2.5×", "20 steps"),
+        ("… than FORA: 88.21", "EB-Cache 2.5×", "FORA N=3"),
         ("… than ToCa: 13.77", "EB-Cache 2.5×", "ToCa N=4"),
         ("EB-Cache's scaling helps ToCa: 13.10 against 13.77", "ToCa N=4 | EB scaling", "ToCa N=4"),
     ),
@@ -63,13 +67,14 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ("… the same with 50 DDPM steps", "stages apart", "no stages"),
     ),
     "duca": (
-        ("conservative steps between aggressive ones help", "DuCa N=4, random", "full and aggressive (FORA N=3)"),
+        ("conservative steps between aggressive ones help", "DuCa N=4, random", "full and aggressive"),
+        ("DuCa is better than FORA: 2.88 against 3.55, both with N = 3", "DuCa N=4, random", "FORA N=3"),
         (
-            "aggressive steps cost nothing: 2.85 against ToCa's 3.04",
+            "aggressive steps among the conservative ones are better than those alone: 2.85 against ToCa's 3.04",
             "DuCa N=4, random",
             "full and conservative (ToCa N=4)",
         ),
-        ("random tokens are as good as important ones", "DuCa N=4, random", "DuCa N=4, attention"),
+        (EQUAL + "random tokens are as good as important ones", "DuCa N=4, random", "DuCa N=4, attention"),
     ),
     "ab": tuple(
         (f"a combination of two outputs is better than the last one, every {n}", f"k=2, every {n}", f"k=1, every {n}")

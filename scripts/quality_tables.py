@@ -6,10 +6,11 @@ import math
 from statistics import stdev
 from typing import Any
 
-from claims import CLAIMS
+from claims import CLAIMS, EQUAL
 
 _SURE = 1.96  # standard errors
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the same of Student's t, for 2, 3 … seeds
+_UNKNOWN = "not known: one seed, and too few images for an interval"
 _LIKE = 0.05  # a difference in cost that is none
 
 
@@ -139,12 +140,24 @@ def interval(results: dict[str, Any], i: int, j: int) -> float | None:
 def verdict(results: dict[str, Any], better: int, worse: int) -> str:
     """What came of the claim that one row has a lower distance than the other: beyond the noise, and at which cost."""
     difference, noise = _difference(results, better, worse), interval(results, better, worse)
-    if noise is None or abs(difference) <= noise:
+    if noise is None:
+        return _UNKNOWN
+    if abs(difference) <= noise:
         return "no difference beyond the noise"
     winner, loser = (better, worse) if difference < 0 else (worse, better)
     extra = work(results, winner) / work(results, loser) - 1
     at = f", at {extra:.0%} more work" if extra > _LIKE else ""
     return ("true" if difference < 0 else "the other way") + at
+
+
+def alike(results: dict[str, Any], one: int, other: int) -> str:
+    """What came of the claim that two rows have the same distance."""
+    noise = interval(results, one, other)
+    if noise is None:
+        return _UNKNOWN
+    if abs(_difference(results, one, other)) <= noise:
+        return "true: no difference beyond the noise"
+    return f"no: {'the first' if _difference(results, one, other) < 0 else 'the second'} is better"
 
 
 def work(results: dict[str, Any], index: int) -> float:
@@ -157,7 +170,8 @@ def reproduced(results: dict[str, Any]) -> str:
     """One of the papers' tables, and each of its claims beside what this model shows."""
     names = [row["name"] for row in results["rows"]]
     lines = [quality(results), "", "| the paper says | here | so |", "|---|---|---|"]
-    for claim, better, worse in CLAIMS[results["table"]]:
+    for words, better, worse in CLAIMS[results["table"]]:
+        claim, judge = words.removeprefix(EQUAL), alike if words.startswith(EQUAL) else verdict
         if not {better, worse} <= set(names):  # of results from before a row was renamed
             lines.append(f"| {claim} | – | not measured |")
             continue
@@ -165,7 +179,7 @@ def reproduced(results: dict[str, Any]) -> str:
         one, other = (results["rows"][k]["frechet_distance"] for k in (i, j))
         noise = interval(results, i, j)
         here = f"{one:.3f} against {other:.3f} (± {cell(noise, 3)})"
-        lines.append(f"| {claim} | {here} | {verdict(results, i, j)} |")
+        lines.append(f"| {claim} | {here} | {judge(results, i, j)} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
 from sostenuto.analysis.bias_curves import measure as exposure_bias
 from sostenuto.analysis.components import measure as components
 from sostenuto.analysis.consecutive import changes, finding, residuals
-from sostenuto.analysis.feature_error import FEATURE_ERROR, features, relative_error
+from sostenuto.analysis.feature_error import FEATURE_ERROR, features, listening, relative_error
 from sostenuto.analysis.feature_error import measure as feature_error
 from sostenuto.analysis.frequency import low_and_high
 from sostenuto.analysis.similarity import SIMILARITY, cosine
@@ -27,6 +27,7 @@ from sostenuto.analysis.subject import Subject
 from sostenuto.analysis.token_importance import path_errors
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
+from sostenuto.zoo import TINY_MODELS
 from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 6
@@ -264,6 +265,57 @@ def test_changes_are_relative_l1_distances_and_cosines():
     distance, cosines = changes(outputs)
     assert distance == pytest.approx([8 / 7, 1.0])
     assert cosines == pytest.approx([-7 / 25, 1.0])
+
+
+def test_of_long_features_entries_of_all_channels_are_compared():
+    """4096 tokens of 64 channels: every 128th entry would be of one channel alone."""
+    module = torch.nn.Identity()
+    with listening(torch.nn.Sequential(module), ["0"]) as heard:
+        module(torch.arange(64.0).expand(1, 4096, 64))
+        first = heard[0].clone()
+        module(torch.arange(64.0).expand(1, 4096, 64) + 1)
+    assert first.shape == (1, 2048)
+    assert first.unique().numel() == 64
+    assert torch.equal(heard[0], first + 1)  # the same entries at every call
+
+
+def test_a_networks_own_error_costs_one_instrument_and_what_is_done_is_on_disk(model, tmp_path):
+    def broken(latents):
+        raise RuntimeError("out of memory")
+
+    analysis = sostenuto.analyze(
+        model,
+        sample,
+        only=("error-images", "consecutive-outputs"),
+        num_inference_steps=STEPS,
+        num_samples=2,
+        scheduler=model.scheduler_for_test,
+        decode=broken,
+        folder=tmp_path,
+    )
+    assert analysis.observations["error-images"].error == "RuntimeError: out of memory"
+    assert json.loads((tmp_path / "consecutive-outputs.json").read_text())["data"] == analysis["consecutive-outputs"]
+
+
+def test_blocks_with_attention_and_mlp_in_one_are_neither(model, subject):
+    assert list(subject.places) == ["attention", "MLP"]
+    flux = SimpleNamespace(sites=sostenuto.inspect(TINY_MODELS["FluxTransformer2DModel"].build()))
+    places = Subject.places.fget(flux)
+    kinds = {kind: {flux.sites[place].kind.value for place in own} for kind, own in places.items()}
+    assert kinds == {"attention": {"joint-attention"}, "MLP": {"mlp"}, "both in one": {"fused"}}
+
+
+def test_the_words_judge_scaling_by_the_forward_process():
+    """Caching raised the ratio from 2 to 3 dB, training has 1, and b brings it to 1.2: farther from uncached, but right."""
+    curve = {"uncached": 2.0, "every 2": 3.0, "every 2, b": 1.2}
+    data = {
+        "curves": {name: {"snr_db": [value, None]} for name, value in curve.items()},
+        "decoded_steps": [],
+        "forward_process_db": [1.0, None],
+        "b": 0.98,
+        "intervals": [2],
+    }
+    assert "nearer to the forward process of training (+2.00 to +0.20 dB from it)" in SNR.finding(data)
 
 
 def test_the_words_tell_a_u_from_none():

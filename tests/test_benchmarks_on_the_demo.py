@@ -15,19 +15,20 @@ import torch
 from safetensors.torch import save_file
 
 import sostenuto
-from sostenuto import FORA, EBCache, NoCache
+from sostenuto import FORA, DuCa, EBCache, EpsilonScaling, FEBCache, NoCache
 from sostenuto.demo.network import build_denoiser
 from sostenuto.demo.pipeline import load_trained_pipeline
 from sostenuto.demo.rows import Entry, Settings
 from sostenuto.demo.run import run_entries
 from sostenuto.methods.base import parts
+from sostenuto.methods.feb import noise_scale_curve
 from sostenuto.table import CacheTable, StepState
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import papers  # noqa: E402
 import tune  # noqa: E402
-from claims import CLAIMS  # noqa: E402
+from claims import CLAIMS, EQUAL  # noqa: E402
 from lab import Lab  # noqa: E402
 from quality_tables import quality, reproduced, tuned  # noqa: E402
 
@@ -284,6 +285,37 @@ def test_a_verdict_takes_the_interval_and_the_cost_into_account(distances, speed
     page = reproduced(made)
     assert page.splitlines()[-2].endswith(f"| {words} |")
     assert page.endswith("| another | – | not measured |")
+
+
+def test_a_claim_of_likeness_is_true_where_nothing_shows(monkeypatch):
+    claims = tuple((EQUAL + "alike", f"row {one}", f"row {other}") for one, other in ((1, 2), (1, 3), (3, 1)))
+    monkeypatch.setitem(CLAIMS, "duca", claims)
+    distances = [[1.5], [1.0], [1.1], [2.0]]
+    page = reproduced(results(distances, errors=0.1, table="duca")).splitlines()[-3:]
+    assert [line.split("|")[-2].strip() for line in page] == [
+        "true: no difference beyond the noise",
+        "no: the first is better",
+        "no: the second is better",
+    ]
+    assert all(line.startswith("| alike |") for line in page)
+    assert "not known: one seed" in reproduced(results(distances, table="duca"))
+
+
+def test_aggressive_steps_alone_skip_the_stack_between_the_same_full_steps():
+    kinds = papers.OnlyAggressive(4).kinds(50)
+    assert [kind.value == "F" for kind in kinds] == [kind.value == "F" for kind in DuCa(4).kinds(50)]
+    assert {kind.value for kind in kinds} == {"F", "A"}
+
+
+def test_a_batch_keeps_the_noise_scale_that_ran_whatever_the_method(small, tmp_path):
+    pipe = load_trained_pipeline(small)
+    method = FORA(2) | EpsilonScaling(1.25)
+    made = CacheTable((StepState.COMPUTE, REUSE, StepState.COMPUTE), method="feb")
+    rows = [Entry("uncached", NoCache(), 3), Entry("scaled", method, 3), Entry("feb", FEBCache(made), 3)]
+    found = run_entries(tmp_path, rows, Settings(4, 4), show=False, pipe=pipe)["rows"]
+    assert found[0]["eps_scale"] == [1.0] * 3
+    assert found[1]["eps_scale"] == pytest.approx([0.8] * 3)
+    assert found[2]["eps_scale"] == pytest.approx(noise_scale_curve((1.0, 0.5, 0.0)))
 
 
 def test_tuned_plans_stand_beside_the_best_of_those_that_cost_no_more():

@@ -78,6 +78,12 @@ def test_paired_metrics_are_means_over_images_and_their_interval_is_their_spread
     assert found["psnr"].interval == pytest.approx((psnr.mean().item() - half, psnr.mean().item() + half), rel=1e-4)
     grey = evaluate(images[:, :1], paired=twins[:, :1], metrics=("ssim",), show=False)["ssim"].value
     assert grey == pytest.approx(ssim_per_image(images[:, :1] / 255, twins[:, :1] / 255).mean().item(), rel=1e-5)
+    colour = twins[:, :1].expand(-1, 3, -1, -1).contiguous()  # grey pictures of which one set was written in colour
+    for pair in ((images[:, :1], colour), (images[:, :1].expand(-1, 3, -1, -1).contiguous(), twins[:, :1])):
+        mixed = evaluate(pair[0], paired=pair[1], metrics=("psnr", "ssim"), show=False)
+        assert mixed["ssim"].value == pytest.approx(grey, rel=1e-5)
+        alone = evaluate(images[:, :1], paired=twins[:, :1], metrics=("psnr",), show=False)
+        assert mixed["psnr"].value == pytest.approx(alone["psnr"].value, rel=1e-5)
 
 
 def test_videos_count_once_though_their_frames_are_compared_one_by_one(tmp_path):
@@ -330,3 +336,6 @@ def test_several_processes_find_what_one_finds(tmp_path):
     found = {row["name"]: row["value"] for row in shared["metrics"] if row["value"] is not None}
     assert found == pytest.approx(known, rel=1e-4)
     assert known
+    assert main(["evaluate", str(tmp_path / "kept.safetensors"), "--json", str(tmp_path / "again.json")]) == 0
+    again = {row["name"]: row["value"] for row in json.loads((tmp_path / "again.json").read_text())["metrics"]}
+    assert again["psnr" if "psnr" in found else "ssim"] == found["psnr" if "psnr" in found else "ssim"]

@@ -174,6 +174,7 @@ def analyze(
     real_latents: torch.Tensor | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     table: CacheTable | str | Path | None = None,
+    folder: str | Path | None = None,
     show_progress: bool = False,
 ) -> Analysis:
     """Look inside a model with the instruments behind the papers' figures.
@@ -195,6 +196,7 @@ def analyze(
         decode: turns latents into images ``[rows, channels, height, width]`` about ``[−1, 1]``; by default the latents are
             looked at themselves.
         table: EB-Cache's cache table, or its file; by default one that ships, or is calibrated now.
+        folder: where each instrument's ``NAME.json`` is written as soon as it is done, so that an interruption loses one.
         show_progress: show a progress bar.
 
     Raises:
@@ -217,7 +219,10 @@ def analyze(
     with progress(round(total), "analyze (uncached generations)", show_progress) as bar:
         for instrument in chosen:
             subject.tell = _teller(bar, instrument.name)
-            observations[instrument.name] = _observe(instrument, subject)
+            found = observations[instrument.name] = _observe(instrument, subject)
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                _write_json(Path(folder) / f"{instrument.name}.json", found.as_dict())
             bar.update(round(done + instrument.work) - round(done))
             done += instrument.work
     model = {
@@ -250,6 +255,8 @@ def _observe(instrument: Instrument, subject: Subject) -> Observation:
         raise
     except SostenutoError as error:
         return Observation(instrument, {}, "", str(error), time.perf_counter() - began)
+    except Exception as error:  # of a network, a decoder or a GPU: what the other instruments find isn't lost with it
+        return Observation(instrument, {}, "", f"{type(error).__name__}: {error}", time.perf_counter() - began)
 
 
 def _teller(bar: Any, name: str) -> Callable[[str], Any]:

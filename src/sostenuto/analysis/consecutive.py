@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORDERS = (1, 2, 3, 4, 5)
+_CLEARLY = 1.2  # times its least value a curve rises at both ends to be called a U
 
 
 def changes(outputs: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -70,7 +71,7 @@ def finding(data: Data) -> str:
     low = min(range(len(distance)), key=distance.__getitem__)
     most = max(range(len(distance)), key=distance.__getitem__)
     last = len(distance) - 1
-    inside = 0 < low < last and distance[low] < min(distance[0], distance[last])
+    inside = 0 < low < last and min(distance[0], distance[last]) > _CLEARLY * distance[low]
     shape = (
         f"has its least at step {low + 1} and rises to both ends: the U of the paper"
         if inside

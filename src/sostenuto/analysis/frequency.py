@@ -42,7 +42,7 @@ def low_and_high(images: torch.Tensor, cut: float) -> tuple[torch.Tensor, torch.
 def measure(subject: Subject) -> Data:
     """Norms over the steps, and how far the cached paths are from the uncached one in either band."""
     states = {"attention cached": StepState.REUSE_ATTENTION, "MLP cached": StepState.REUSE_MLP}
-    if not subject.places(attention=True) or all(site.kind.value != "mlp" for site in subject.sites):
+    if not all(subject.places[kind] for kind in ("attention", "MLP")):
         raise InputError("the network has no attention and MLP apart, so that they can't be cached apart")
     base, steps = subject.uncached, subject.pictured_steps
     subject.images(base.latents[0][:1])  # refuses latents that are no images before anything is sampled

@@ -46,7 +46,7 @@ def measure(subject: Subject) -> Data:
     path = subject.record(watch=watch, num_slots=2)
     steps = range(1, path.num_steps)
     maps: dict[str, Any] = {}
-    for name, places in (("attention", subject.places(True)), ("MLP", subject.places(False))):
+    for name, places in subject.places.items():
         rows = [[fmean(found[place, step]) if found[place, step] else None for step in steps] for place in places]
         shares = []
         for column in zip(*rows, strict=True):
@@ -60,7 +60,7 @@ def draw(data: Data) -> Figure:
     """Both maps, and the share of branches above the threshold."""
     from sostenuto.analysis.style import dress, figure, heat_map, line
 
-    made, axes = figure(1, 3, width=9.5, height=2.6)
+    made, axes = figure(1, len(data["maps"]) + 1, width=9.5, height=2.6)
     known = [v for entry in data["maps"].values() for row in entry["cosine"] for v in row if v is not None]
     low = min(known, default=0.0)
     mesh = None
@@ -68,12 +68,12 @@ def draw(data: Data) -> Figure:
         if entry["cosine"]:
             mesh = heat_map(axis, entry["cosine"], name, low, 1.0, data["steps"][0])
     if mesh is not None:
-        made.colorbar(mesh, ax=list(axes[0][:2]), label="cosine")
+        made.colorbar(mesh, ax=list(axes[0][:-1]), label="cosine")
     for index, (name, entry) in enumerate(data["maps"].items()):
         if entry["share_above"]:
-            line(axes[0][2], entry["share_above"], name, index, x=data["steps"])
-    axes[0][2].set_ylim(-0.03, 1.03)
-    dress(axes[0][2], f"share of branches above {data['threshold']}", "share")
+            line(axes[0][-1], entry["share_above"], name, index, x=data["steps"])
+    axes[0][-1].set_ylim(-0.03, 1.03)
+    dress(axes[0][-1], f"share of branches above {data['threshold']}", "share")
     return made
 
 
@@ -90,7 +90,7 @@ def finding(data: Data) -> str:
                 f"{data['threshold']} on average"
             )
     text = "; ".join(words) + "."
-    if len(means) == 2:
+    if {"attention", "MLP"} <= means.keys():
         more = means["attention"] > means["MLP"]
         text += f" {'Attention' if more else 'The MLP'} is the more alike, {'as' if more else 'not as'} the paper says."
     return text

@@ -152,14 +152,18 @@ def finding(data: Data) -> str:
     elif all(abs(gap) <= _SLIGHT for gap in uniform):
         verdict = "hardly changes it"
     first = data["intervals"][0]
-    before, after = gaps[f"every {first}"], gaps[f"every {first}, b"]
+    theory = data["forward_process_db"]
+    before, after = (
+        mean_difference(data["curves"][name]["snr_db"], theory) for name in (f"every {first}", f"every {first}, b")
+    )
     repaired = "nearer to" if abs(after) < abs(before) else "farther from"
     decoded = (
         f" Of decoded images: {_listed(_gaps(data['curves'], 'decoded_snr_db'))}." if data["decoded_steps"] else ""
     )
     return (
         f"Averaged over the steps, against the uncached path: {_listed(gaps)}. So uniform caching {verdict}; a constant "
-        f"b = {data['b']:.3f} brings the path at interval {first} {repaired} uncached ({before:+.2f} to {after:+.2f} dB)."
+        f"b = {data['b']:.3f} brings the path at interval {first} {repaired} the forward process of training "
+        f"({before:+.2f} to {after:+.2f} dB from it)."
         f"{decoded}"
     )
 
@@ -171,7 +175,8 @@ SNR = Instrument(
     source="EB-Cache (arXiv 2503.07120v1), figures 2, 3 and 9; FEB-Cache (v3), figures 1 and 5",
     claim=(
         "Feature caching raises the signal-to-noise ratio of the intermediate images and lowers their noise, the more the "
-        "longer the interval, as exposure bias does; scaling the noise brings the path back towards the uncached one."
+        "longer the interval, as exposure bias does; scaling the noise brings the path back towards that of training, without "
+        "exposure bias."
     ),
     method=(
         f"{_ESTIMATOR} of what the network is given, with x₀ the sample that the path itself ends at, since the papers don't "

@@ -13,6 +13,7 @@ import torch
 
 from sostenuto import compat
 from sostenuto.analysis.trajectory import Trajectory, Watch, record
+from sostenuto.anatomy import SiteKind
 from sostenuto.calibrations import EBCalibration, calibrate
 from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError, MethodError, SostenutoError
@@ -21,6 +22,7 @@ from sostenuto.methods.base import Method
 from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable, StepState
 
+_KINDS = {SiteKind.MLP: "MLP", SiteKind.FUSED: "both in one"}
 _MOST_DECODED = 12  # steps of a path, where decoding is work
 _SCALE = 0.98  # of the noise, where no table says better; the papers' models had 0.955 to 0.98
 
@@ -81,13 +83,14 @@ class Subject:
         """The branches of the network that cache methods reuse."""
         return inspect(self.denoiser)
 
-    def places(self, attention: bool) -> list[int]:
-        """The positions of the attention branches among the sites, or of the MLPs."""
-        return [
-            index
-            for index, site in enumerate(self.sites)
-            if (site.kind.is_attention if attention else site.kind.value in ("mlp", "fused"))
-        ]
+    @property
+    def places(self) -> dict[str, list[int]]:
+        """The positions of the branches among the sites: of attention, of MLPs, and where there are any of both in one."""
+        kinds = ["attention" if site.kind.is_attention else _KINDS.get(site.kind, "") for site in self.sites]
+        found = {
+            kind: [i for i, own in enumerate(kinds) if own == kind] for kind in ("attention", "MLP", "both in one")
+        }
+        return {kind: places for kind, places in found.items() if places or kind != "both in one"}
 
     # --- paths ---------------------------------------------------------------------------------------------------
 

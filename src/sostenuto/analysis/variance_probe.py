@@ -110,8 +110,9 @@ def probe_variance(
     At every denoiser call ``ε = (x_t − α_t·x₀) / σ_t`` is the noise that is truly there. The sampler is told this ε, whatever
     it expects, so that it walks from x_T to x₀ with every input distributed as in training; the network's predictions,
     computed and as the method has them, are compared with it. A step's effect c on the next input is found by regression of
-    the next input on x_t and ε, so that nothing need be known of the sampler but that its step is linear. Rows of a guided
-    call each count by themselves, so measure without guidance.
+    the next input on x_t and ε, so that nothing need be known of the sampler but that its step is linear. Of a solver that
+    remembers earlier outputs c is their effect and this one's together, as of a prediction that is off by the same factor from
+    step to step. Rows of a guided call each count by themselves, so measure without guidance.
 
     Args:
         target: the pipeline, or its denoiser (then with ``scheduler``). Nothing may be enabled on it.
@@ -263,20 +264,21 @@ class _Teacher:
             self._settle(latents)
             self.pending = (tick.step, [])
             self.walked += 1
-        clean = fitted(self.clean, latents)
+        exact = _exact(latents)
+        clean = fitted(self.clean, exact)
         alpha, sigma = self.levels[tick.step]
-        noise = (latents - alpha * clean) / max(sigma, 1e-12)
+        noise = (exact - alpha * clean) / max(sigma, 1e-12)
         fresh = prober.run([Op.COMPUTE] * len(self.handle.sites))
         output = prober.follow()
         reused = prober.noise(output) if self.handle._reused else None
         self.pending[1].append(_Call(latents, noise, prober.noise(fresh), reused))
-        truth = self._truth(tick, clean, noise, latents)
+        truth = self._truth(tick, clean, noise, exact).to(latents.dtype)
         return compat.map_prediction(output, lambda prediction, x: keep_variance(truth, prediction, x), latents)
 
     def finish(self) -> None:
         """The sampling ended, at the clean sample."""
         if self.pending[1]:
-            self._settle(fitted(self.clean, self.pending[1][0].latents))
+            self._settle(fitted(self.clean, _exact(self.pending[1][0].latents)))
 
     def _settle(self, following: torch.Tensor) -> None:
         step, calls = self.pending
@@ -310,6 +312,11 @@ class _Teacher:
         if kind not in known:
             raise MethodError(f"this {type(scheduler).__name__} expects {kind}, whose noise is not known")
         return -known[kind] if self.handle._reader.negated_prediction else known[kind]
+
+
+def _exact(latents: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: near the clean end half precision would round away most of what noise is left."""
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
 
 def fitted(real: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ class Analyze:
             num_samples=self.num_samples,
             seed=self.seed,
             table=self.table,
+            folder=self.output,
             show_progress=True,
             **options,
         )

@@ -98,6 +98,8 @@ class Evaluate:
         if not launch.is_main:
             return
         found = measured(reference=self.reference)
+        if self.statistics is not None and not self.statistics.exists():
+            found.statistics.save(self.statistics)  # of all parts of a launch
         write_json(self.json, found.as_dict())
         for line in lines(found):
             print(line)

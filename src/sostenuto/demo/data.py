@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sostenuto.demo.network import NULL_CLASS
+from sostenuto.errors import InputError
 
 ENVIRONMENT_VARIABLE = "FASHION_MNIST"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
@@ -68,6 +69,8 @@ def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, to
 def of_labels(split: str, labels: Sequence[int], folder: str | Path | None = None) -> torch.Tensor:
     """One image of each of these labels ``[n, 1, 28, 28]``, none twice, in the order of the set."""
     images, known = load(split, folder)
+    if unknown := sorted(set(labels) - set(known.tolist())):
+        raise InputError(f"Fashion-MNIST has no images of label {unknown[0]}: its labels are 0 to 9")
     of_class = {label: iter((known == label).nonzero()[:, 0].tolist()) for label in set(labels)}
     return images[torch.tensor([next(of_class[label]) for label in labels])]
 

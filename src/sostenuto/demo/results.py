@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 
-from sostenuto.correct import check_noise_scale
 from sostenuto.demo.batches import read_batch
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.rows import Entry, Settings, batches_of, file_of, labels_of
 from sostenuto.machine import machine
-from sostenuto.methods import EBCache, EpsilonScaling
 from sostenuto.quality.metrics import paired_psnr
-from sostenuto.table import CacheTable
 
 
 @dataclass
@@ -113,7 +110,7 @@ def judged(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge
                 frechet_distance_per_seed=[v.frechet_distance for v in verdicts],
                 plan=own.stats["plan"],
                 site_kinds=own.stats["site_kinds"],
-                eps_scale=list(_noise_scale(entry)),
+                eps_scale=own.stats.get("eps_scale", [1.0] * entry.num_inference_steps),
                 **mean,
             )
         )
@@ -132,12 +129,3 @@ def _speedup(base: _Sampled, own: _Sampled) -> float:
     """Median of pairs of batches that one process timed."""
     times = zip(base.seconds, own.seconds, base.processes, own.processes, strict=True)
     return median(before / after for before, after, one, other in times if one == other)
-
-
-def _noise_scale(entry: Entry) -> Sequence[float]:
-    if isinstance(entry.method, EpsilonScaling):
-        return [1 / float(entry.method.scale)] * entry.num_inference_steps  # type: ignore[arg-type]
-    if isinstance(entry.method, EBCache) and isinstance(entry.method.table, CacheTable):
-        fixed = entry.method.eps_scale
-        return entry.method.table.eps_scale if fixed is None else check_noise_scale(fixed, entry.num_inference_steps)
-    return [1.0] * entry.num_inference_steps

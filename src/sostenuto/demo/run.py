@@ -22,6 +22,7 @@ from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.demo.results import judged
 from sostenuto.demo.rows import Entry, Settings, Turn, batches_of, file_of, with_solver
+from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
 from sostenuto.measured import read_json, table_file
@@ -104,8 +105,17 @@ def _generate(pipe: DemoPipeline, entry: Entry, batches: Sequence[Turn], folder:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
             began = time.perf_counter()
             images = pipe(labels.tolist(), entry.num_inference_steps, generator=generator, output_type="pt").images
-            write_batch(file_of(folder, entry, batch), images, time.perf_counter() - began, handle.stats.as_dict())
+            seconds = time.perf_counter() - began
+            stats = handle.stats.as_dict()
+            stats["eps_scale"] = _noise_scale(handle, stats["plan"])
+            write_batch(file_of(folder, entry, batch), images, seconds, stats)
             yield
+
+
+def _noise_scale(handle: Handle, plan: Sequence[Sequence[str]]) -> list[float]:
+    """The factor of the predicted noise at every step of the last generation."""
+    scale = handle.noise_scale
+    return [1.0 if scale is None else scale.at(step, set(row) != {"compute"}) for step, row in enumerate(plan)]
 
 
 def _time_in_pairs(pipe: DemoPipeline, todo: Sequence[Entry], batches: Sequence[Turn], folder: Path) -> None:

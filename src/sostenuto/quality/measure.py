@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -205,6 +206,16 @@ def _look(
     images = source.read(start, stop)
     seen = instruments.network.extract(images) if instruments.network else None
     wanted = {metric.needs for metric in instruments.scorers}
-    compared = {needs: companions.of(needs, source, start, stop) for needs in wanted}
-    scores = {metric.name: score(images, compared[metric.needs]) for metric, score in instruments.scorers.items()}
+    compared: dict[Needs, tuple[torch.Tensor, Any]] = {
+        needs: (images, companions.of(needs, source, start, stop)) for needs in wanted
+    }
+    if Needs.PAIRS in compared:
+        compared[Needs.PAIRS] = _in_one_mode(*compared[Needs.PAIRS])
+    scores = {metric.name: score(*compared[metric.needs]) for metric, score in instruments.scorers.items()}
     collector.add(torch.arange(start, stop), seen, scores)
+
+
+def _in_one_mode(images: torch.Tensor, twins: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two batches ``[n, c, h, w]``, both in colour where one of them is."""
+    channels = max(images.shape[1], twins.shape[1])
+    return images.expand(-1, channels, -1, -1), twins.expand(-1, channels, -1, -1)
