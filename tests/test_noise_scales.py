@@ -339,3 +339,36 @@ def test_the_command_calibrates_and_what_it_saved_is_run(tmp_path):
     method = ModelChoice(method="epsilon-scaling", table=path).method_object()
     assert isinstance(method, EpsilonScaling)
     assert len(NoiseScales.load(path).computed) == 3
+
+
+@pytest.mark.parametrize("kind", ["ddim", "flow"])
+@pytest.mark.parametrize("match", ["variance", "norm"])
+def test_samples_of_the_models_own_are_paired_with_other_noise_than_made_them(kind, match):
+    """So that they ask for what others ask for that are made in the same way."""
+    model = denoiser(kind)
+
+    def measured(latents):
+        options = EpsilonScalingCalibration(match=match, window=1, limit=0.5, real_latents=latents, caching="none")
+        made = sostenuto.calibrate(
+            model, options, gaussian.sample, num_inference_steps=24, num_samples=64, scheduler=model.scheduler_for_test
+        )
+        return made.calibration["measured"]["computed"][1:-3]
+
+    others = gaussian.sample(model, torch.Generator().manual_seed(123), 24)
+    assert measured(None) == pytest.approx(measured(others), abs=0.03)
+
+
+@pytest.mark.parametrize("guidance", ["fused_guidance", "separate_guidance"])
+def test_a_guided_sample_is_refused(model, guidance):
+    def guided(model, generator, num_inference_steps):
+        return tiny_sample(model, generator, num_inference_steps, **{guidance: True})
+
+    with pytest.raises(MethodError, match="let sample leave guidance out"):
+        sostenuto.calibrate(
+            model,
+            EpsilonScalingCalibration(),
+            guided,
+            num_inference_steps=STEPS,
+            num_samples=2,
+            scheduler=model.scheduler_for_test,
+        )

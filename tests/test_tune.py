@@ -1,11 +1,12 @@
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import sostenuto
 from conftest import build_tiny, calm, quantised, sample, sample_loop
@@ -13,7 +14,8 @@ from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions,
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import Handle
 from sostenuto.table import StepState
-from sostenuto.tuning.lab import Lab, key_of
+from sostenuto.tuning.choice import merit
+from sostenuto.tuning.lab import Lab, Trial, key_of
 from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.record import claim, rehearsed
@@ -333,8 +335,12 @@ def test_a_folder_takes_a_score_and_then_no_other(model, tmp_path):
         claim(tmp_path, record(norm, batch=6), begun=True)
     with pytest.raises(InputError, match="another score_sample"):
         claim(tmp_path, record(norm, scale=2.0), begun=True)
+    claim(tmp_path, {"seed": 1})  # of a call that was refused before it found anything
+    (tmp_path / "trials.json").write_text("{}")
     with pytest.raises(InputError, match=r"another dtype \(None, now float32\)"):
         claim(tmp_path, {"dtype": "float32"})  # as of a folder from before it was noted
+    with pytest.raises(InputError, match=r"another seed \(1, now 2\)"):
+        claim(tmp_path, {"seed": 2})
 
 
 def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):
@@ -606,3 +612,91 @@ def test_plans_with_forecasts_alone_are_scored_though_they_are_farther_off(model
 
     assert {1} in [orders(table) for table in heard]
     assert any(0 in orders(table) for table in heard)
+
+
+@pytest.mark.parametrize("listing", [HeunDiscreteScheduler, lambda: PNDMScheduler(skip_prk_steps=True)])
+def test_schedulers_that_list_more_calls_than_steps_are_tuned_with_published_plans_among_others(tiny, listing):
+    scheduler = listing()
+
+    @torch.no_grad()
+    def every_call(model, generator, num_inference_steps):
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        for timestep in scheduler.timesteps:
+            given = scheduler.scale_model_input(latents, timestep)
+            noise = model(given, timestep.expand(2), torch.tensor([1, 2])).sample
+            latents = scheduler.step(noise[:, :2], timestep, latents).prev_sample
+        return latents
+
+    options = replace(QUICK, published=("eb", "smoothcache"))
+    found = tune(
+        tiny, every_call, num_inference_steps=6, speedup=1.5, num_samples=8, scheduler=scheduler, options=options
+    )
+    scheduler.set_timesteps(6)
+    assert found.point.table.num_inference_steps == len(scheduler.timesteps) > 6
+
+
+def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):
+    """Guidance from the third step on, in calls of its own."""
+    scheduler = model.scheduler_for_test
+
+    @torch.no_grad()
+    def guided_late(target, generator, num_inference_steps):
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        for step, timestep in enumerate(scheduler.timesteps):
+            noise = target(latents, timestep.expand(2), torch.tensor([1, 2])).sample
+            if step >= 3:
+                null = target(latents, timestep.expand(2), torch.tensor([10, 10])).sample
+                noise = null + 2 * (noise - null)
+            latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample
+        return latents
+
+    settings = Settings(model, guided_late, STEPS, 4, None, None, None, scheduler)
+    lab = Lab(settings, None, 2, lambda _: None)
+    late = lab.measure((Kind.STACK,)).relative(Kind.STACK, 0, 0, 1)
+    alone = replace(settings, sample=lambda *given, **named: guided_late(*given, **named))
+    again = Lab(alone, None, 2, lambda _: None)
+    assert (late[1:] > 0).all()
+    assert again.response(Kind.STACK, 1, 3) > 0  # at the step where the second pass begins, which has nothing kept
+
+
+def test_only_what_may_be_reused_is_kept_while_measuring(model):
+    from sostenuto.engine import attach
+    from sostenuto.tuning.instrument import Instrument
+
+    kept = set()
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, reaches((Kind.STACK,), STEPS), STEPS)
+
+        def driver(tick, prober):
+            output = instrument(tick, prober)
+            kept.update(handle.sites[i].id for i, slot in enumerate(prober.state.slots) if slot[0] is not None)
+            return output
+
+        handle.driver = driver
+        sample_loop(model, model.scheduler_for_test, STEPS)
+    assert kept == {"transformer_blocks.0-2"}
+
+
+@pytest.mark.parametrize(("better", "worse"), [(-2.0, -1.0), (-0.9, 0.3), (0.3, 0.4), (-1e-9, 1e-9), (0.0, 1e-300)])
+def test_a_lower_score_is_better_on_both_sides_of_nothing(better, worse):
+    def of(score):
+        return merit(Trial(error=0.01, score=score, norms=(), work=1.0, seconds=1.0))
+
+    assert of(better) < of(worse)
+
+
+def test_a_plan_that_breaks_the_score_is_worse_than_any_and_an_uncached_one_is_said(model, tmp_path):
+    heard = []
+
+    def fragile(latents):
+        heard.append(latents)
+        return float("nan") if len(heard) == 4 else latents.norm().item()
+
+    found = tuned(model, score=fragile, folder=tmp_path)
+    assert len(heard) > 4
+    assert math.isfinite(found.point.score)
+    assert found.point.score < 1e28
+    with pytest.raises(MethodError, match="the uncached sampler's score is nan"):
+        tuned(model, score=lambda latents: float("nan"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+OWN_SAMPLES = 1 << 30
+"""Index from which on the noise of samples is that stand for real data: none that anything is measured with."""
+
 _BITS = 32  # of a seed that torch's CPU generator looks at
 
 

@@ -19,6 +19,7 @@ from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError, MethodError, SostenutoError
 from sostenuto.methods import FORA, EBCache, EpsilonScaling
 from sostenuto.methods.base import Method
+from sostenuto.seeds import OWN_SAMPLES, noise_seed
 from sostenuto.sites import Site, inspect
 from sostenuto.table import CacheTable, StepState
 
@@ -136,10 +137,25 @@ class Subject:
             InputError: there are fewer real latents than rows.
         """
         rows = self.uncached.rows
-        clean = self.uncached.clean if self.real_latents is None else self.real_latents
+        clean = self.own_samples if self.real_latents is None else self.real_latents
         if len(clean) < sum(rows):
             raise InputError(f"real_latents has {len(clean)} rows, the samples have {sum(rows)}: give one for each")
         return list(clean[: sum(rows)].split(list(rows)))
+
+    @cached_property
+    def own_samples(self) -> torch.Tensor:
+        """Samples that stand for real data, of noise of their own: paired with what made it, one would be known by it."""
+        self.tell("sample in place of real data")
+        noise = torch.Generator().manual_seed(noise_seed(self.seed, OWN_SAMPLES))
+        return record(
+            self.target,
+            self.sample,
+            "none",
+            num_inference_steps=self.num_inference_steps,
+            num_samples=self.num_samples,
+            generator=noise,
+            scheduler=self.scheduler,
+        ).clean
 
     @property
     def pictured_steps(self) -> list[int]:

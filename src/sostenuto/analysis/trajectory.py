@@ -130,11 +130,6 @@ def record(
     )
 
 
-def clean_samples(target: Any, sample: Callable[..., Any], scheduler: Any = None) -> torch.Tensor:
-    """The clean latents ``[rows, …]`` of one uncached generation; ``sample`` as in :func:`record`."""
-    return record(target, sample, scheduler=scheduler).clean
-
-
 class _Recorder:
     """Stands in for the plan during one generation: follows it, and keeps what passes by."""
 

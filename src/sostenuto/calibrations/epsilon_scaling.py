@@ -10,16 +10,20 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from sostenuto.analysis.exposure_bias import noise_norm_curves
-from sostenuto.analysis.trajectory import clean_samples
+from sostenuto.analysis.trajectory import record
 from sostenuto.analysis.variance_probe import probe_variance
+from sostenuto.attention_tap import is_guided
 from sostenuto.calibrations.base import Calibration, Settings, made_for
+from sostenuto.clock import Tick
 from sostenuto.engine import attach
 from sostenuto.errors import InputError, MethodError
 from sostenuto.methods import FORA, EpsilonScaling, NoCache, by_name
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number, is_whole
 from sostenuto.methods.epsilon_scaling import NoiseScales, smoothed
+from sostenuto.probe import Prober
 from sostenuto.progress import progress
+from sostenuto.seeds import OWN_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,11 @@ class EpsilonScalingCalibration(Calibration):
 
     def _batches(self, settings: Settings) -> list[torch.Tensor]:
         """Clean latents, one tensor for each generation to measure on."""
-        generator = settings.fresh_generator()
+        # Of noise of their own: paired with the noise that made it, a sample would be known by it.
+        generator = settings.generator_of(OWN_SAMPLES)
         own: list[torch.Tensor] = []
         while sum(map(len, own)) < settings.num_samples:
-            own.append(
-                clean_samples(settings.target, lambda *_, **__: settings.generate(generator), settings.scheduler)
-            )
+            own.append(_unguided(settings, generator))
             if self.real_latents is not None:
                 break  # one tells how many rows a generation has
         if self.real_latents is None:
@@ -166,3 +169,26 @@ class EpsilonScalingCalibration(Calibration):
             share = 0.0 if after == before else (step - before) / (after - before)
             filled.append((1 - share) * logs[before] + share * logs[after])
         return [math.exp(value) for value in smoothed(filled, self.window // 2)]
+
+
+def _unguided(settings: Settings, generator: torch.Generator) -> torch.Tensor:
+    """The clean latents of one uncached generation ``[rows, …]``.
+
+    Raises:
+        MethodError: it is guided, so that the network's own predictions are not what the sampler is told.
+    """
+    guided: set[bool] = set()
+
+    def watch(_handle: Any, tick: Tick, prober: Prober) -> Any:
+        guided.add(tick.pass_index > 0 or is_guided(prober.call.latents))
+        return prober.follow()
+
+    path = record(
+        settings.target, lambda *_, **__: settings.generate(generator), scheduler=settings.scheduler, watch=watch
+    )
+    if True in guided:
+        raise MethodError(
+            "this sample is guided, and exposure bias is measured on what the network itself predicts: let sample leave "
+            "guidance out, as with guidance_scale=1"
+        )
+    return path.clean

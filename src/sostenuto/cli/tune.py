@@ -41,6 +41,8 @@ class Tune:
     """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
     published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
+    max_work: float | None = None
+    """The most that tuning may cost, in uncached generations of one image; by default 50 000 / 30."""
     score_images: int = 128
     """On the demo model, or with --reference: how many images a distance is taken of, 128 or more to say something; 0 goes
     by nearness alone."""
@@ -76,6 +78,7 @@ class Tune:
             refinements=self.refinements,
             kinds=self.kinds,
             published=self.published,
+            **({} if self.max_work is None else {"max_work": self.max_work}),
         )
         scoring = self._scoring(pipe)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):

@@ -16,6 +16,7 @@ from sostenuto.tuning.lab import Lab, Trial, key_of
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
+_BELOW = 1e6  # puts scores that are not above 0 below the logarithms of those that are
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
 _SHORTLIST = 7  # plans that are scored
 _LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
@@ -214,7 +215,8 @@ def merit(trial: Trial) -> float:
     """What a score decides by, lower is better: ``log score + log(error) / 25``.
 
     A score of few images is partly chance, and two plans of like scores may be worlds apart in nearness: ten times the
-    error must buy a score that is better by a tenth. A score that is not above 0 has no logarithm and counts by itself.
+    error must buy a score that is better by a tenth. A score that is not above 0 has no logarithm and counts by itself; it is
+    better than any that is above.
     """
     score = 0.0 if trial.score is None else trial.score
-    return score if score <= 0 else math.log(score) + _NEARNESS * math.log(max(trial.error, 1e-9))
+    return score - _BELOW if score <= 0 else math.log(score) + _NEARNESS * math.log(max(trial.error, 1e-9))

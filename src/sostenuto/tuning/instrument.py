@@ -18,6 +18,7 @@ from sostenuto.features import Feature, mapped
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
+from sostenuto.state import PassState
 from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach, nudged_steps, whole_of
 
 _NUM_VALUES = 4096  # of a sample's output that errors are compared in, chosen at random where it has more
@@ -85,6 +86,10 @@ class Instrument:
         self._nudged = set(nudged_steps(num_steps) if self._whole in reach else ())
         self._nudge_errors = np.full((len(NUDGES), num_steps), np.nan)  # mean squares
         self._before: dict[int, Feature] = {}  # pass → latents of its last step
+        self._passes: dict[int, PassState] = {}
+        self._first: dict[int, int] = {}  # pass → the step at which it began, or began anew
+        # What no measured kind reuses isn't kept: for a large network the branches are gigabytes.
+        self._store = [Op.STORE if room > 1 else Op.COMPUTE for room in self._slots]
         self._macs: dict[str, float] = {}
         self._sites: dict[str, tuple[str, float]] = {}
         self._bytes: dict[str, int] = {}
@@ -92,11 +97,15 @@ class Instrument:
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         """Make the call, uncached, and measure."""
         slots = prober.state.slots
-        if tick.step == 0:
+        if (
+            self._passes.get(tick.pass_index) is not prober.state
+        ):  # of a new generation, or one that was left out for a while
+            self._passes[tick.pass_index], self._first[tick.pass_index] = prober.state, tick.step
             self._errors = {key: run for key, run in self._errors.items() if key[0] != tick.pass_index}
+            self._before.pop(tick.pass_index, None)
             for kept, room in zip(slots, self._slots, strict=True):
                 kept[:] = [None] * room
-        output = self._timed("compute", prober, lambda: prober.run([Op.STORE] * len(slots)))
+        output = self._timed("compute", prober, lambda: prober.run(self._store))
         fresh = self._values(prober, output)
         self._rows[tick.step] += prober.batch_size
         weight = prober.batch_size / self._rows[tick.step]
@@ -127,7 +136,7 @@ class Instrument:
         try:
             for place, share in enumerate(NUDGES):
                 moved = mapped(lambda now, then, share=share: torch.lerp(now, then, share), latents, before)
-                prober.with_latents(moved).run([Op.STORE] * len(slots))
+                prober.with_latents(moved).run(self._store)
                 error = self._values(prober, filled_call(prober, self._whole, [1])) - fresh
                 known = self._nudge_errors[place, tick.step]
                 self._nudge_errors[place, tick.step] = _averaged(known, _mean_product(error, error), weight)
@@ -138,7 +147,8 @@ class Instrument:
         self, tick: Tick, prober: Prober, fresh: torch.Tensor, weight: float, what: tuple[Kind, int, int], gap: int
     ) -> None:
         kind, order, at = what
-        for lag in range(1, min(self._reach[kind].max_run, tick.step - order * gap) + 1):
+        known = tick.step - self._first[tick.pass_index]  # steps of this pass so far
+        for lag in range(1, min(self._reach[kind].max_run, known - order * gap) + 1):
             lags = [lag + place * gap for place in range(order + 1)]
             output = self._timed(kind.value, prober, lambda lags=lags: filled_call(prober, kind, lags))
             computed = tick.step - lag

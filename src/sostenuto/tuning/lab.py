@@ -17,7 +17,7 @@ from sostenuto.calibrations.base import Settings, Tapped, made_for
 from sostenuto.clock import Tick
 from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
-from sostenuto.errors import InputError
+from sostenuto.errors import InputError, MethodError
 from sostenuto.files import publish_json
 from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
@@ -26,12 +26,15 @@ from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.generate import Generated, generate
-from sostenuto.tuning.instrument import Instrument, filled_call
+from sostenuto.tuning.instrument import Instrument, filled_call, ops_of
 from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds, reaches
 from sostenuto.tuning.rehearsal import Rehearsal, rehearse
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+_WORST = 1e29  # error and score of a plan that makes what is not finite: no other is worse
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,13 @@ class Lab:
         error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
+        if not all(map(math.isfinite, (error, *norms, *(() if score is None else (score,))))):
+            if table is None:
+                raise MethodError(
+                    f"the uncached sampler's {'score is ' + str(score) if math.isfinite(error) else 'latents are not finite'}: "
+                    "there is nothing to tune towards"
+                )
+            error, score, norms = _WORST, None if score is None else _WORST, ()
         work = run.rows * _share(table)
         return Trial(error, score, norms, work, run.seconds / run.rows), latents if table is None else latents[:0]
 
@@ -334,10 +344,15 @@ def _perturb_at(
     """Drives a generation that is uncached but for one step, and takes down that step's squared error with its rows."""
 
     def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
-        sites = len(handle.sites)
+        read = [op is Op.REUSE for op in ops_of(handle.sites, kind, Op.REUSE)]
+        computed = [Op.COMPUTE] * len(read)
         if tick.step != step:
-            return prober.run([Op.STORE if step - order - 1 <= tick.step < step else Op.COMPUTE] * sites)
-        fresh = prober.run([Op.COMPUTE] * sites)
+            near = step - order - 1 <= tick.step < step
+            return prober.run([Op.STORE if near and own else Op.COMPUTE for own in read])
+        kept = [sum(value is not None for value in prober.state.slots[i]) for i, own in enumerate(read) if own]
+        if min(kept) <= order:  # a pass that began a moment ago
+            return prober.run(computed)
+        fresh = prober.run(computed)
         reused = filled_call(prober, kind, range(1, order + 2))
         error = (prober.prediction(reused).float() - prober.prediction(fresh).float()).square().mean()
         caused.append((float(error), prober.batch_size))

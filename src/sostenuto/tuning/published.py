@@ -94,7 +94,6 @@ def calibrated(calibration: Calibration, settings: Settings, path: Path | None) 
     """
     if path is not None and path.exists():
         return CacheTable.load(path)
-    steps = settings.num_inference_steps
     noise = torch.Generator(settings.generator.device if settings.generator else "cpu").manual_seed(settings.seed)
     generations = itertools.count()
 
@@ -111,7 +110,7 @@ def calibrated(calibration: Calibration, settings: Settings, path: Path | None) 
         return None
     table = replace(
         _by_states(made, inspect(compat.find_denoiser(settings.target))),
-        eps_scale=(1.0,) * steps,
+        eps_scale=(1.0,) * made.num_inference_steps,
         calibration={**made.calibration, "generations": next(generations)},
     )
     if path is not None:

@@ -20,6 +20,8 @@ from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.rehearsal import SAME, Rehearsal, same
 
 _SKETCHES = ("sample", "score_sample")
+FOUND = ("measurement.npz", "trials.json", "response.json")
+"""The files of a folder that hold what was found."""
 
 
 def setting(settings: Settings, options: TuneOptions) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def claim(folder: Path, made_with: dict[str, Any], begun: bool = False) -> None:
     known: Any = read_json(path, "record of a tuning") if path.exists() else {}
     if not isinstance(known, dict):
         raise InputError(f"{path} is no record of a tuning: use another folder")
+    if not begun and not any((folder / name).exists() for name in FOUND):
+        known = {}  # of a call that was refused before it found anything
     for key in made_with if known else ():
         before, now = known.get(key), made_with[key]
         if _is_same(before, now) or (begun and before is None):

@@ -79,7 +79,7 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             rows.append(prober.batch_size)
             if not macs:
                 macs.update(macs_of(prober, kinds))
-        noise = torch.Generator().manual_seed(tick.pass_index)
+        noise = torch.Generator().manual_seed(1000 * tick.step + tick.pass_index)
         return compat.map_prediction(outputs[what], lambda values: _noise_like(values, noise))
 
     run = generate(settings, stream, tapped, drive)

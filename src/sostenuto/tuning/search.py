@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -195,9 +196,8 @@ class Frontier:
     def schedule(self, budget: float) -> Schedule | None:
         """The schedule with the least error whose mean cost of a step is at most ``budget``; ``None`` if there is none."""
         last = self._model.num_steps - 1
-        top = min(
-            self._num_ticks, round((budget + 0.02) * self._num_ticks)
-        )  # ticks are rounded, the costs below are not
+        rounded = 0.5 / self._per_step  # what the ticks of a step may be off by, while the costs below are exact
+        top = min(self._num_ticks, math.ceil((budget + rounded) * self._num_ticks) + 1)
         ends = [
             (error, run, tick)
             for (step, run), row in self._errors.items()
