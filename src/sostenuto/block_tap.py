@@ -291,7 +291,7 @@ class _Streams:
         ]
         if len(parts) < len(first._returns) or len({part.shape[2] for part in parts}) > 1:
             return given
-        return {self._streams[0]: torch.cat(parts, 1)}
+        return {next(iter(self._streams)): torch.cat(parts, 1)}
 
     def each(self, output: Any, entry: Mapping[str, Any], function: Callable[[Any, Any], Any]) -> Any:
         """``function`` of each stream of an output and of what the range was given of it."""

@@ -400,3 +400,9 @@ def block_lists_of_diffusers() -> tuple[str, ...]:
 
 def _block_registry() -> Any:
     return diffusers_name("TransformerBlockRegistry", "hooks._helpers")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was told, so that a clock sees it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

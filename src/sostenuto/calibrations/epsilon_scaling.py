@@ -39,7 +39,9 @@ class EpsilonScalingCalibration(Calibration):
       own (its steps lose variance), 1 for an ODE solver in the limit of small steps, and as a rule above 1 for a reused
       prediction, which is of the past.
     - ``match="norm"``: the factor that gives the prediction the norm that a computed one has on noised real data, from
-      :func:`~sostenuto.analysis.noise_norm_curves` (the reading of Epsilon Scaling, arXiv 2308.15321, per kind of call).
+      :func:`~sostenuto.analysis.noise_norm_curves` (the
+      measurement of Epsilon Scaling, arXiv 2308.15321, per kind of call; that paper takes the ratio for what all steps so far
+      have done together, as :meth:`~sostenuto.EpsilonScaling.measured` does).
 
     Where the method doesn't reuse, factors of reused calls are interpolated from the steps where it does, and the other
     way round for the norm. A method that never reuses gives both kinds the same factors.

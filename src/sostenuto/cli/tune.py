@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -78,8 +78,9 @@ class Tune:
             refinements=self.refinements,
             kinds=self.kinds,
             published=self.published,
-            **({} if self.max_work is None else {"max_work": self.max_work}),
         )
+        if self.max_work is not None:
+            options = replace(options, max_work=self.max_work)
         scoring = self._scoring(pipe)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             tuned = sostenuto.tune(

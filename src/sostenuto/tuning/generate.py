@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sostenuto import compat
 from sostenuto.calibrations.base import Settings
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
@@ -82,6 +83,7 @@ def generate(
             return output
 
         handle.driver, handle.driver_slots = driver, num_slots
+        device = next(handle._denoiser.parameters()).device
         began = time.perf_counter()
         while run.rows < settings.num_samples:
             before = run.rows
@@ -90,5 +92,6 @@ def generate(
             settings.check_steps(len(ran), run.num_steps if run.rows > before else None)
             if run.rows == before:
                 raise MethodError("sample ended before the last step: it must run one whole generation")
+        compat.synchronize(device)  # what decodes the latents may still run
         run.seconds = time.perf_counter() - began
     return run

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.clock import Tick
 from sostenuto.cost import signature
@@ -173,10 +174,10 @@ class Instrument:
 
     def _timed(self, name: str, prober: Prober, run: Callable[[], Any]) -> Any:
         device = next(self._handle._denoiser.parameters()).device
-        _wait(device)
+        compat.synchronize(device)
         began = time.perf_counter()
         output = run()
-        _wait(device)
+        compat.synchronize(device)
         self._seconds.setdefault(name, []).append(time.perf_counter() - began)
         return output
 
@@ -235,8 +236,3 @@ def _averaged(known: float, value: float, weight: float) -> float:
 
 def _mean_product(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).mean())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
