@@ -18,7 +18,17 @@ import bench_tables
 import results_tables
 
 ROOT = results_tables.ROOT
-SLOW_PAGES = {"combining", "ditfastattn", "eb-cache", "epsilon-scaling", "feb-cache", "l2c"}  # they calibrate, or train
+SLOW_PAGES = {
+    "combining",
+    "ditfastattn",
+    "duca",
+    "eb-cache",
+    "epsilon-scaling",
+    "feb-cache",
+    "l2c",
+    "smoothcache",
+    "toca",
+}
 METHOD_PAGES = [
     pytest.param(page, id=page.stem, marks=[pytest.mark.slow, pytest.mark.timeout(1800)] * (page.stem in SLOW_PAGES))
     for page in sorted((ROOT / "docs" / "methods").glob("*.md"))

@@ -614,7 +614,11 @@ def test_plans_with_forecasts_alone_are_scored_though_they_are_farther_off(model
     assert any(0 in orders(table) for table in heard)
 
 
-@pytest.mark.parametrize("listing", [HeunDiscreteScheduler, lambda: PNDMScheduler(skip_prk_steps=True)])
+@pytest.mark.parametrize(
+    "listing",
+    [HeunDiscreteScheduler, pytest.param(lambda: PNDMScheduler(skip_prk_steps=True), marks=pytest.mark.slow)],
+    ids=("heun", "pndm"),
+)
 def test_schedulers_that_list_more_calls_than_steps_are_tuned_with_published_plans_among_others(tiny, listing):
     scheduler = listing()
 
