@@ -305,6 +305,27 @@ def test_blocks_with_attention_and_mlp_in_one_are_neither(model, subject):
     assert kinds == {"attention": {"joint-attention"}, "MLP": {"mlp"}, "both in one": {"fused"}}
 
 
+def test_uniform_caching_stands_beside_eb_at_the_cost_that_is_nearest(subject):
+    compute = StepState.COMPUTE
+    subject.table = CacheTable((compute, StepState.REUSE_BOTH, *(compute,) * (STEPS - 2)), macs_fraction=0.55)
+    data = feature_error(subject)
+    assert set(data["errors"]) == {"every 2", "EB-Cache"}
+    assert "its table costs 55% of the uncached work" in FEATURE_ERROR.finding(data)
+
+
+def test_what_an_instrument_left_out_is_said(model):
+    analysis = sostenuto.analyze(
+        model,
+        sample,
+        only=("snr",),
+        num_inference_steps=STEPS,
+        num_samples=2,
+        scheduler=model.scheduler_for_test,
+        table=CacheTable((StepState.COMPUTE,) * (STEPS + 1)),
+    )
+    assert "Left out: EB-Cache (" in analysis.observations["snr"].finding
+
+
 def test_the_words_judge_scaling_by_the_forward_process():
     """Caching raised the ratio from 2 to 3 dB, training has 1, and b brings it to 1.2: farther from uncached, but right."""
     curve = {"uncached": 2.0, "every 2": 3.0, "every 2, b": 1.2}

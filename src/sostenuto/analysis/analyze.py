@@ -250,7 +250,8 @@ def _observe(instrument: Instrument, subject: Subject) -> Observation:
     began = time.perf_counter()
     try:
         data = dict(_finite(instrument.measure(subject)))
-        return Observation(instrument, data, instrument.finding(data), "", time.perf_counter() - began)
+        missing = "".join(f" Left out: {name} ({reason})." for name, reason in data.get("left_out", {}).items())
+        return Observation(instrument, data, instrument.finding(data) + missing, "", time.perf_counter() - began)
     except AlreadyEnabledError:
         raise
     except SostenutoError as error:
