@@ -208,6 +208,7 @@ def test_a_comparison_in_bfloat16_says_so_and_differs(tmp_path, monkeypatch, dem
         compare(tmp_path, Settings(num_images=4, batch_size=4, search_images=0), show=False)
 
 
+@pytest.mark.slow
 def test_more_images_go_on_from_those_that_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[1:3])
     few, many, odd = (Settings(num_images=n, batch_size=2, search_images=0) for n in (4, 6, 5))

@@ -42,7 +42,8 @@ def test_many_generations_leave_no_object_and_no_tensor_more(generations):
     assert row["objects_grown"] <= 20  # caches of Python itself; one a generation would be more
 
 
-@pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("separate", [False, True])
 def test_the_peak_counted_over_live_tensors_is_that_of_the_statistics_and_of_the_prediction(separate):
     for name, row in memory_checks.peaks(separate).items():
         assert row["ratio"] == pytest.approx(1, abs=0.05), name

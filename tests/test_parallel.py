@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("diffusers.hooks.context_parallel")
 
+pytestmark = pytest.mark.slow  # two processes with a network each, for over half a minute
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
