@@ -39,7 +39,9 @@ def at_speeds(results: dict[str, Any]) -> str:
         f"| at | row | measured | by MACs | Fréchet distance (real {results['floor']:.2f}) | PSNR to uncached |",
         "|---|---|---|---|---|---|",
     ]
-    for target, rows in _targets(results).items():
+    targets = _targets(results)
+    for target in sorted(targets, key=lambda target: target == "at most"):  # what gets to none of them comes last
+        rows = [results["rows"][index] for index in targets[target]]
         for row in sorted(rows, key=lambda row: row["frechet_distance"]):
             name = row["name"].partition(": ")[2].replace(" | ", " + ")
             lines.append(
@@ -52,14 +54,14 @@ def at_speeds(results: dict[str, Any]) -> str:
     )
 
 
-def _targets(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The rows by the speed-up that they are for, those that get to none of them last."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in results["rows"]:
+def _targets(results: dict[str, Any]) -> dict[str, list[int]]:
+    """The positions of the rows by the speed-up that they are for."""
+    found: dict[str, list[int]] = {}
+    for index, row in enumerate(results["rows"]):
         target, colon, _ = row["name"].partition(": ")
         if colon:
-            found.setdefault(target.replace("x", "×"), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: item[0] == "at most"))
+            found.setdefault(target.replace("x", "×"), []).append(index)
+    return found
 
 
 def smoothness(results: dict[str, Any]) -> str:
@@ -185,17 +187,12 @@ def reproduced(results: dict[str, Any]) -> str:
 
 def tuned(results: dict[str, Any]) -> str:
     """The tuned plans against all others: the whole table, and before it who is ahead at each speed."""
-    targets: dict[str, list[int]] = {}
-    for index, row in enumerate(results["rows"]):
-        target, colon, _ = row["name"].partition("x: ")
-        if colon:
-            targets.setdefault(target, []).append(index)
     lines = [
         "| target | distance: tuned by score | best of the others | tuned is better | PSNR: tuned by nearness | "
         "best of the others |",
         "|---|---|---|---|---|---|",
     ]
-    for target, rows in targets.items():
+    for target, rows in _targets(results).items():
         own = {_short(results, index): index for index in rows if "tuned by" in _short(results, index)}
         others = [index for index in rows if index not in own.values()]
         score, nearness = own["tuned by score"], own["tuned by nearness"]
@@ -211,7 +208,7 @@ def tuned(results: dict[str, Any]) -> str:
             f"{psnr[nearness]:.1f} ({_speed(results, nearness)})",
             "–" if nearest is None else f"{psnr[nearest]:.1f}, {_plain(results, nearest)}",
         )
-        lines.append(f"| {target}× | {' | '.join(cells)} |")
+        lines.append(f"| {target} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", quality(results)])
 
 

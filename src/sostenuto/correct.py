@@ -37,9 +37,8 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
     Raises:
         MethodError: a factor is not finite or not above 0, or there are not ``num_steps`` of them.
     """
-    entries = (
-        (scale,) * (num_steps or 1) if isinstance(scale, (int, float, Real)) else scale
-    )  # numpy has reals of its own
+    # numpy has reals of its own
+    entries = (scale,) * (num_steps or 1) if isinstance(scale, (int, float, Real)) else scale
     try:
         if isinstance(scale, (bool, str)):
             raise TypeError

@@ -212,6 +212,8 @@ def analyze(
         table = CacheTable.load(table)
     subject = Subject(target, sample, scheduler, num_inference_steps, num_samples, seed, real_latents, decode, table)
     denoiser = subject.denoiser
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     observations: dict[str, Observation] = {}
     total, done = sum(instrument.work for instrument in chosen), 0.0
     if show_progress and total > _WORTH_AN_ESTIMATE:
@@ -221,7 +223,6 @@ def analyze(
             subject.tell = _teller(bar, instrument.name)
             found = observations[instrument.name] = _observe(instrument, subject)
             if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
                 _write_json(Path(folder) / f"{instrument.name}.json", found.as_dict())
             bar.update(round(done + instrument.work) - round(done))
             done += instrument.work

@@ -99,9 +99,8 @@ def measure(subject: Subject) -> Data:
     fresh = features(subject, "none")
     num_steps = 1 + max(step for _, step, _ in fresh)
     share = None if subject.eb_table is None else subject.eb_table.macs_fraction
-    interval = (
-        _INTERVAL if share is None else max(2, round(1 / share))
-    )  # the one that costs nearest to EB-Cache's table
+    # The one that costs nearest to EB-Cache's table.
+    interval = _INTERVAL if share is None else max(2, round(1 / share))
     methods: dict[str, Method] = {f"every {interval}": subject.uniform(interval)}
     left_out = {}
     try:

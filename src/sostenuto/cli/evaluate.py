@@ -84,10 +84,9 @@ class Evaluate:
             video=self.video,
             device=str(device_of(self.device)),
         )
-        if launch.size > 1 and self.statistics is not None and not more:
-            parts = [
-                self.statistics.with_suffix(f".{rank}-of-{launch.size}.safetensors") for rank in range(launch.size)
-            ]
+        merged = self.statistics if launch.size > 1 and not more else None  # of the parts that the processes measure
+        if merged is not None:
+            parts = [merged.with_suffix(f".{rank}-of-{launch.size}.safetensors") for rank in range(launch.size)]
             measured(first, self.reference, statistics=parts[launch.rank], shard=(launch.rank, launch.size))
             gather(None)  # until all parts are there
             measured = partial(
@@ -98,8 +97,8 @@ class Evaluate:
         if not launch.is_main:
             return
         found = measured(reference=self.reference)
-        if self.statistics is not None and not self.statistics.exists():
-            found.statistics.save(self.statistics)  # of all parts of a launch
+        if merged is not None:
+            found.statistics.save(merged)
         write_json(self.json, found.as_dict())
         for line in lines(found):
             print(line)

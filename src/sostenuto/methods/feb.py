@@ -19,7 +19,7 @@ from sostenuto.methods.tabled import ScaledTableMethod
 from sostenuto.table import CacheTable
 
 Denominator = Literal["as_reported", "symmetric"]
-_PUBLISHED: dict[str, Any] = {"b_high": 0.98, "b_low": 0.96, "tau_threshold": 0.4, "denominator": "as_reported"}
+_PARAMETERS = ("b_high", "b_low", "tau_threshold", "denominator")  # of b(τ)
 
 
 def noise_scale_curve(
@@ -110,19 +110,19 @@ class FEBCache(ScaledTableMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_curve(**_PUBLISHED | self._given())
+        noise_scale_curve((), **self._given())  # refuses parameters out of range
 
     @classmethod
     def dit_xl_2(cls, table: CacheTable | str | Path) -> FEBCache:
         """DiT-XL/2 256², DDPM with 50 steps: b_h = 0.98, b_l = 0.96, τ_thre = 0.4, for a table of your own."""
-        return cls(table, **_PUBLISHED)
+        return cls(table, b_high=0.98, b_low=0.96, tau_threshold=0.4, denominator="as_reported")
 
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> FEBCache:
         """Refuse a table whose calibration says what is no b(τ), too."""
         made = super().prepare(denoiser, scheduler)
         assert isinstance(made, FEBCache)
         try:
-            _check_curve(**made._curve())
+            noise_scale_curve((), **made._curve())
         except MethodError as error:
             raise TableError(f"the cache table's calibration.options: {error}") from None
         return made
@@ -136,16 +136,14 @@ class FEBCache(ScaledTableMethod):
         return [multiplier * b for b in noise_scale_curve(normalized_times(facts.num_steps), **self._curve())]
 
     def _given(self) -> dict[str, Any]:
-        return {name: value for name in _PUBLISHED if (value := getattr(self, name)) is not None}
+        return {name: value for name in _PARAMETERS if (value := getattr(self, name)) is not None}
 
     def _curve(self) -> dict[str, Any]:
-        """The parameters of b(τ): those given, else those that the table was calibrated with, else the published ones."""
+        """The parameters of b(τ): those given, else the calibration's; what neither says is as published."""
         assert isinstance(self.table, CacheTable)
         options = self.table.calibration.get("options") if self.table.method == self.name else None
-        calibrated = (
-            {name: options[name] for name in _PUBLISHED if name in options} if isinstance(options, dict) else {}
-        )
-        return _PUBLISHED | calibrated | self._given()
+        known = options if isinstance(options, dict) else {}
+        return {name: known[name] for name in _PARAMETERS if name in known} | self._given()
 
 
 def _multiplier(table: CacheTable) -> float:

@@ -98,9 +98,8 @@ class Instrument:
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         """Make the call, uncached, and measure."""
         slots = prober.state.slots
-        if (
-            self._passes.get(tick.pass_index) is not prober.state
-        ):  # of a new generation, or one that was left out for a while
+        # Of a new generation, or one that was left out for a while.
+        if self._passes.get(tick.pass_index) is not prober.state:
             self._passes[tick.pass_index], self._first[tick.pass_index] = prober.state, tick.step
             self._errors = {key: run for key, run in self._errors.items() if key[0] != tick.pass_index}
             self._before.pop(tick.pass_index, None)
