@@ -38,6 +38,9 @@ from sostenuto.table import CacheTable
 LIKE = math.log(1.05)  # ratio of speeds within which a calibration has reached its target
 FAR = math.log(1.15)  # from which on a setting is no match for a target
 TRIES = 3  # calibrations of a method for a target
+ROWS = (
+    8  # of the tuner's samples: times of fewer say little of those of many, and more make it dear to probe the weights
+)
 
 Named = tuple[str, Method]
 
@@ -127,7 +130,7 @@ def extent(speeds: Sequence[float], nearest: float) -> str:
 
 def tuned(lab: Lab, target: float, prefer: str, cost: str, score_images: int) -> Method:
     """The tuned plan for a speed-up."""
-    labels = torch.arange(4)
+    labels = torch.arange(ROWS)
 
     def sample(pipe: Any, generator: torch.Generator, num_inference_steps: int) -> Any:
         chosen = (labels * 3 + torch.randint(10, (1,), generator=generator)) % 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -163,3 +164,21 @@ def sample(model, generator, num_inference_steps, **kwargs):
     """One generation of the fixture ``model``, as calibrations are given it; the generator decides the seed."""
     seed = int(torch.randint(99, (1,), generator=generator))
     return sample_loop(model, model.scheduler_for_test, num_inference_steps, seed=seed, **kwargs)[0]
+
+
+@pytest.fixture(scope="session")
+def measured_before(tmp_path_factory):
+    """The folder of a tuning: what it measured serves the tests that look at what comes after."""
+    from tunings import tuned
+
+    folder = tmp_path_factory.mktemp("measured")
+    model = build_tiny()
+    model.scheduler_for_test = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    tuned(model, folder=folder)
+    return folder
+
+
+@pytest.fixture
+def begun(measured_before, tmp_path):
+    """A folder in which the measurements of a tuning are done."""
+    return shutil.copytree(measured_before, tmp_path / "begun")

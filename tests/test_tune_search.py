@@ -107,6 +107,32 @@ def test_the_models_total_is_the_sum_by_definition():
         assert model.total(schedule) == pytest.approx(added_up(measured, schedule))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("budget", [0.85, 0.7, 0.6, 0.5])
+def test_a_forecast_that_takes_longer_competes_at_its_own_cost(seed, budget):
+    measured, costs = made_up(6, seed), COSTS | {"stack 1": 0.2, "attention 1": 0.6}
+    model = ErrorModel(measured, weight, KINDS)
+    found = Frontier(model, costs).schedule(budget)
+    least = min(
+        added_up(measured, schedule)
+        for schedule in every_schedule(6, KINDS)
+        if cost_of(schedule, costs) <= budget + 1e-9
+    )
+    assert cost_of(found, costs) <= budget + 1e-9
+    assert added_up(measured, found) == pytest.approx(least)
+
+
+def test_times_tell_forecasts_from_last_values():
+    seconds = {"compute": 1.0, "stack": 0.1, "stack 1": 0.3, "pause": 0.1}
+    measured = replace(made_up(6), seconds=seconds)
+    assert measured.times == pytest.approx(
+        {"compute": 1.1, "stack": 0.2, "stack 1": 0.4, "attention": 1.1, "mlp": 1.1, "branches": 1.1}
+    )
+    last = CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH) * 2, fill="stack")
+    assert cost_of_table(last, measured.times) == pytest.approx((1.1 + 0.2) / 2.2)
+    assert cost_of_table(last.filled(1), measured.times) == pytest.approx((1.1 + 0.4) / 2.2)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(6, 14), st.integers(0, 100), st.floats(0.35, 1.0))
 def test_the_budget_is_kept_and_more_of_it_never_makes_it_worse(num_steps, seed, budget):

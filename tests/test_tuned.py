@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from sostenuto.plan import Action
-from sostenuto.report.frontier import frontier_figure, plans_figure, save_figures
+from sostenuto.report.frontier import frontier_figure, plans_figure
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.result import Point, Tuned, answers, pareto
 
@@ -79,4 +79,6 @@ def test_steps_that_list_their_branches_are_drawn_by_the_share_that_they_reuse(t
     assert [text.get_position() for text in axes.texts] == [(1.5, 0.5), (3.5, 0.5), (1.5, 1.5), (3.5, 1.5)]
     assert "that share of the branches" in axes.get_xlabel()
     assert "share of the branches" not in plans_figure(tuned(point(2.0, 2.0, 0.1))).axes[0].get_xlabel()
-    assert all(path.stat().st_size > 1000 for path in save_figures(tmp_path, found))
+    paths = found.draw(tmp_path / "new")
+    assert {path.name for path in paths} == {"frontier.png", "frontier.pdf", "plans.png", "plans.pdf"}
+    assert all(path.stat().st_size > 1000 for path in paths)

@@ -63,7 +63,6 @@ class Tune:
 
         import sostenuto
         from sostenuto.errors import InputError
-        from sostenuto.report.frontier import save_figures
 
         if self.score_images < 4 and (self.score_images or self.reference):
             raise InputError(
@@ -99,7 +98,7 @@ class Tune:
             return
         print(tuned)
         write_json(self.json, tuned.as_dict())
-        for path in save_figures(self.output, tuned):
+        for path in tuned.draw(self.output):
             print(path)
 
     def _scoring(self, pipe: Any) -> dict[str, Any]:

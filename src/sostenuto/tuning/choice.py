@@ -26,11 +26,12 @@ Scale = float | str
 
 
 class Planned(NamedTuple):
-    """A plan, with what says how much error its changes would make."""
+    """A plan, with what says how much error its changes would make and which of them stay within its budget."""
 
     plan: Schedule
     model: ErrorModel
     tilt: float
+    keeps_budget: Callable[[Schedule], bool]
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ class Chooser:
 
     def refined(self, candidate: Candidate) -> Candidate:
         """The plan after local changes, each tried for real, those first that the model likes best."""
-        if candidate.planned is None:
+        planned = candidate.planned
+        if planned is None:
             return candidate
-        plan, model, tilt = candidate.planned
+        plan, model = planned.plan, planned.model
         best, tried = self._lab.trial(candidate.table).error, {plan}
         for _ in range(self._options.refinements):
-            fresh = {other: model.total(other) for other in neighbours(plan, model.orders) if other not in tried}
+            able = filter(planned.keeps_budget, neighbours(plan, model.orders))
+            fresh = {other: model.total(other) for other in able if other not in tried}
             likely = sorted(fresh, key=fresh.__getitem__)[: world().size]  # each process tries one
             step = next(iter(likely), None)
             if step is None or fresh[step] == float("inf"):
@@ -126,7 +129,8 @@ class Chooser:
             self._lab.prepare("paired", [self._table_of(other) for other in likely if fresh[other] < float("inf")])
             error = self._lab.trial(table).error
             if error < best:
-                plan, best, candidate = step, error, Candidate(candidate.name, table, Planned(step, model, tilt))
+                plan, best = step, error
+                candidate = Candidate(candidate.name, table, planned._replace(plan=step))
         return candidate
 
     def better(self, one: Candidate, other: Candidate) -> Candidate:

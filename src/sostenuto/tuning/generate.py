@@ -34,6 +34,7 @@ class Generated:
         rows: rows of the denoiser's batch, of all of them.
         num_steps: steps that the scheduler lists.
         seconds: wall time.
+        noise: state of the generator after the last of them.
         result: what ``sample`` returned last.
     """
 
@@ -43,11 +44,18 @@ class Generated:
     rows: int = 0
     num_steps: int = 0
     seconds: float = 0.0
+    noise: torch.Tensor | None = None
     result: Any = None
 
 
 def generate(
-    settings: Settings, stream: int, method: Method, drive: Drive | None = None, num_slots: int = 1
+    settings: Settings,
+    stream: int,
+    method: Method,
+    drive: Drive | None = None,
+    num_slots: int = 1,
+    begun: Generated | None = None,
+    after: Callable[[Generated], object] | None = None,
 ) -> Generated:
     """Generate ``settings.num_samples`` rows or more with a method.
 
@@ -57,12 +65,16 @@ def generate(
         method: what is attached.
         drive: takes the place of the method's plan.
         num_slots: outputs that a site keeps for ``drive``.
+        begun: what was generated before, to go on from.
+        after: is told after every generation but the last.
 
     Raises:
         MethodError: a generation has another number of steps than asked for.
     """
-    run = Generated()
+    run = begun or Generated()
     noise = settings.fresh_generator().manual_seed(settings.seed + stream)
+    if run.noise is not None:
+        noise.set_state(run.noise)
     with attach(settings.target, method, scheduler=settings.scheduler) as handle:
         left: list[float] = []
         ran: set[int] = set()
@@ -92,6 +104,9 @@ def generate(
             settings.check_steps(len(ran), run.num_steps if run.rows > before else None)
             if run.rows == before:
                 raise MethodError("sample ended before the last step: it must run one whole generation")
+            run.noise = noise.get_state()
+            if after is not None and run.rows < settings.num_samples:
+                after(run)
         compat.synchronize(device)  # what decodes the latents may still run
         run.seconds = time.perf_counter() - began
     return run

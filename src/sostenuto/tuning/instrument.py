@@ -11,6 +11,7 @@ import torch
 
 from sostenuto import compat
 from sostenuto.anatomy import SiteKind
+from sostenuto.calibrations.base import Tapped
 from sostenuto.clock import Tick
 from sostenuto.cost import signature
 from sostenuto.engine import Handle
@@ -20,7 +21,7 @@ from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
 from sostenuto.state import PassState
-from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach, nudged_steps, whole_of
+from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach, filled_name, nudged_steps, whole_of
 
 _NUM_VALUES = 4096  # of a sample's output that errors are compared in, chosen at random where it has more
 
@@ -31,6 +32,11 @@ def ops_of(sites: Sequence[Site], kind: Kind, filled: Op) -> list[Op]:
     if kind is Kind.STACK:
         return [filled if site is whole else Op.SKIP if whole and whole.covers(site) else Op.COMPUTE for site in sites]
     return [filled if site is not whole and kind.state.skips(site) else Op.COMPUTE for site in sites]
+
+
+def tapped_for(kinds: Sequence[Kind]) -> Tapped:
+    """The method whose sites all these kinds have what they reuse at."""
+    return Tapped("stack" if Kind.STACK in kinds else "branches")
 
 
 def filled_call(prober: Prober, kind: Kind, lags: Sequence[int]) -> Any:
@@ -150,7 +156,7 @@ class Instrument:
         known = tick.step - self._first[tick.pass_index]  # steps of this pass so far
         for lag in range(1, min(self._reach[kind].max_run, known - order * gap) + 1):
             lags = [lag + place * gap for place in range(order + 1)]
-            output = self._timed(kind.value, prober, lambda lags=lags: filled_call(prober, kind, lags))
+            output = self._timed(filled_name(kind, order), prober, lambda lags=lags: filled_call(prober, kind, lags))
             computed = tick.step - lag
             run = self._errors.setdefault((tick.pass_index, kind, order, at, computed), [])
             run.append(self._values(prober, output) - fresh)
@@ -192,6 +198,25 @@ class Instrument:
         for place, name in kinds.items():
             own = sum(cost.site_macs[other] for other, kind in kinds.items() if kind == name)
             self._sites[sites[place].id] = name, cost.site_macs[place] / own
+
+    def state(self) -> dict[str, Any]:
+        """What was measured in the generations so far, for an instrument that goes on; tensors and plain data."""
+        arrays = {"power": self._power, "rows": self._rows, "nudges": self._nudge_errors}
+        return {
+            "arrays": {name: torch.from_numpy(values) for name, values in arrays.items()},
+            "runs": {kind.value: torch.from_numpy(values) for kind, values in self._runs.items()},
+            "seconds": self._seconds,
+            "macs": self._macs,
+            "sites": self._sites,
+            "bytes": self._bytes,
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` gave, to average over those generations too."""
+        arrays = {name: values.numpy() for name, values in state["arrays"].items()}
+        self._power, self._rows, self._nudge_errors = arrays["power"], arrays["rows"], arrays["nudges"]
+        self._runs = {kind: state["runs"][kind.value].numpy() for kind in self._runs}
+        self._seconds, self._macs, self._sites, self._bytes = (state[x] for x in ("seconds", "macs", "sites", "bytes"))
 
     def result(self, num_samples: int, pause: float) -> Measurement:
         """What was measured.

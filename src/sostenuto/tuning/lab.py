@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from sostenuto.calibrations.base import Settings, Tapped, made_for
+from sostenuto.calibrations.base import Settings
 from sostenuto.clock import Tick
 from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
@@ -26,8 +26,9 @@ from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.generate import Generated, generate
-from sostenuto.tuning.instrument import Instrument, filled_call, ops_of
-from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds, reaches
+from sostenuto.tuning.instrument import filled_call, ops_of, tapped_for
+from sostenuto.tuning.instrumented import forget_begun, instrumented_run
+from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds
 from sostenuto.tuning.rehearsal import Rehearsal, rehearse
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ class Lab:
     def rehearse(self, kinds: Sequence[Kind]) -> None:
         """Learn what the samples are, before any of it is done for real."""
         benches = ["paired"] if self.settings.score is None else ["paired", "scored"]
-        tapped = _tapped(tuple(kinds))
+        tapped = tapped_for(tuple(kinds))
 
         def one(bench: str) -> Rehearsal:
             settings, stream = self._bench(bench)
@@ -240,25 +241,12 @@ class Lab:
         measured = on_main(lambda: Measurement.load(path) if path is not None and path.exists() else None)
         if measured is None:
             groups = [kinds] if undisturbed or world().size == 1 else [(kind,) for kind in kinds]
-            measured = joined_kinds(shared(lambda group: self._measured(group, kinds), groups))
+            measured = joined_kinds(shared(lambda g: instrumented_run(self.settings, self.folder, g, kinds), groups))
             if path is not None and world().is_main:
                 measured.save(path)
+                forget_begun(path.parent)
         self.count(measured.work, "measurement")
         return measured
-
-    def _measured(self, kinds: tuple[Kind, ...], all_kinds: tuple[Kind, ...]) -> Measurement:
-        """A run with some kinds, on the sites of all of them."""
-        instruments: list[Instrument] = []
-        identity: dict[str, Any] = {}
-
-        def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
-            if not instruments:
-                instruments.append(Instrument(handle, reaches(kinds, tick.num_steps), tick.num_steps))
-                identity.update(made_for(handle))
-            return instruments[0](tick, prober)
-
-        run = generate(self.settings, 0, _tapped(all_kinds), drive)
-        return replace(instruments[0].result(run.rows, float(np.median(run.pauses))), made_for=identity)
 
     def response(self, kind: Kind, order: int, step: int) -> float:
         """How much of the squared error that one reuse makes in the output is left at the end, after all that follows.
@@ -290,7 +278,7 @@ class Lab:
             self._probed = torch.cat(generate(probing, 0, NoCache()).latents)
         caused: list[tuple[float, int]] = []
         drive = _perturb_at(step, kind, order, caused)
-        run = generate(probing, 0, _tapped((kind,)), drive, order + 1)
+        run = generate(probing, 0, tapped_for((kind,)), drive, order + 1)
         left = float((torch.cat(run.latents) - self._probed).square().mean())
         error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
         return {"left": left / max(error, 1e-30), "work": float(run.rows)}
@@ -332,10 +320,6 @@ def _rounds(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 def _response(kind: Kind, order: int, step: int) -> str:
     return f"{kind.value} {order} {step}"
-
-
-def _tapped(kinds: tuple[Kind, ...]) -> Tapped:
-    return Tapped("stack" if Kind.STACK in kinds else "branches")
 
 
 def _perturb_at(

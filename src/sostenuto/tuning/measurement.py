@@ -57,6 +57,11 @@ class Reach:
         return min(range(len(gaps)), key=lambda index: abs(gaps[index] - gap))
 
 
+def filled_name(kind: Kind, order: int) -> str:
+    """What a step that reuses a kind, filled by a forecast of this order, is called where costs are listed."""
+    return f"{kind.value} {order}" if order else kind.value
+
+
 def joined_kinds(parts: Sequence[Measurement]) -> Measurement:
     """One measurement of several, each with kinds of its own, of the same generations; times but the kinds' are the first's."""
     first = parts[0]
@@ -125,7 +130,8 @@ class Measurement:
             the j-th step after the computed one that they reuse, from 0; not a number where it was not measured.
         power: mean square of the output at every step.
         macs: of a step of each kind, ``"compute"`` being 1.
-        seconds: time of a denoiser call, the same way; ``"pause"`` is the time between one and the next.
+        seconds: time of a denoiser call, the same way, forecasts of a kind apart (:func:`filled_name`); ``"pause"`` is the
+            time between one and the next.
         num_samples: rows that the means are over.
         kept_bytes: bytes of one output of each kind, all rows of a call.
         made_for: identity of model and scheduler, ``{"model": …, "scheduler": …}``.
@@ -165,9 +171,10 @@ class Measurement:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of a step, ``"compute"`` and each kind, with the pause after its call."""
-        pause = self.seconds["pause"]
-        return {name: self.seconds.get(name, self.seconds["compute"]) + pause for name in self.macs}
+        """Seconds of a step, ``"compute"``, each kind and each forecast of one, with the pause after its call."""
+        seconds = dict.fromkeys(self.macs, self.seconds["compute"]) | dict(self.seconds)
+        pause = seconds.pop("pause")
+        return {name: own + pause for name, own in seconds.items()}
 
     @property
     def whole(self) -> Kind:

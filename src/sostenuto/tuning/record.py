@@ -16,12 +16,13 @@ from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
 from sostenuto.measured import fingerprint, is_number, read_json
+from sostenuto.tuning.instrumented import BEGUN
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.rehearsal import SAME, Rehearsal, same
 
 _SKETCHES = ("sample", "score_sample")
-FOUND = ("measurement.npz", "trials.json", "response.json")
-"""The files of a folder that hold what was found."""
+FOUND = ("measurement.npz", BEGUN, "trials.json", "response.json")
+"""The files of a folder that hold what was found; the second as long as an instrumented run isn't done."""
 
 
 def setting(settings: Settings, options: TuneOptions) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def claim(folder: Path, made_with: dict[str, Any], begun: bool = False) -> None:
     known: Any = read_json(path, "record of a tuning") if path.exists() else {}
     if not isinstance(known, dict):
         raise InputError(f"{path} is no record of a tuning: use another folder")
-    if not begun and not any((folder / name).exists() for name in FOUND):
+    if not begun and not any(any(folder.glob(name)) for name in FOUND):
         known = {}  # of a call that was refused before it found anything
     for key in made_with if known else ():
         before, now = known.get(key), made_with[key]

@@ -163,6 +163,17 @@ class Tuned:
                 old.unlink()
         return paths
 
+    def draw(self, folder: str | Path) -> list[Path]:
+        """Draw the frontier and its plans, each as PNG and as PDF, ``frontier.png`` and so on; returns the files.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with ``sostenuto[report]``.
+        """
+        from sostenuto.report.frontier import save_figures
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return save_figures(Path(folder), self)
+
     def __str__(self) -> str:
         scored = self.uncached_score is not None
         lines = [

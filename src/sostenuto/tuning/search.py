@@ -11,7 +11,7 @@ import numpy as np
 
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
-from sostenuto.tuning.measurement import Kind, Measurement
+from sostenuto.tuning.measurement import Kind, Measurement, filled_name
 
 ANY_ORDER = (0, 1, 2)
 """Degrees of the forecasts that a run of reuse may be filled with; 0 is the last value."""
@@ -39,11 +39,16 @@ Schedule = tuple[Segment, ...]
 """A generation: every segment begins with a computed step."""
 
 
+def filled_cost(costs: Mapping[str, float], kind: Kind, order: int) -> float:
+    """Cost of a step that reuses a kind, filled by a forecast; as a last value's where forecasts are not listed apart."""
+    return costs.get(filled_name(kind, order), costs[kind.value])
+
+
 def cost_of(schedule: Schedule, costs: Mapping[str, float]) -> float:
-    """Mean cost of a step, by the cost of ``"compute"`` and of each kind."""
+    """Mean cost of a step, by the cost of ``"compute"``, of each kind and of its forecasts."""
     steps = sum(segment.length + 1 for segment in schedule)
-    spent = sum(costs["compute"] + segment.length * costs[segment.kind.value] for segment in schedule)
-    return spent / (steps * costs["compute"])
+    reused = sum(one.length * filled_cost(costs, one.kind, one.order) for one in schedule if one.length)
+    return (len(schedule) * costs["compute"] + reused) / (steps * costs["compute"])
 
 
 def cost_of_table(
@@ -53,26 +58,32 @@ def cost_of_table(
 
     Args:
         table: the plan.
-        costs: of a step, ``"compute"`` and each kind.
+        costs: of a step, ``"compute"``, each kind and its forecasts.
         sites: where a step lists its sites, their kinds and shares (:attr:`Measurement.sites`): what a kind spares is divided
             among its branches.
     """
     whole = Kind.STACK if table.fill == "stack" else Kind.BRANCHES
     kinds = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
-    states = {state: costs[kind.value] for state, kind in kinds.items() if kind.value in costs}
-    states[StepState.COMPUTE] = costs["compute"]
-    spared = {name: costs["compute"] - cost for name, cost in costs.items()}
-    if Kind.BRANCHES.value in spared:  # by the branches that belong to no other kind
+    spent = 0.0
+    for state, order in zip(table.actions, table.forecast_orders, strict=True):
+        if state is StepState.COMPUTE:
+            spent += costs["compute"]
+        elif isinstance(state, StepState):
+            spent += filled_cost(costs, kinds[state], order)
+        else:
+            spared = _spared(costs, order)
+            skipped = [(sites or {})[site] for site, action in state.items() if action is not Action.COMPUTE]
+            spent += costs["compute"] - sum(share * spared[kind] for kind, share in skipped)
+    return spent / (table.num_inference_steps * costs["compute"])
+
+
+def _spared(costs: Mapping[str, float], order: int) -> dict[str, float]:
+    """What each kind spares of a step; ``"branches"`` what those spare that belong to no other kind."""
+    spared = {kind.value: costs["compute"] - filled_cost(costs, kind, order) for kind in Kind if kind.value in costs}
+    if Kind.BRANCHES.value in spared:
         others = sum(spared.get(kind.value, 0.0) for kind in (Kind.ATTENTION, Kind.MLP))
         spared[Kind.BRANCHES.value] = max(0.0, spared[Kind.BRANCHES.value] - others)
-    spent = 0.0
-    for state in table.actions:
-        if isinstance(state, StepState):
-            spent += states[state]
-            continue
-        skipped = [(sites or {})[site] for site, action in state.items() if action is not Action.COMPUTE]
-        spent += costs["compute"] - sum(share * spared[kind] for kind, share in skipped)
-    return spent / (table.num_inference_steps * costs["compute"])
+    return spared
 
 
 def table_of(schedule: Schedule) -> CacheTable:
@@ -109,19 +120,27 @@ class ErrorModel:
     ) -> None:
         self.kinds, self.num_steps = tuple(kinds), measured.num_steps
         self._measured, self._weight, self.orders = measured, weight, tuple(orders)
-        self._best: dict[tuple[int, int, Kind, int], tuple[float, int]] = {}
+        self._fillings: dict[tuple[int, int, Kind, int], list[tuple[float, int]]] = {}
 
     def longest(self, kind: Kind) -> int:
         """Most steps in a row that reuse this kind."""
         return self._measured.reach[kind].max_run
 
-    def best(self, computed: int, gap: int, kind: Kind, length: int) -> tuple[float, int]:
-        """Least error of a run after a computed step, ``gap`` steps after the one before (0: there is none), and its order."""
+    def fillings(self, computed: int, gap: int, kind: Kind, length: int) -> list[tuple[float, int]]:
+        """Error and order of the forecasts that may fill a run after a computed step, those of least error first.
+
+        Args:
+            computed: the step.
+            gap: how many steps it is after the one before; 0: there is none.
+            kind: what is reused.
+            length: of the run.
+        """
         key = computed, gap, kind, length
-        if key not in self._best:
-            orders = range(len(self._measured.reach[kind].gaps))
-            self._best[key] = min((self.error(*key, order), order) for order in orders if order in self.orders)
-        return self._best[key]
+        if key not in self._fillings:
+            known = (order for order in range(len(self._measured.reach[kind].gaps)) if order in self.orders)
+            errors = ((self.error(*key, order), order) for order in known)
+            self._fillings[key] = sorted(one for one in errors if one[0] < np.inf)
+        return self._fillings[key]
 
     def error(self, computed: int, gap: int, kind: Kind, length: int, order: int) -> float:
         """Error of a run of ``length`` steps; infinite where it wasn't measured."""
@@ -180,17 +199,18 @@ class Frontier:
 
     Args:
         model: the errors.
-        costs: of a step, ``"compute"`` and each kind.
+        costs: of a step, ``"compute"``, each kind and its forecasts. Where a forecast costs more than what it is better than,
+            both are tried.
     """
 
     def __init__(self, model: ErrorModel, costs: Mapping[str, float]) -> None:
         self._model, self._costs = model, costs
         self._per_step = max(20, _TICKS // model.num_steps)
-        self._ticks = {name: round(cost / costs["compute"] * self._per_step) for name, cost in costs.items()}
         self._num_ticks = model.num_steps * self._per_step + 1
         self._runs = [(Kind.STACK, 0)] + [(k, n) for k in model.kinds for n in range(1, model.longest(k) + 1)]
         self._errors: dict[tuple[int, int], np.ndarray] = {}  # by step and place of the run before it, -1 for none
-        self._from: dict[tuple[int, int], np.ndarray] = {}  # place of the run before the last computed step
+        # Of each: place of the run before the last computed step, and the order that fills the run itself.
+        self._from: dict[tuple[int, int], np.ndarray] = {}
         self._solve()
 
     def schedule(self, budget: float) -> Schedule | None:
@@ -224,28 +244,45 @@ class Frontier:
     def _solve(self) -> None:
         last, size = self._model.num_steps - 1, self._num_ticks
         begin = np.full(size, np.inf)
-        begin[self._ticks["compute"]] = 0.0
+        begin[self._ticks(Segment(0, Kind.STACK, 0))] = 0.0
         self._errors[0, -1] = begin
         for step in range(last):
             for before in sorted(run for at, run in self._errors if at == step):
                 past = self._errors[step, before] if step == 0 else self._errors.pop((step, before))
                 for number, (kind, length) in enumerate(self._runs):
-                    if step + length + 1 > last:
-                        continue
-                    error, _ = self._model.best(step, self._gap(before, kind), kind, length)
-                    if not np.isfinite(error):
-                        continue
-                    place = step + length + 1, number
-                    if place not in self._errors:
-                        self._errors[place] = np.full(size, np.inf)
-                        self._from[place] = np.full(size, -1, dtype=np.int16)
-                    ticks = (
-                        self._ticks["compute"] + length * self._ticks[kind.value] if length else self._ticks["compute"]
-                    )
-                    moved = past[: size - ticks] + error
-                    better = moved < self._errors[place][ticks:]
-                    self._errors[place][ticks:][better] = moved[better]
-                    self._from[place][ticks:][better] = before
+                    if step + length + 1 <= last:
+                        for error, order in self._fillings(step, before, kind, length):
+                            self._extend(past, (step, before), number, error, order)
+
+    def _fillings(self, step: int, before: int, kind: Kind, length: int) -> list[tuple[float, int]]:
+        """Error and order of what may fill a run: the orders that cost less than all that are better."""
+        if not length:
+            return [(0.0, 0)]
+        found: list[tuple[float, int]] = []
+        for error, order in self._model.fillings(step, self._gap(before, kind), kind, length):
+            ticks = self._ticks(Segment(length, kind, order))
+            if all(ticks < self._ticks(Segment(length, kind, other)) for _, other in found):
+                found.append((error, order))
+        return found
+
+    def _extend(self, past: np.ndarray, start: tuple[int, int], number: int, error: float, order: int) -> None:
+        """The paths to a computed step and the run before it, from all those to the computed step before."""
+        (step, before), (kind, length), size = start, self._runs[number], self._num_ticks
+        place = step + length + 1, number
+        if place not in self._errors:
+            self._errors[place] = np.full(size, np.inf)
+            self._from[place] = np.full((size, 2), -1, dtype=np.int16)
+        ticks = self._ticks(Segment(length, kind, order))
+        moved = past[: size - ticks] + error
+        better = moved < self._errors[place][ticks:]
+        self._errors[place][ticks:][better] = moved[better]
+        self._from[place][ticks:][better] = before, order
+
+    def _ticks(self, segment: Segment) -> int:
+        """What a computed step and a run of reuse cost."""
+        unit = self._costs["compute"] / self._per_step
+        reused = round(filled_cost(self._costs, segment.kind, segment.order) / unit) if segment.length else 0
+        return self._per_step + segment.length * reused
 
     def _gap(self, before: int, kind: Kind) -> int:
         return gap_after(None if before < 0 else self._runs[before], kind)
@@ -255,11 +292,11 @@ class Frontier:
         step = self._model.num_steps - 1
         segments = [Segment(0, Kind.STACK, 0)]
         while step:
-            before, (kind, length) = int(self._from[step, run][tick]), self._runs[run]
-            step -= length + 1
-            tick -= self._ticks["compute"] + (length * self._ticks[kind.value] if length else 0)
-            run, gap = before, self._gap(before, kind)
-            segments.append(Segment(length, kind, self._model.best(step, gap, kind, length)[1] if length else 0))
+            before, order = map(int, self._from[step, run][tick])
+            segments.append(Segment(self._runs[run][1], self._runs[run][0], order))
+            step -= segments[-1].length + 1
+            tick -= self._ticks(segments[-1])
+            run = before
         return tuple(segments[::-1])
 
 
@@ -283,7 +320,7 @@ def uniform(model: ErrorModel, costs: Mapping[str, float], budget: float) -> Sch
 
 
 def neighbours(schedule: Schedule, orders: Sequence[int] = ANY_ORDER) -> Iterator[Schedule]:
-    """Schedules of the same cost: a reuse moved from one run to another, or a run filled by a forecast of another order."""
+    """Schedules that reuse as many steps: a reuse moved to another run, or a run filled by a forecast of another order."""
     for one, other in itertools.permutations(range(len(schedule)), 2):
         giving, taking = schedule[one], schedule[other]
         ends = other == len(schedule) - 1  # the last step stays computed

@@ -250,6 +250,10 @@ class _Tuner:
     def _searched(self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
         """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Candidate] = {}
+
+        def keeps_budget(plan: Schedule) -> bool:
+            return cost_of(plan, self.costs) <= 1 / target + 1e-9
+
         fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
         for family in self._families:
             model, frontier = self._frontier(family, tilt, orders)
@@ -259,7 +263,8 @@ class _Tuner:
             }
             for name, plan in plans.items():
                 if plan is not None:
-                    found.setdefault(plan, Candidate(name + fill, self._table(plan), Planned(plan, model, tilt)))
+                    planned = Planned(plan, model, tilt, keeps_budget)
+                    found.setdefault(plan, Candidate(name + fill, self._table(plan), planned))
         return list(found.values())
 
     def _published(self, target: float) -> list[Candidate]:
@@ -286,11 +291,10 @@ class _Tuner:
 
         for (name, calibration, _), table in zip(able, shared(make, able), strict=True):
             self.lab.count(work_of(calibration, measured.macs, self.lab.rows, table), f"published {name} {target:g}")
-            if table is not None and self._cost(table, self.costs) <= 1 / target + 1e-9:
-                found.append(Candidate(name, table))
+            if table is not None:
                 other = int(not any(table.forecast_orders))  # forecasts in place of last values, or the other way round
-                found.append(Candidate(f"{name}, order {other}", table.filled(other)))
-        return found
+                found += [Candidate(name, table), Candidate(f"{name}, order {other}", table.filled(other))]
+        return [one for one in found if self._cost(one.table, self.costs) <= 1 / target + 1e-9]
 
     # --- tables --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,182 @@
+"""The folder of a tuning: what was found there is taken once more, and never for what it is not."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import sostenuto
+from conftest import sample
+from sostenuto import CacheTable, EBCache, InputError, tune
+from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.tuning.lab import Lab
+from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.record import claim, rehearsed
+from sostenuto.tuning.rehearsal import rehearse, same
+from tunings import QUICK, STEPS, norm, speedup_of, tuned
+
+
+def test_an_interrupted_tuning_goes_on_and_ends_the_same(model, tmp_path, monkeypatch):
+    whole = tuned(model, folder=tmp_path / "whole")
+    tried = Lab.trial
+    left = [3]
+
+    def failing(self, table):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return tried(self, table)
+
+    monkeypatch.setattr(Lab, "trial", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, folder=tmp_path / "cut")
+    monkeypatch.setattr(Lab, "trial", tried)
+    sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()  # nothing is left attached
+    calls = []
+    again = tuned(model, folder=tmp_path / "cut")
+    assert [p.table.actions for p in again.frontier] == [p.table.actions for p in whole.frontier]
+    assert [p.error for p in again.frontier] == [p.error for p in whole.frontier]
+
+    def counting(pipe, generator, num_inference_steps):
+        calls.append(1)
+        return sample(pipe, generator, num_inference_steps)
+
+    third = tune(
+        model,
+        counting,
+        num_inference_steps=STEPS,
+        num_samples=8,
+        scheduler=model.scheduler_for_test,
+        folder=tmp_path / "cut",
+        options=QUICK,
+    )
+    assert len(calls) == 1  # the rehearsal: all else was found already
+    assert [p.error for p in third.frontier] == [p.error for p in whole.frontier]
+    assert third.work <= again.work
+
+
+def test_what_is_saved_loads_and_runs(model, begun):
+    found = tuned(model, folder=begun)
+    content = json.loads((begun / "frontier.json").read_text())
+    assert [row["ideal_speedup"] for row in content["frontier"]] == [p.ideal_speedup for p in found.frontier]
+    assert set(found.answers) == {1.3, 2.0}
+    for target, point in found.answers.items():
+        table = CacheTable.load(begun / f"tuned-{target:g}x.json")
+        assert table == point.table
+        assert speedup_of(model, EBCache(table)) == pytest.approx(point.ideal_speedup)
+        assert point.ideal_speedup >= target
+
+
+def test_a_folder_of_another_tuning_is_refused(model, begun):
+    tuned(model, folder=begun)
+    with pytest.raises(InputError, match="another seed"):
+        tuned(model, folder=begun, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(2)
+    with pytest.raises(InputError, match="another weights"):
+        tuned(model, folder=begun)
+
+
+def guided(scale, labels=0, batch=2):
+    """A sample with a guidance scale, which the network doesn't see."""
+
+    @torch.no_grad()
+    def sample(model, generator, num_inference_steps):
+        scheduler = model.scheduler_for_test
+        latents = torch.randn(batch, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        both = torch.tensor([labels] * batch + [10] * batch)
+        for timestep in scheduler.timesteps:
+            given = torch.cat([latents, latents])
+            wanted, plain = model(given, timestep.expand(2 * batch), both).sample[:, :2].chunk(2)
+            latents = scheduler.step(
+                plain + scale * (wanted - plain), timestep, latents, generator=generator
+            ).prev_sample
+        return latents
+
+    return sample
+
+
+def sketch_of(model, sample):
+    settings = Settings(model, sample, STEPS, 1, scheduler=model.scheduler_for_test)
+    return rehearse(settings, 0, Tapped("stack"), (Kind.STACK,)).sketch
+
+
+def test_a_rehearsal_knows_a_sample_again_and_hardly_runs_the_network(model):
+    calls = []
+    model.proj_out_2.register_forward_hook(lambda *_: calls.append(1))
+    known = sketch_of(model, guided(4.0))
+    assert len(calls) <= 3  # one call, and the counting on tensors without data
+    assert same(known, sketch_of(model, guided(4.0)))
+    for other in (
+        guided(4.2),
+        guided(4.0, labels=3),
+        guided(4.0, batch=3),
+        lambda m, g, num_inference_steps: sample(m, g, STEPS),
+    ):
+        assert not same(known, sketch_of(model, other))
+    with torch.no_grad():  # far more than another precision does
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    assert same(known, sketch_of(model, guided(4.0)))
+
+
+def test_numbers_of_another_setting_are_not_taken(model, begun):
+    more = {"batch": 4}
+    with pytest.raises(InputError, match=r"another sample: its sizes.*another folder.*generator"):
+        tune(
+            model,
+            lambda m, g, num_inference_steps: sample(m, g, num_inference_steps, **more),
+            num_inference_steps=STEPS,
+            num_samples=8,
+            scheduler=model.scheduler_for_test,
+            folder=begun,
+            options=QUICK,
+        )
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match=r"another dtype \(float32, now float32, autocast to bfloat16 on cpu\)"),
+    ):
+        tuned(model, folder=begun)
+
+
+def test_a_folder_takes_a_score_and_then_no_other(model, tmp_path):
+    def record(score, batch=2, scale=1.0):
+        settings = Settings(
+            model, guided(1.0), STEPS, 8, None, score, guided(scale, batch=batch), model.scheduler_for_test
+        )
+        lab = Lab(settings, None, 2, lambda _: None)
+        lab.rehearse((Kind.STACK,))
+        return rehearsed(settings, lab.rehearsals["paired"], lab.rehearsals.get("scored"))
+
+    claim(tmp_path, {"seed": 0})
+    for score in (None, norm, norm, None):
+        claim(tmp_path, record(score), begun=True)
+
+    def other_norm(images):
+        return 1.1 * images.norm().item()
+
+    other_norm.__module__, other_norm.__qualname__ = norm.__module__, norm.__qualname__
+    with pytest.raises(InputError, match=r"another score of noise \(([\d.]+), now ([\d.]+)\)"):
+        claim(tmp_path, record(other_norm), begun=True)
+    with pytest.raises(InputError, match=r"another score \(.*norm, now .*speedup_of\)"):
+        claim(tmp_path, record(speedup_of), begun=True)
+    with pytest.raises(InputError, match=r"another scored rows \(4, now 12\)"):
+        claim(tmp_path, record(norm, batch=6), begun=True)
+    with pytest.raises(InputError, match="another score_sample"):
+        claim(tmp_path, record(norm, scale=2.0), begun=True)
+    claim(tmp_path, {"seed": 1})  # of a call that was refused before it found anything
+    (tmp_path / "trials.json").write_text("{}")
+    with pytest.raises(InputError, match=r"another dtype \(None, now float32\)"):
+        claim(tmp_path, {"dtype": "float32"})  # as of a folder from before it was noted
+    with pytest.raises(InputError, match=r"another seed \(1, now 2\)"):
+        claim(tmp_path, {"seed": 2})
+
+
+def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):
+    """diffusers notes which values are defaults, in an order that is another in every process."""
+    config = dict(model.scheduler_for_test.config)
+    model.scheduler_for_test = DDPMScheduler.from_config(config)
+    model.scheduler_for_test.register_to_config(_use_default_values=["trained_betas"])
+    assert tuned(model, folder=begun).frontier

@@ -1,0 +1,140 @@
+"""The instrumented run: an uncached one that measures what a real step of reuse does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import sostenuto
+from conftest import sample, sample_loop
+from sostenuto import CacheTable, EBCache, InputError
+from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.engine import attach
+from sostenuto.table import StepState
+from sostenuto.tuning.instrument import Instrument
+from sostenuto.tuning.lab import Lab
+from sostenuto.tuning.measurement import Kind, reaches
+from sostenuto.tuning.record import claim
+from tunings import STEPS
+
+
+def test_an_instrumented_run_is_the_uncached_one(model):
+    wanted, _ = sample_loop(model, model.scheduler_for_test, STEPS)
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
+        handle.driver = instrument
+        made, _ = sample_loop(model, model.scheduler_for_test, STEPS)
+    assert torch.equal(made, wanted)
+    measured = instrument.result(2, 0.0)
+    assert measured.macs["compute"] == 1.0
+    assert measured.macs["stack"] < measured.macs["mlp"] < 1
+
+
+def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
+    """Against a plan with one reuse: up to its step all is uncached, so its output differs by just the measured error."""
+    _, fresh = sample_loop(model, model.scheduler_for_test, STEPS)
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = handle.driver = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
+        sample_loop(model, model.scheduler_for_test, STEPS)
+    measured = instrument.result(2, 0.0)
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    for kind, fill in ((Kind.STACK, "stack"), (Kind.BRANCHES, "branches")):
+        for order, actions in ((0, (c, c, b)), (1, (c, c, b)), (2, (c, c, c, b))):
+            step = len(actions) - 1
+            table = CacheTable(actions + (c,) * (STEPS - step - 1), forecast_order=order, fill=fill)
+            with sostenuto.enable(model, EBCache(table), scheduler=model.scheduler_for_test):
+                _, outputs = sample_loop(model, model.scheduler_for_test, STEPS)
+            error = (outputs[step] - fresh[step]).square().mean().item()
+            at = measured.reach[kind].gap_index(order, 1)
+            assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):
+    """Guidance from the third step on, in calls of its own."""
+    scheduler = model.scheduler_for_test
+
+    @torch.no_grad()
+    def guided_late(target, generator, num_inference_steps):
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        for step, timestep in enumerate(scheduler.timesteps):
+            noise = target(latents, timestep.expand(2), torch.tensor([1, 2])).sample
+            if step >= 3:
+                null = target(latents, timestep.expand(2), torch.tensor([10, 10])).sample
+                noise = null + 2 * (noise - null)
+            latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample
+        return latents
+
+    settings = Settings(model, guided_late, STEPS, 4, None, None, None, scheduler)
+    lab = Lab(settings, None, 2, lambda _: None)
+    late = lab.measure((Kind.STACK,)).relative(Kind.STACK, 0, 0, 1)
+    alone = replace(settings, sample=lambda *given, **named: guided_late(*given, **named))
+    again = Lab(alone, None, 2, lambda _: None)
+    assert (late[1:] > 0).all()
+    assert again.response(Kind.STACK, 1, 3) > 0  # at the step where the second pass begins, which has nothing kept
+
+
+def test_only_what_may_be_reused_is_kept_while_measuring(model):
+    kept = set()
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, reaches((Kind.STACK,), STEPS), STEPS)
+
+        def driver(tick, prober):
+            output = instrument(tick, prober)
+            kept.update(handle.sites[i].id for i, slot in enumerate(prober.state.slots) if slot[0] is not None)
+            return output
+
+        handle.driver = driver
+        sample_loop(model, model.scheduler_for_test, STEPS)
+    assert kept == {"transformer_blocks.0-2"}
+
+
+def measured_in(folder, model, calls):
+    """The instrumented run of eight rows, two at a time; ``calls`` takes one note of each."""
+
+    def noted(*given, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*given, **named)
+
+    settings = Settings(model, noted, STEPS, 8, None, None, None, model.scheduler_for_test)
+    return Lab(settings, folder, 2, lambda _: None).measure(tuple(Kind))
+
+
+def test_an_interrupted_run_goes_on_after_the_last_generation_that_was_done(model, tmp_path):
+    whole = measured_in(None, model, [1, 2, 3])
+    with pytest.raises(KeyboardInterrupt):
+        measured_in(tmp_path, model, [])
+    (begun,) = tmp_path.iterdir()
+    calls = [1, 2, 3]
+    again = measured_in(tmp_path, model, calls)
+    assert len(calls) == 3 + 2  # of four
+    assert again.num_samples == whole.num_samples == 8
+    assert again.macs == whole.macs
+    assert again.sites == whole.sites
+    for name in ("power", "roughness"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    for kind in Kind:
+        np.testing.assert_array_equal(again.runs[kind], whole.runs[kind])
+    assert not begun.exists()
+
+
+def test_a_damaged_file_of_a_begun_run_is_named(model, tmp_path):
+    (tmp_path / "measuring-stack-branches-attention-mlp.pt").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(InputError, match=r"measuring-stack.*delete it, or use another folder"):
+        measured_in(tmp_path, model, [1, 2, 3])
+
+
+def test_a_begun_run_of_another_setting_is_not_taken(model, tmp_path):
+    claim(tmp_path, {"seed": 0})
+    (tmp_path / "measuring-stack.pt").write_bytes(b"begun")
+    with pytest.raises(InputError, match="another seed"):
+        claim(tmp_path, {"seed": 1})
+
+
+def test_forecasts_are_timed_apart_from_last_values(model):
+    times = measured_in(None, model, [1, 2, 3]).times
+    assert {"compute", "stack", "stack 1", "stack 2", "branches 2", "attention 1", "mlp 1"} <= set(times)
+    assert "mlp 2" not in times  # it isn't measured, and costs what its last value does

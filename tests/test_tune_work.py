@@ -1,0 +1,103 @@
+"""What tuning costs: what is said before is what is done, and ``max_work`` is a bound."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from conftest import build_tiny, sample
+from sostenuto import InputError, tune
+from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.engine import Handle
+from sostenuto.tuning.lab import Lab
+from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
+from sostenuto.tuning.published import calibrated, calibrations, work_of
+from sostenuto.tuning.rehearsal import rehearse
+from tunings import QUICK, STEPS, norm, tuned
+
+
+def test_the_work_is_bounded_and_what_it_left_out_is_said(model, begun):
+    options = replace(QUICK, refinements=0)
+    least = tuned(model, options, folder=begun).work
+    found = tuned(model, replace(options, refinements=50, max_work=least + 5), folder=begun)
+    assert least < found.work <= least + 5
+    assert any("used up" in note for note in found.notes)
+
+
+def ten_rows(model, generator, num_inference_steps):
+    return sample(model, generator, num_inference_steps, batch=10)
+
+
+def test_max_work_is_a_bound_on_scores_too_and_too_little_is_refused_with_the_numbers(model, begun):
+    given = dict(folder=begun, score=norm, score_sample=ten_rows)
+    with pytest.raises(
+        InputError, match=r"at least \((\d+) to measure, 24 to try.*max_work = 75.*score_sample"
+    ) as refused:
+        tuned(model, replace(QUICK, max_work=75), **given)
+    least = int(re.search(r"needs about (\d+)", str(refused.value))[1])
+    works = []
+    for more in (1, 10, 45):
+        found = tuned(model, replace(QUICK, refinements=30, max_work=least + more), **given)
+        assert found.point.score is not None
+        assert found.uncached_score is not None
+        assert len(found.frontier) == 2  # refinements leave something for the other target
+        works.append(found.work)
+        assert found.work <= least + more
+    assert works == sorted(set(works))
+
+
+@pytest.fixture
+def small(scheduler):
+    model = build_tiny(num_layers=1)
+    model.scheduler_for_test = scheduler
+    return model
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Rows of denoiser calls by their share of the multiply-accumulates, as they are carried out."""
+    done, execute = [0.0], Handle._execute
+
+    def counted(handle, tick, state, call, row):
+        done[0] += (
+            call.latents.shape[0] * handle.count(call.signature, row.ops) / handle._dry_runs.cost(call.signature).macs
+        )
+        return execute(handle, tick, state, call, row)
+
+    monkeypatch.setattr(Handle, "_execute", counted)
+    return done
+
+
+@pytest.mark.parametrize("name", [pytest.param("feb", marks=pytest.mark.slow), "smoothcache"])
+def test_a_calibration_costs_no_more_than_is_said_before(small, name, executed):
+    settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
+    kinds = (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP)
+    rehearsal = rehearse(settings, 0, Tapped("branches"), kinds)
+    executed[0] = 0.0
+
+    def rows(samples):
+        return samples + samples % 2  # two at a time
+
+    calibration = calibrations([name], 0.7, kinds)[name]
+    table = calibrated(calibration, settings, None)
+    spent, done = work_of(calibration, rehearsal.macs, rows, table), executed[0] / STEPS
+    assert 0.5 * spent < done <= spent <= work_of(calibration, rehearsal.macs, rows)
+
+
+def test_an_instrumented_run_costs_what_is_said_before(small, executed):
+    settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
+    lab = Lab(settings, None, 2, lambda _: None)
+    lab.rehearse(tuple(Kind))
+    executed[0] = 0.0
+    measured = lab.measure(tuple(Kind))
+    assert measured.work == pytest.approx(executed[0] / STEPS)
+    said = instrumented_share(reaches(tuple(Kind), STEPS), lab.rehearsals["paired"].macs, STEPS)
+    assert measured.work == pytest.approx(lab.rows(8) * said)
+
+
+def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(model):
+    def never(*_, **__):
+        raise AssertionError
+
+    with pytest.raises(InputError, match="fewer num_samples"):
+        tune(model, never, num_samples=900, scheduler=model.scheduler_for_test)
