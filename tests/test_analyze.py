@@ -13,7 +13,7 @@ import sostenuto
 from conftest import sample, sample_loop
 from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache
 from sostenuto.analysis import probe_chain, record
-from sostenuto.analysis.analyze import INSTRUMENTS, image_decoder
+from sostenuto.analysis.analyze import INSTRUMENTS
 from sostenuto.analysis.bias_curves import measure as exposure_bias
 from sostenuto.analysis.components import measure as components
 from sostenuto.analysis.consecutive import changes, finding, residuals
@@ -479,23 +479,6 @@ def test_a_bare_denoiser_without_its_scheduler_is_refused_as_everywhere(model, t
             run()
     assert not calls
     assert not (tmp_path / "tuned").exists()
-
-
-def test_a_pipelines_vae_decodes_unscaled_latents_for_the_pictures():
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=2, sample_size=8, scaling_factor=0.5
-    )
-    decode = image_decoder(SimpleNamespace(vae=vae.eval()))
-    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = vae.decode(latents / 0.5).sample
-    torch.testing.assert_close(decode(latents), expected, atol=1e-5, rtol=1e-4)
-    assert image_decoder(SimpleNamespace(vae=None)) is None
-    with pytest.raises(InputError, match="decodes latents"):
-        decode(latents.flatten(2))
 
 
 def test_caching_one_kind_reuses_that_kind_alone(model, subject):

@@ -8,14 +8,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sostenuto import compat
 from sostenuto.analysis.bias_curves import EXPOSURE_BIAS
 from sostenuto.analysis.components import COMPONENTS
 from sostenuto.analysis.consecutive import CONSECUTIVE
@@ -193,8 +192,8 @@ def analyze(
         scheduler: for a bare denoiser.
         real_latents: real data ``[rows, …]`` as the denoiser takes it, row i of the label or prompt of sample i, for exposure
             bias; by default what the uncached sampler makes.
-        decode: turns latents into images ``[rows, channels, height, width]`` about ``[−1, 1]``; by default the latents are
-            looked at themselves.
+        decode: turns latents into images ``[rows, channels, height, width]`` about ``[−1, 1]``, as
+            :func:`~sostenuto.analysis.image_decoder` does for a pipeline; by default the latents are looked at themselves.
         table: EB-Cache's cache table, or its file; by default one that ships, or is calibrated now.
         folder: where each instrument's ``NAME.json`` is written as soon as it is done, so that an interruption loses one.
         show_progress: show a progress bar.
@@ -280,22 +279,3 @@ def _finite(value: Any) -> Any:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def image_decoder(pipe: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What turns a pipeline's latents ``[rows, channels, height, width]`` into images by its VAE; ``None`` without one."""
-    vae = getattr(pipe, "vae", None)
-    factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
-    if vae is None or factor is None:
-        return None
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-
-    @torch.no_grad()
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        if latents.ndim != 4:
-            raise InputError(f"the VAE decodes latents [rows, channels, height, width], not {list(latents.shape)}")
-        parameter = next(vae.parameters())
-        rows: Iterator[torch.Tensor] = iter(latents.to(parameter.device, parameter.dtype).split(1))
-        return torch.cat([compat.first_tensor(vae.decode(row / factor + shift, return_dict=False)) for row in rows])
-
-    return decode

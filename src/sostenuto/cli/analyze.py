@@ -38,6 +38,11 @@ class Analyze:
     """What is generated where the pipeline takes a prompt."""
     labels: tuple[int, ...] | None = None
     """Class labels of a generation; by default 0 … 9 over and over."""
+    guidance_scale: float = 1.0
+    """1 is none: every row of a guided call would count by itself. A network that is given the scale as an input, such as
+    FLUX.1-dev, wants the one that it is used with."""
+    pipe_arguments: tuple[str, ...] = ()
+    """What else the pipeline is called with, such as height=512 width=512."""
     decode: bool = True
     """Look at images, where the pipeline has a VAE, and not at latents."""
     seed: int = 0
@@ -79,15 +84,22 @@ class Analyze:
         return network, sample, {"scheduler": scheduler}
 
     def _loaded(self) -> tuple[Any, Any, dict[str, Any]]:
-        from sostenuto.analysis.analyze import image_decoder
+        from sostenuto.analysis import image_decoder
 
         labels = list(self.labels or (index % 10 for index in range(min(self.num_samples, 20))))
         choice = ModelChoice(
-            self.model, "none", scheduler=self.scheduler, guidance_scale=1.0, labels=tuple(labels), device=self.device
+            self.model,
+            "none",
+            scheduler=self.scheduler,
+            guidance_scale=self.guidance_scale,
+            labels=tuple(labels),
+            pipe_arguments=self.pipe_arguments,
+            device=self.device,
         )
         pipe = choice.pipeline()
         sample = choice.sample(pipe, prompt=self.prompt)
-        options: dict[str, Any] = {"decode": image_decoder(pipe) if self.decode else None}
+        to_images = choice.sample(pipe, "pt", prompt=self.prompt)
+        options: dict[str, Any] = {"decode": image_decoder(pipe, to_images) if self.decode else None}
         if self.model == "demo":
             options["real_latents"] = self._real(labels)
         return pipe, sample, options

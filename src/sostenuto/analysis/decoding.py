@@ -1,0 +1,119 @@
+"""What makes images of latents: the pipeline itself, whatever it packs, scales or shifts on the way to its VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from sostenuto import compat
+from sostenuto.clock import Tick
+from sostenuto.cost import signature
+from sostenuto.engine import Handle, attach
+from sostenuto.errors import InputError
+from sostenuto.methods import NoCache
+from sostenuto.plan import Op
+from sostenuto.probe import Prober
+
+_NUM_STEPS = 2  # the fewest that every scheduler has
+
+
+def image_decoder(pipe: Any, sample: Callable[..., Any]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What turns the latents of a pipeline's sampler into images by its VAE; ``None`` without one.
+
+    Pipelines differ in how they unpack, scale and shift latents before they decode them. So the pipeline is called as it is
+    used, for two steps, at the end of each of which its scheduler hands it the latents in question; the network runs once for
+    each shape of its inputs, and what it predicted then stands for all later calls.
+
+    Args:
+        pipe: a diffusers pipeline.
+        sample: calls it to the images, not to latents: ``sample(pipe, generator, num_inference_steps=…)``.
+
+    Returns:
+        A function of latents ``[rows, …]`` as the sampler's steps have them. It gives what the VAE does, before anything is
+        clipped: ``[rows, channels, height, width]`` about ``[−1, 1]``, or ``[rows, channels, frames, height, width]``.
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None or not callable(getattr(vae, "decode", None)):
+        return None
+    known: dict[Any, Any] = {}
+
+    def predict(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        what = tick.pass_index, signature(prober.call.latents)
+        if what not in known:
+            known[what] = prober.run([Op.COMPUTE] * len(handle.sites))
+        return known[what]
+
+    def some(latents: torch.Tensor) -> torch.Tensor:
+        """Images of as many latents as one call of the pipeline makes, or of the first ones where there are more."""
+        handing, listening = _Handing(pipe.scheduler, latents), _Listening(vae)
+        with ExitStack() as stack:
+            stack.enter_context(replaced(pipe.scheduler, "step", handing.step))
+            stack.enter_context(replaced(vae, "decode", listening.decode))
+            handle = stack.enter_context(attach(pipe, NoCache()))
+            handle.driver = lambda tick, prober: predict(handle, tick, prober)
+            sample(pipe, torch.Generator().manual_seed(0), num_inference_steps=_NUM_STEPS)
+        made = sum(map(len, listening.images))
+        if made != handing.rows:
+            raise InputError(
+                f"the pipeline decodes {made} of its {handing.rows} rows: sample to images, without guidance"
+            )
+        return torch.cat(listening.images)[: len(latents)]
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        images: list[torch.Tensor] = []
+        while (done := sum(map(len, images))) < len(latents):
+            images.append(some(latents[done:]))
+        return torch.cat(images)
+
+    return decode
+
+
+class _Handing:
+    """A scheduler's step that ends at given latents."""
+
+    def __init__(self, scheduler: Any, latents: torch.Tensor) -> None:
+        self._step, self._latents = scheduler.step, latents
+        self.rows = 0
+
+    def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made = self._step(model_output, timestep, sample, *args, **kwargs)
+        self.rows = len(sample)
+        given = self._latents[: self.rows]
+        if given.shape[1:] != sample.shape[1:]:
+            raise InputError(
+                f"latents of shape {list(given.shape[1:])} are not what the sampler's steps have: {list(sample.shape[1:])}"
+            )
+        given = torch.cat([given, given[-1:].expand(self.rows - len(given), *given.shape[1:])])
+        return compat.map_prediction(made, lambda _: given.to(sample.device, sample.dtype))
+
+
+class _Listening:
+    """A VAE's decoding that keeps the images."""
+
+    def __init__(self, vae: Any) -> None:
+        self._decode = vae.decode
+        self.images: list[torch.Tensor] = []
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._decode(*args, **kwargs)
+        self.images.append(compat.first_tensor(made).float().cpu())
+        return made
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one object replaced for a while, whether the object or its class has it."""
+    own = vars(owner)
+    before = own.get(name, owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is owner:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
