@@ -175,6 +175,7 @@ SUITES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers.json dit": _of("dit", _PEERS),
     "dit-xl.json": bench({**_NAME, "seconds": _range("wall_s", 2), "T-MACs, counted": _per_row("macs")}, _COUNTED),
     "flux-like.json": bench({**_NAME, **_SPEED, **_STEPS, **_STATE, **_ERROR}, _COUNTED),
+    "partial.json": bench({**_NAME, **_SPEED}),
     "growth.json": bench(_GROWTH),
     "peer-support.json": support,
 }

@@ -302,6 +302,7 @@ def test_a_compiled_denoiser_is_called_at_computed_steps_alone(scheduler):
         (dict(order=6), "order must be a whole number from 1 to 5, not 6"),
         (dict(warmup=0), "warmup must be a whole number of 1 or more"),
         (dict(interval=True), "interval must be a whole number of 1 or more, not True"),
+        (dict(compute_last="no"), "compute_last is true or false, not 'no'"),
         (dict(mode="newton"), "mode must be one of lagrange, literal, recursive"),
         (dict(abscissa="time"), "abscissa must be one of auto, step, sigma, lambda"),
     ],

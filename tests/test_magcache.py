@@ -135,6 +135,11 @@ def test_parameters_without_meaning_are_refused(wrong, words):
         MagCache(**wrong)
 
 
+def test_a_step_beyond_the_ratios_is_refused(two, scheduler):
+    with pytest.raises(MethodError, match="always_computed names entry 8, but there are 8 ratios"):
+        sostenuto.enable(two, MagCache(TABLE, always_computed=(7, 8)), scheduler=scheduler)
+
+
 def test_without_ratios_it_is_refused_with_the_remedy(two, scheduler):
     with pytest.raises(MethodError, match=r"sostenuto\.calibrate"):
         sostenuto.enable(two, "magcache", scheduler=scheduler)

@@ -149,6 +149,8 @@ def test_a_compiled_denoiser_has_one_graph_per_mode(scheduler, lite, order):
         (dict(interval=0), "interval must be a whole number of 1 or more, not 0"),
         (dict(order=5), "order must be a whole number from 0 to 4, not 5"),
         (dict(first_enhance=0), "first_enhance must be a whole number of 1 or more"),
+        (dict(lite="false"), "lite is true or false, not 'false'"),
+        (dict(compute_last=1), "compute_last is true or false, not 1"),
         (dict(differences="newton"), "differences must be one of divided, last-gap, not 'newton'"),
     ],
 )

@@ -147,6 +147,7 @@ def test_published_settings():
     ("wrong", "words"),
     [
         (dict(window=0), "window must be a whole number of 1 or more, not 0"),
+        (dict(halve_window=2), "halve_window is true or false, not 2"),
         (dict(cutoff=-1), "cutoff must be a whole number of 0 or more, not -1"),
         (dict(data_variance=-0.1), "data_variance must be a number of 0 or more"),
         (dict(data_variance=float("nan")), "data_variance must be a number of 0 or more"),

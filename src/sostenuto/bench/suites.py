@@ -182,6 +182,15 @@ def _peers(device: str) -> Iterator[Case]:
             yield Case(f"{model}: {peer}", f"{PEER}{peer}{settings.get(peer, '')}", model)
 
 
+def _partial(device: str) -> Iterator[Case]:
+    of = dict(model="dit", num_inference_steps=9)  # 9: two whole cycles of one full step and three partial ones
+    yield Case("uncached", UNCACHED, **of)  # type: ignore[arg-type]
+    for ratio in (0.0, 0.25, 0.5, 0.75, 1.0):
+        method = f"toca:interval=4,fresh_ratio={ratio},ratio_schedule=constant,selection=random"
+        method += ",spatial_bonus=0.0,threshold_weight=0.0,middle_interval=None,anchor=start"
+        yield Case(f"ToCa N=4, {ratio:.0%} of the tokens", method, **of)  # type: ignore[arg-type]
+
+
 def _growth(device: str) -> Iterator[Case]:
     method, steps = "reuse-branches:interval=2", 4
     for layers in (3, 6, 12, 24):
@@ -213,6 +222,7 @@ _ALL = (
         3,
     ),
     Suite("peers", "what a user would pick instead, beside ours, on three models", _peers),
+    Suite("partial", "what steps cost that refresh a share of the tokens, against that share", _partial, 3),
     Suite("growth", "time and memory against depth, tokens, batch and steps", _growth, 3),
 )
 

@@ -17,7 +17,7 @@ class Bench:
     shared: ClassVar[bool] = True
 
     suite: tuple[str, ...] = ()
-    """Named sets of rows: overhead, efficiency, demo-quality, dit-xl, flux-like, peers, growth."""
+    """Named sets of rows: overhead, efficiency, demo-quality, dit-xl, flux-like, peers, partial, growth."""
     methods: tuple[str, ...] = ()
     """Methods and peers, each beside the uncached sampler: "fora:interval=3", "eb", "peer:cache-dit"."""
     models: tuple[str, ...] = ("demo",)

@@ -110,7 +110,7 @@ def judged(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge
                 frechet_distance_per_seed=[v.frechet_distance for v in verdicts],
                 plan=own.stats["plan"],
                 site_kinds=own.stats["site_kinds"],
-                eps_scale=own.stats.get("eps_scale", [1.0] * entry.num_inference_steps),
+                eps_scale=own.stats["eps_scale"],
                 **mean,
             )
         )

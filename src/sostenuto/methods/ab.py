@@ -12,7 +12,7 @@ from torch import nn
 from sostenuto.errors import MethodError
 from sostenuto.forecast import binomial_weights, lagrange_weights
 from sostenuto.methods.base import Facts, Method, whole_steps
-from sostenuto.methods.checks import check_choice, check_whole
+from sostenuto.methods.checks import check_choice, check_flag, check_whole
 from sostenuto.plan import Plan
 from sostenuto.schedulers import is_flow, noise_levels
 from sostenuto.sites import OUTPUT, Site
@@ -70,6 +70,7 @@ class ABCache(Method):
         check_whole("ABCache's warmup", self.warmup, least=1)
         check_whole("ABCache's interval", self.interval, least=1)
         check_choice("ABCache's mode", self.mode, ("lagrange", "literal", "recursive"))
+        check_flag("ABCache's compute_last", self.compute_last)
         check_choice("ABCache's abscissa", self.abscissa, ("auto", "step", "sigma", "lambda"))
 
     @classmethod

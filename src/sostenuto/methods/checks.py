@@ -67,6 +67,16 @@ def check_number(
         raise MethodError(f"{name} must be a number {' and '.join(words for words, *_ in bounds)}, not {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither true nor false: any text would count as true.
+
+    Raises:
+        MethodError: with the name and the value.
+    """
+    if not isinstance(value, bool):
+        raise MethodError(f"{name} is true or false, not {value!r}")
+
+
 def check_choice(name: str, value: object, known: Sequence[str]) -> None:
     """Refuse what is none of the known words.
 

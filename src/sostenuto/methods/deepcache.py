@@ -12,7 +12,7 @@ from sostenuto.anatomy import SiteKind
 from sostenuto.deep_tap import DeepTap
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method, whole_steps
-from sostenuto.methods.checks import check_choice, check_number, check_whole
+from sostenuto.methods.checks import check_choice, check_flag, check_number, check_whole
 from sostenuto.plan import Plan
 from sostenuto.sites import Site
 from sostenuto.unet import beyond, is_unet, num_branches
@@ -65,6 +65,7 @@ class DeepCache(Method):
         check_whole("DeepCache's branch_id", self.branch_id, least=0)
         check_choice("DeepCache's schedule", self.schedule, ("uniform", "non-uniform"))
         check_whole("DeepCache's center", self.center, least=0)
+        check_flag("DeepCache's parity", self.parity)
         check_number("DeepCache's power", self.power, above=1, below=100)
 
     @classmethod

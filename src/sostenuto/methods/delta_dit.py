@@ -9,7 +9,7 @@ from torch import nn
 
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
-from sostenuto.methods.checks import check_finite, check_whole
+from sostenuto.methods.checks import check_number, check_whole
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import Site, block_range, stack_range
 
@@ -46,7 +46,8 @@ class DeltaDiT(Method):
         for name, least in (("switch_step", 0), ("num_cached_blocks", 1)):
             value = getattr(self, name)
             if isinstance(value, float):
-                check_finite(f"DeltaDiT's {name}, as a fraction,", value, 0, 1)
+                above = {"above": 0} if least else {"least": 0}
+                check_number(f"DeltaDiT's {name}, as a fraction,", value, **above, most=1)
             else:
                 check_whole(f"DeltaDiT's {name}", value, least)
 

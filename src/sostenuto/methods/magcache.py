@@ -147,8 +147,14 @@ class MagCache(Method):
             ratios.check(denoiser, scheduler)
             chosen = {name: ratios.calibration[name] for name in _DEFAULTS if name in ratios.calibration}
             left = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-            return replace(self, ratios=ratios, **left)
-        return replace(self, ratios=ratios)
+            return replace(self, ratios=ratios, **left)._checked(len(ratios.ratios))
+        return replace(self, ratios=ratios)._checked(len(ratios))
+
+    def _checked(self, num_ratios: int) -> MagCache:
+        beyond = [index for index in self.always_computed if index >= num_ratios]
+        if beyond:
+            raise MethodError(f"MagCache's always_computed names entry {beyond[0]}, but there are {num_ratios} ratios")
+        return self
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The residual of all blocks."""

@@ -96,7 +96,7 @@ class PAB(Method):
     def open_sora_plan(cls, version: Literal["1.1", "1.2"] = "1.1") -> PAB:
         """Open-Sora-Plan 1.1: 2/4/6 for t in 100–850, MLPs of blocks 0–6 from t = 738, 714, …, 426 for two steps.
 
-        Version 1.2 has no temporal attention and was published without MLPs: 2/–/6.
+        Version 1.2 has no temporal attention and was published without MLPs: 2/–/6; its window wasn't, and is 1.1's here.
         """
         check_choice("Open-Sora-Plan's version", version, ("1.1", "1.2"))
         if version == "1.2":

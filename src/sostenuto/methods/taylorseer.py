@@ -9,7 +9,7 @@ from torch import nn
 
 from sostenuto.forecast import check_forecast_order, lagrange_weights, taylor_weights
 from sostenuto.methods.base import Facts, Method, whole_steps
-from sostenuto.methods.checks import check_choice, check_whole
+from sostenuto.methods.checks import check_choice, check_flag, check_whole
 from sostenuto.plan import Plan
 from sostenuto.sites import Site, inspect, stack
 
@@ -54,6 +54,8 @@ class TaylorSeer(Method):
         check_forecast_order(self.order, "TaylorSeer's order")
         check_whole("TaylorSeer's first_enhance", self.first_enhance, least=1)
         check_choice("TaylorSeer's differences", self.differences, ("divided", "last-gap"))
+        check_flag("TaylorSeer's compute_last", self.compute_last)
+        check_flag("TaylorSeer's lite", self.lite)
 
     @classmethod
     def dit_xl_2(cls, interval: int = 3, order: int = 3) -> TaylorSeer:

@@ -16,7 +16,7 @@ from sostenuto.errors import MethodError, TableError
 from sostenuto.measured import Measured, check_numbers, check_timesteps
 from sostenuto.methods import published
 from sostenuto.methods.base import Facts, Method
-from sostenuto.methods.checks import check_finite, check_whole
+from sostenuto.methods.checks import check_finite, check_flag, check_whole
 from sostenuto.signals import relative_l1
 from sostenuto.sites import Site, stack
 
@@ -104,8 +104,7 @@ class TeaCache(Method):
             )
         if self.threshold is not None:
             check_finite("TeaCache's threshold", self.threshold, 0)
-        if not isinstance(self.clamp_negative, bool):
-            raise MethodError(f"TeaCache's clamp_negative is true or false, not {self.clamp_negative!r}")
+        check_flag("TeaCache's clamp_negative", self.clamp_negative)
         check_whole("TeaCache's first_steps", self.first_steps, least=1)
         check_whole("TeaCache's last_steps", self.last_steps, least=0)
 

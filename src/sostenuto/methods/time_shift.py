@@ -10,7 +10,7 @@ from torch import nn
 
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
-from sostenuto.methods.checks import check_number, check_whole
+from sostenuto.methods.checks import check_flag, check_number, check_whole
 from sostenuto.schedulers import is_flow
 
 
@@ -44,6 +44,7 @@ class TimeShift(Method):
     def __post_init__(self) -> None:
         check_whole("TimeShift's window", self.window, least=1)
         check_whole("TimeShift's cutoff", self.cutoff, least=0)
+        check_flag("TimeShift's halve_window", self.halve_window)
         check_number("TimeShift's data_variance", self.data_variance, least=0)
         if self.data_variance == 1:
             raise MethodError("TimeShift can't tell noise levels apart where data_variance is 1: leave TimeShift out")
