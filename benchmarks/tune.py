@@ -145,13 +145,13 @@ def tuned(lab: Lab, target: float, prefer: str, cost: str, score_images: int) ->
             generator=torch.Generator().manual_seed(SEARCH_SEED),
             score=Judge().distance,
             score_sample=demo_sample(score_images),
-            folder=lab.folder / "tuned" / lab.key(score_images),
+            folder=lab.folder / "tuned" / lab.key(score_images, ROWS),
             show_progress=True,
             options=options,
         ).point.table
 
     options = sostenuto.TuneOptions(speedups=(target,), budget=cost, prefer=prefer)
-    table = lab.kept(f"tuned-by-{prefer}-{target:g}", (options, score_images), make)
+    table = lab.kept(f"tuned-by-{prefer}-{target:g}", (options, score_images, ROWS), make)
     return sostenuto.EBCache(table)
 
 

@@ -1,5 +1,7 @@
 """Latents are decoded as the pipeline decodes them: packed, scaled, shifted, frame by frame."""
 
+import copy
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -7,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from sostenuto import InputError
 from sostenuto.analysis import image_decoder, record
+from sostenuto.analysis.decoding import _Handing, replaced
 from sostenuto.cli import main
 from sostenuto.engine import handle_of
 from sostenuto.pipelines import as_images, first_output, pipeline_sample
@@ -40,6 +44,7 @@ def built(name, arguments, guidance_scale=1.0):
         ("flux", SMALL),
         ("qwen_image", SMALL),
         ("wan", VIDEO),
+        ("sd3", SMALL),
         ("ltx_video", {"height": 64, "width": 64, "num_frames": 9}),
         ("hunyuan_video", VIDEO),
     ],
@@ -61,7 +66,8 @@ def test_nothing_stays_behind_and_the_network_runs_once(monkeypatch):
     path = record(pipe, to_latents, num_inference_steps=4, num_samples=2)
     decode = image_decoder(pipe, to_images)
     calls = []
-    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    for network in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+        network.register_forward_hook(lambda *_: calls.append(1))
     decode(path.clean)
     once = len(calls)
     decode(path.latents[0])
@@ -94,3 +100,27 @@ def test_the_command_looks_at_the_images_of_packed_latents(tmp_path):
     assert not found["error"]
     pictures = found["data"]["stages"]["final sample"]["pictures"]["uncached"]
     assert torch.tensor(pictures).shape == (2, 32, 64)
+
+
+def test_a_scheduler_with_a_step_of_another_form_hands_its_latents_on():
+    """Cogvideo's own DPM solver is given its last estimate before the timestep."""
+    pipe, _, to_images = built("cogvideox", VIDEO)
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    latents = torch.randn(2, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    images = image_decoder(pipe, to_images)(latents)
+    with torch.no_grad():
+        expected = pipe.vae.decode(latents.transpose(1, 2) / pipe.vae_scaling_factor_image).sample
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_copied_scheduler_steps_as_it_does():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    given = torch.ones(1, 2)
+    with replaced(scheduler, "step", _Handing(scheduler, given)):
+        other = copy.deepcopy(scheduler)
+        mine = scheduler.step(torch.zeros(1, 2), scheduler.timesteps[0], torch.full((1, 2), 3.0)).prev_sample
+        its = other.step(torch.zeros(1, 5), other.timesteps[0], torch.full((1, 5), 3.0)).prev_sample
+    assert torch.equal(mine, given)
+    assert torch.equal(its, torch.full((1, 5), 3.0))
+    assert "generator" in inspect.signature(_Handing(scheduler, given)).parameters

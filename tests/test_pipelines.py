@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -186,6 +187,7 @@ def test_a_score_by_reference_is_the_judges_on_the_images_that_are_asked_for():
     assert not torch.equal(images[0], images[3])  # another call of the same labels has other noise
     score = FrechetDistance("demo:train", "demo")
     assert score(images) == pytest.approx(Judge().distance(images), rel=1e-6)
+    assert re.search(r"FID of 8 says little, it wants 128; 8 real images get [\d.]+", score.too_few(8))
     few = FrechetDistance(torch.zeros(3, 1, 28, 28, dtype=torch.uint8), "demo", batch_size=2)
     assert few(torch.zeros(3, 1, 28, 28)) == pytest.approx(0, abs=1e-6)
     with pytest.raises(InputError, match="two or more"):

@@ -10,8 +10,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMS
 import sostenuto
 from conftest import build_tiny, calm, quantised, sample, sample_loop
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
+from sostenuto.anatomy import SiteKind
 from sostenuto.table import StepState
 from sostenuto.tuning.lab import key_of
+from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.tuner import _kinds
 from tunings import QUICK, STEPS, error_of, speedup_of, tuned
 
 
@@ -97,6 +100,33 @@ def test_a_speedup_that_is_none_is_refused(model, speedup):
 def test_options_without_meaning_are_refused(wrong):
     with pytest.raises(sostenuto.SostenutoError):
         TuneOptions(**wrong)
+
+
+def test_kinds_that_no_branch_belongs_to_are_not_measured(model, monkeypatch):
+    fused = [replace(site, kind=SiteKind.FUSED) for site in sostenuto.inspect(model)]
+    monkeypatch.setattr("sostenuto.tuning.tuner.inspect", lambda _: fused)
+    assert _kinds(model, TuneOptions()) == (Kind.STACK, Kind.BRANCHES)
+
+
+class Judge:
+    def too_few(self, n):
+        return f"{n} are few" if n < 8 else None
+
+    def __call__(self, images):
+        return images.norm().item()
+
+    def distance(self, images):
+        return self(images)
+
+
+@pytest.mark.parametrize("score", [Judge(), Judge().distance])
+def test_a_score_says_that_its_images_are_few(model, begun, score):
+    def four(model, generator, num_inference_steps):
+        return sample(model, generator, num_inference_steps, batch=4)
+
+    with pytest.warns(UserWarning, match="4 are few"):
+        found = tuned(model, replace(QUICK, refinements=0), folder=begun, score=score, score_sample=four)
+    assert "4 are few" in found.notes
 
 
 def test_few_samples_are_warned_of(model):

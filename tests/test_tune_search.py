@@ -14,6 +14,7 @@ from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.lab import Lab
 from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach
 from sostenuto.tuning.search import (
+    EMPTY,
     ErrorModel,
     Frontier,
     Segment,
@@ -105,6 +106,13 @@ def test_the_models_total_is_the_sum_by_definition():
     model = ErrorModel(measured, weight, KINDS)
     for schedule in itertools.islice(every_schedule(7, KINDS), 0, None, 5):
         assert model.total(schedule) == pytest.approx(added_up(measured, schedule))
+
+
+def test_a_reuse_that_takes_longer_than_computing_is_left_alone():
+    model = ErrorModel(made_up(4), weight, (Kind.STACK,))
+    frontier = Frontier(model, COSTS | {"stack": 9.0})
+    assert frontier.schedule(1.0) == (EMPTY,) * 4
+    assert frontier.least_cost == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))

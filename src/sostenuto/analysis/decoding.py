@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,8 @@ def image_decoder(pipe: Any, sample: Callable[..., Any]) -> Callable[[torch.Tens
     """What turns the latents of a pipeline's sampler into images by its VAE; ``None`` without one.
 
     Pipelines differ in how they unpack, scale and shift latents before they decode them. So the pipeline is called as it is
-    used, for two steps, at the end of each of which its scheduler hands it the latents in question; the network runs once for
-    each shape of its inputs, and what it predicted then stands for all later calls.
+    used, for two steps, at the end of each of which its scheduler hands it the latents in question. The network runs once for
+    each shape of its inputs, and the text encoders once: what they gave then stands for all later calls.
 
     Args:
         pipe: a diffusers pipeline.
@@ -39,6 +41,7 @@ def image_decoder(pipe: Any, sample: Callable[..., Any]) -> Callable[[torch.Tens
     if vae is None or not callable(getattr(vae, "decode", None)):
         return None
     known: dict[Any, Any] = {}
+    encoded: list[Any] = []
 
     def predict(handle: Handle, tick: Tick, prober: Prober) -> Any:
         what = tick.pass_index, signature(prober.call.latents)
@@ -50,8 +53,10 @@ def image_decoder(pipe: Any, sample: Callable[..., Any]) -> Callable[[torch.Tens
         """Images of as many latents as one call of the pipeline makes, or of the first ones where there are more."""
         handing, listening = _Handing(pipe.scheduler, latents), _Listening(vae)
         with ExitStack() as stack:
-            stack.enter_context(replaced(pipe.scheduler, "step", handing.step))
+            stack.enter_context(replaced(pipe.scheduler, "step", handing))
             stack.enter_context(replaced(vae, "decode", listening.decode))
+            if hasattr(pipe, "encode_prompt"):
+                stack.enter_context(replaced(pipe, "encode_prompt", _Remembering(pipe.encode_prompt, encoded)))
             handle = stack.enter_context(attach(pipe, NoCache()))
             handle.driver = lambda tick, prober: predict(handle, tick, prober)
             sample(pipe, torch.Generator().manual_seed(0), num_inference_steps=_NUM_STEPS)
@@ -76,11 +81,18 @@ class _Handing:
     """A scheduler's step that ends at given latents."""
 
     def __init__(self, scheduler: Any, latents: torch.Tensor) -> None:
-        self._step, self._latents = scheduler.step, latents
+        self._scheduler, self._step, self._latents = scheduler, scheduler.step, latents
+        self.__signature__ = inspect.signature(scheduler.step)  # pipelines look whether it takes an eta, or a generator
         self.rows = 0
 
-    def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        made = self._step(model_output, timestep, sample, *args, **kwargs)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Of a copied scheduler, as pipelines have one for the sound beside the pictures: its own step."""
+        copied = memo[id(self._scheduler)]
+        return partial(type(copied).step, copied)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._step(*args, **kwargs)
+        sample = self.__signature__.bind(*args, **kwargs).arguments["sample"]
         self.rows = len(sample)
         given = self._latents[: self.rows]
         if given.shape[1:] != sample.shape[1:]:
@@ -89,6 +101,20 @@ class _Handing:
             )
         given = torch.cat([given, given[-1:].expand(self.rows - len(given), *given.shape[1:])])
         return compat.map_prediction(made, lambda _: given.to(sample.device, sample.dtype))
+
+
+class _Remembering:
+    """A function that is called in the same way by every call of a pipeline: what it gave the first time it gives again."""
+
+    def __init__(self, function: Callable[..., Any], results: list[Any]) -> None:
+        self._function, self._results, self._calls = function, results, 0
+        self.__signature__ = inspect.signature(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        if self._calls > len(self._results):
+            self._results.append(self._function(*args, **kwargs))
+        return self._results[self._calls - 1]
 
 
 class _Listening:

@@ -67,8 +67,8 @@ def measure(subject: Subject) -> Data:
         if steps and "decoded" not in left_out:
             try:
                 curves[name]["decoded_snr_db"] = decoded_signal_to_noise(path, subject.images, steps)
-            except SostenutoError as error:
-                left_out["decoded"] = str(error)
+            except Exception as error:  # of a pipeline or its VAE: the curves of the latents aren't lost with it
+                left_out["decoded"] = f"{type(error).__name__}: {error}"
 
     add("uncached", uncached)
     for interval in subject.intervals:

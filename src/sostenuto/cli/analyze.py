@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.errors import InputError
 from sostenuto.pipelines import PROMPT
 
 _TINY = "tiny:"
@@ -77,6 +78,8 @@ class Analyze:
         print(f"page: {page}")
 
     def _tiny(self) -> tuple[Any, Any, dict[str, Any]]:
+        if self.pipe_arguments or self.guidance_scale != 1:
+            raise InputError("a tiny network is no pipeline: leave out --pipe-arguments and --guidance-scale")
         from sostenuto.cli.examine import tiny_model
         from sostenuto.zoo.sampling import flow_sampler
 

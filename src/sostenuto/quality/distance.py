@@ -9,6 +9,7 @@ import torch
 
 from sostenuto.errors import InputError
 from sostenuto.quality import metrics
+from sostenuto.quality.floor import floor_of
 from sostenuto.quality.networks import load_network
 from sostenuto.quality.reference import Reference
 from sostenuto.quality.registry import available_metrics
@@ -46,14 +47,15 @@ class FrechetDistance:
     ) -> None:
         given, source = dict(weights or {}), Reference(reference)
         self.network, self.batch_size = load_network(network, given, _RGB, device), batch_size
-        real = source.subject(self.network, given, device, batch_size).gaussian
-        if real is None:
+        self.reference = source.subject(self.network, given, device, batch_size)
+        if self.reference.gaussian is None:
             raise InputError(f"{source.name} holds too few images for a distance: give two or more")
-        self.real = real
+        self.real = self.reference.gaussian
 
     def too_few(self, n: int) -> str | None:
-        """What a distance of n images is worth; ``None`` where n is enough."""
-        return available_metrics()["frechet_distance"].says_little(n, len(self.real.mean))
+        """What a distance of n images is worth, and what as many real ones get where that is known; ``None``: n is enough."""
+        metric = available_metrics()["frechet_distance"]
+        return metric.says_little(n, len(self.real.mean), floor_of(metric, self.reference, n))
 
     def __call__(self, images: torch.Tensor) -> float:
         """The distance of images ``[n, c, h, w]`` in ``[0, 1]``; 0 is best."""

@@ -12,12 +12,11 @@ import torch
 
 from sostenuto.errors import InputError, MetricError
 from sostenuto.progress import progress
-from sostenuto.quality import metrics as formulas
+from sostenuto.quality.floor import floor_of
 from sostenuto.quality.measure import Companions, measure, prepare
-from sostenuto.quality.metrics import Gaussian
 from sostenuto.quality.networks import FeatureNetwork
 from sostenuto.quality.reference import Reference, subject_of
-from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_metrics, chosen
+from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_metrics
 from sostenuto.quality.sources import open_source
 from sostenuto.quality.spread import of_mean
 from sostenuto.quality.statistics import Statistics, merge
@@ -236,7 +235,7 @@ def _of_set(
     assert metric.compute is not None
     other = reference if isinstance(reference, Subject) else Subject(0)
     row = _with_value(row, metric, metric.compute(images, other))
-    floor = _floor(metric, other, images.count)
+    floor = floor_of(metric, other, images.count)
     return row if floor is None else replace(row, floor=floor[0], floor_n=floor[1])
 
 
@@ -259,38 +258,6 @@ def _with_value(row: Row, metric: Metric, found: Value) -> Row:
         return replace(row, value=found.value)
     half, (least, most) = _QUANTILE * found.error, metric.bounds
     return replace(row, value=found.value, interval=(max(found.value - half, least), min(found.value + half, most)))
-
-
-def _floor(metric: Metric, reference: Subject, count: int) -> tuple[float, int] | None:
-    """What real images get: a part of the reference, as large as the images where it suffices, against the rest of it."""
-    assert metric.compute is not None
-    if metric.needs is Needs.SPATIAL or (reference.features is None and reference.held_out is None):
-        return None
-    real = reference.features if reference.held_out is None else reference.held_out
-    assert real is not None
-    against_others = metric.needs is Needs.FEATURES and (
-        reference.held_out is None or metric.name != "frechet_distance"
-    )
-    count = min(count, len(real) // 2 if against_others else len(real))
-    if count < max(metric.minimum, 2):
-        return None
-    part = chosen(len(real), count, reference.shuffled)
-    rest = torch.ones(len(real), dtype=torch.bool)
-    rest[part] = False
-    logits = None if reference.logits is None else reference.logits[part]
-    images = Subject(count, _gaussian(real[part]), None, real[part], logits)
-    other = reference
-    if against_others:
-        other = Subject(len(real) - count, _gaussian(real[rest]), None, real[rest], shuffled=reference.shuffled)
-    try:
-        return metric.compute(images, other).value, count
-    except MetricError:
-        return None
-
-
-def _gaussian(features: torch.Tensor) -> Gaussian:
-    values = features.double()
-    return formulas.Gaussian(values.mean(0), values.T.cov(), len(values))
 
 
 def _warnings(

@@ -197,6 +197,8 @@ class Chooser:
             return replace(table, eps_scale=noise_scale_curve(taus))
         if scale == "matched":
             wanted, norms = self._lab.trial(None).norms, self._lab.trial(table).norms
+            if not norms:  # of a plan that diverges
+                return table
             return replace(table, eps_scale=tuple(a / b for a, b in zip(wanted, norms, strict=True)))
         if scale.startswith("early "):
             early = float(scale.removeprefix("early "))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ _KEPT = ("rows", "num_steps", "pauses", "noise")
 
 
 def instrumented_run(
-    settings: Settings, folder: Path | None, kinds: tuple[Kind, ...], all_kinds: tuple[Kind, ...]
+    settings: Settings,
+    folder: Path | None,
+    kinds: tuple[Kind, ...],
+    all_kinds: tuple[Kind, ...],
+    done: Callable[[int], object],
 ) -> Measurement:
     """Measure some kinds of reuse.
 
@@ -35,6 +40,7 @@ def instrumented_run(
         folder: where every generation is kept; ``None``: nowhere.
         kinds: what is measured.
         all_kinds: on the sites of these.
+        done: is told of the rows of every generation but the last.
 
     Raises:
         InputError: what was kept can't be read.
@@ -53,7 +59,12 @@ def instrumented_run(
             identity.update(made_for(handle))
         return instruments[0](tick, prober)
 
+    rows = begun.rows
+
     def keep(run: Generated) -> None:
+        nonlocal rows
+        done(run.rows - rows)
+        rows = run.rows
         if path is not None:
             with publish(path) as partial:
                 torch.save({name: getattr(run, name) for name in _KEPT} | {"state": instruments[0].state()}, partial)

@@ -28,7 +28,7 @@ from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.generate import Generated, generate
 from sostenuto.tuning.instrument import filled_call, ops_of, tapped_for
 from sostenuto.tuning.instrumented import forget_begun, instrumented_run
-from sostenuto.tuning.measurement import Kind, Measurement, joined_kinds
+from sostenuto.tuning.measurement import Kind, Measurement, instrumented_share, joined_kinds, reaches
 from sostenuto.tuning.rehearsal import Rehearsal, rehearse
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class Lab:
         """``reserve`` is kept for what must yet be done; ``was_short`` tells whether anything was left out for want of work."""
         self.work = 0.0
         """What was done so far, in uncached generations of one row; what was found in the folder counts too."""
+        self._ahead = 0.0  # of that what was shown as it was done, and is counted when it is asked for
         self.rehearsals: dict[str, Rehearsal] = {}
         self._counted: set[str] = set()
         self._final: dict[str, torch.Tensor] = {}  # latents of the uncached trials
@@ -166,6 +167,7 @@ class Lab:
         for part in _rounds(fresh):
             for table, (trial, latents) in zip(part, shared(lambda one: self._made(bench, one), part), strict=True):
                 self._trials[_name(bench, table)] = trial
+                self._show(trial.work)
                 if table is None:
                     self._final[bench] = latents
             self._save("trials.json", {key: asdict(trial) for key, trial in self._trials.items()})
@@ -184,7 +186,7 @@ class Lab:
         error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
         score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
-        if not all(map(math.isfinite, (error, *norms, *(() if score is None else (score,))))):
+        if not all(abs(value) < _WORST for value in (error, *norms, *(() if score is None else (score,)))):
             if table is None:
                 raise MethodError(
                     f"the uncached sampler's {'score is ' + str(score) if math.isfinite(error) else 'latents are not finite'}: "
@@ -241,12 +243,22 @@ class Lab:
         measured = on_main(lambda: Measurement.load(path) if path is not None and path.exists() else None)
         if measured is None:
             groups = [kinds] if undisturbed or world().size == 1 else [(kind,) for kind in kinds]
-            measured = joined_kinds(shared(lambda g: instrumented_run(self.settings, self.folder, g, kinds), groups))
+            measured = joined_kinds(shared(lambda group: self._measured(group, kinds), groups))
             if path is not None and world().is_main:
                 measured.save(path)
                 forget_begun(path.parent)
         self.count(measured.work, "measurement")
         return measured
+
+    def _measured(self, kinds: tuple[Kind, ...], all_kinds: tuple[Kind, ...]) -> Measurement:
+        rehearsal = self.rehearsals.get("paired")
+
+        def done(rows: int) -> None:
+            if rehearsal is not None:
+                steps = rehearsal.num_steps
+                self._show(rows * instrumented_share(reaches(kinds, steps), rehearsal.macs, steps))
+
+        return instrumented_run(self.settings, self.folder, kinds, all_kinds, done)
 
     def response(self, kind: Kind, order: int, step: int) -> float:
         """How much of the squared error that one reuse makes in the output is left at the end, after all that follows.
@@ -265,6 +277,7 @@ class Lab:
         for part in _rounds([reuse for reuse in reuses if _response(*reuse) not in self._responses]):
             found = shared(lambda reuse: self._responded(*reuse), part)
             self._responses |= {_response(*reuse): one for reuse, one in zip(part, found, strict=True)}
+            self._show(sum(one["work"] for one in found))
             self._save("response.json", self._responses)
 
     @property
@@ -290,7 +303,14 @@ class Lab:
         if what not in self._counted:
             self._counted.add(what)
             self.work += work
-            self._spent(work)
+            shown = min(work, self._ahead)
+            self._ahead -= shown
+            self._spent(work - shown)
+
+    def _show(self, work: float) -> None:
+        """Show work as it is done."""
+        self._ahead += work
+        self._spent(work)
 
 
 def _is_known(known: Any) -> bool:
@@ -333,8 +353,9 @@ def _perturb_at(
         if tick.step != step:
             near = step - order - 1 <= tick.step < step
             return prober.run([Op.STORE if near and own else Op.COMPUTE for own in read])
-        kept = [sum(value is not None for value in prober.state.slots[i]) for i, own in enumerate(read) if own]
-        if min(kept) <= order:  # a pass that began a moment ago
+        wanted = [i for i, own in enumerate(read) if own and i not in prober.state.absent]
+        kept = [sum(value is not None for value in prober.state.slots[i]) for i in wanted]
+        if min(kept, default=0) <= order:  # a pass that began a moment ago
             return prober.run(computed)
         fresh = prober.run(computed)
         reused = filled_call(prober, kind, range(1, order + 2))

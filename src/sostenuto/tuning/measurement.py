@@ -90,6 +90,7 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     return found
 
 
+_VERSION = 2  # of the file: the first didn't tell the times of forecasts from those of last values
 NUDGES = (0.25, 0.5)
 """How far the network's input is moved towards that of the step before, to see whether its features answer in proportion."""
 
@@ -212,6 +213,7 @@ class Measurement:
     def save(self, path: Path) -> None:
         """Write everything to one ``.npz`` file."""
         rest = {
+            "version": _VERSION,
             "reach": {kind.value: [reach.max_run, reach.gaps] for kind, reach in self.reach.items()},
             "macs": dict(self.macs),
             "seconds": dict(self.seconds),
@@ -235,6 +237,8 @@ class Measurement:
         try:
             with np.load(path, allow_pickle=False) as content:
                 rest: dict[str, Any] = json.loads(str(content["rest"]))
+                if rest.pop("version", None) != _VERSION:
+                    raise ValueError("another version of sostenuto wrote it")
                 reach = {
                     Kind(name): Reach(run, tuple(tuple(gaps) for gaps in orders))
                     for name, (run, orders) in rest.pop("reach").items()

@@ -40,6 +40,7 @@ class Rehearsal:
         work: what the rehearsal cost, in uncached generations of one row.
         macs: multiply-accumulates of a step of each kind, ``"compute"`` being 1.
         sketch: of what the network is given first, and of the final latents of the first rows.
+        num_results: images, or what else the sample returned; ``None`` where that has no length.
         score: what a score says of what came out; ``None`` without one, and where it has nothing to say of noise.
     """
 
@@ -49,6 +50,7 @@ class Rehearsal:
     macs: Mapping[str, float] = field(default_factory=dict)
     sketch: Sketch = ()
     score: float | None = None
+    num_results: int | None = None
 
 
 def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Kind]) -> Rehearsal:
@@ -89,7 +91,8 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
         with contextlib.suppress(Exception):  # pictures of noise may be nothing that it can judge
             said = float(settings.score(run.result))
     said = said if said is not None and math.isfinite(said) else None
-    return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said)
+    made = len(run.result) if hasattr(run.result, "__len__") else None
+    return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made)
 
 
 def same(one: Sketch, other: Sketch) -> bool:

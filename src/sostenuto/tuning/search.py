@@ -17,7 +17,7 @@ ANY_ORDER = (0, 1, 2)
 """Degrees of the forecasts that a run of reuse may be filled with; 0 is the last value."""
 FORECASTS = (1,)
 """Linear forecasts alone."""
-_TICKS = 2000  # that the cost of a generation is counted in
+_TICKS = 5000  # that the cost of a generation is counted in
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ class Segment:
     length: int
     kind: Kind
     order: int
+
+
+EMPTY = Segment(0, Kind.STACK, 0)
+"""A computed step that nothing reuses."""
+
+
+def segment_of(length: int, kind: Kind, order: int) -> Segment:
+    """A computed step and so many that reuse it."""
+    return Segment(length, kind, order) if length else EMPTY
 
 
 Schedule = tuple[Segment, ...]
@@ -244,7 +253,7 @@ class Frontier:
     def _solve(self) -> None:
         last, size = self._model.num_steps - 1, self._num_ticks
         begin = np.full(size, np.inf)
-        begin[self._ticks(Segment(0, Kind.STACK, 0))] = 0.0
+        begin[self._ticks(EMPTY)] = 0.0
         self._errors[0, -1] = begin
         for step in range(last):
             for before in sorted(run for at, run in self._errors if at == step):
@@ -268,11 +277,13 @@ class Frontier:
     def _extend(self, past: np.ndarray, start: tuple[int, int], number: int, error: float, order: int) -> None:
         """The paths to a computed step and the run before it, from all those to the computed step before."""
         (step, before), (kind, length), size = start, self._runs[number], self._num_ticks
+        ticks = self._ticks(Segment(length, kind, order))
+        if ticks >= size or not np.isfinite(past[: size - ticks]).any():
+            return  # dearer than a generation without any reuse
         place = step + length + 1, number
         if place not in self._errors:
             self._errors[place] = np.full(size, np.inf)
             self._from[place] = np.full((size, 2), -1, dtype=np.int16)
-        ticks = self._ticks(Segment(length, kind, order))
         moved = past[: size - ticks] + error
         better = moved < self._errors[place][ticks:]
         self._errors[place][ticks:][better] = moved[better]
@@ -290,7 +301,7 @@ class Frontier:
     def _trace(self, run: int, tick: int) -> Schedule:
         """The schedule that leads to a state of the last step at this cost."""
         step = self._model.num_steps - 1
-        segments = [Segment(0, Kind.STACK, 0)]
+        segments = [EMPTY]
         while step:
             before, order = map(int, self._from[step, run][tick])
             segments.append(Segment(self._runs[run][1], self._runs[run][0], order))
@@ -309,10 +320,10 @@ def uniform(model: ErrorModel, costs: Mapping[str, float], budget: float) -> Sch
     found: dict[Schedule, float] = {}
     for interval in range(1, model.longest(kind) + 1):
         for order, warmup in itertools.product(model.orders, (2, 3)):
-            segments = [Segment(0, kind, 0)] * min(warmup - 1, steps - 1)
+            segments = [EMPTY] * min(warmup - 1, steps - 1)
             while (left := steps - 1 - sum(segment.length + 1 for segment in segments)) > 0:
-                segments.append(Segment(min(interval, left - 1), kind, order if left > 1 else 0))
-            schedule = (*segments, Segment(0, kind, 0))
+                segments.append(segment_of(min(interval, left - 1), kind, order))
+            schedule = (*segments, EMPTY)
             if cost_of(schedule, costs) <= budget + 1e-9:
                 found[schedule] = model.total(schedule)
     best = min(found, key=found.__getitem__, default=None)
@@ -326,7 +337,7 @@ def neighbours(schedule: Schedule, orders: Sequence[int] = ANY_ORDER) -> Iterato
         ends = other == len(schedule) - 1  # the last step stays computed
         if giving.length and (giving.kind is taking.kind or not taking.length) and abs(one - other) <= 4 and not ends:
             changed = list(schedule)
-            changed[one] = Segment(giving.length - 1, giving.kind, giving.order if giving.length > 1 else 0)
+            changed[one] = segment_of(giving.length - 1, giving.kind, giving.order)
             changed[other] = Segment(taking.length + 1, giving.kind, taking.order if taking.length else giving.order)
             yield tuple(changed)
     for place, segment in enumerate(schedule):

@@ -17,16 +17,19 @@ from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
+from sostenuto.plan import Op
 from sostenuto.progress import progress
-from sostenuto.sites import has_stack
+from sostenuto.sites import has_stack, inspect
 from sostenuto.table import CacheTable
 from sostenuto.tuning.advice import notes_on
 from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
+from sostenuto.tuning.instrument import ops_of
 from sostenuto.tuning.lab import Lab, Trial, shared
 from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.record import claim, rehearsed, setting
+from sostenuto.tuning.rehearsal import Rehearsal
 from sostenuto.tuning.result import Point, Tuned, answers, pareto
 from sostenuto.tuning.search import (
     ANY_ORDER,
@@ -143,6 +146,8 @@ class _Tuner:
             samples = lab.rehearsals["paired"], lab.rehearsals.get("scored")
             claim(lab.folder, rehearsed(lab.settings, *samples), begun=True)
         self._check_work(kinds)
+        if self.scored and (few := _too_few(lab.settings.score, lab.rehearsals["scored"])):
+            self._warn(few)
         self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
         self.notes += notes_on(self.measured)
@@ -404,10 +409,24 @@ class _Tuner:
         )
 
 
+def _too_few(score: Any, rehearsal: Rehearsal) -> str | None:
+    """What a score that has a ``too_few(n)`` says of the number of its images."""
+    judge = getattr(score, "__self__", score)  # of a method the object
+    if not hasattr(judge, "too_few") or rehearsal.num_results is None:
+        return None
+    return judge.too_few(rehearsal.num_results)
+
+
 def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
-    able = [kind for kind in Kind if kind is not Kind.STACK or has_stack(compat.find_denoiser(target))]
+    denoiser = compat.unwrapped(compat.find_denoiser(target))
+    sites = inspect(denoiser)
+
+    def is_able(kind: Kind) -> bool:
+        return has_stack(denoiser) if kind is Kind.STACK else Op.REUSE in ops_of(sites, kind, Op.REUSE)
+
+    able = tuple(filter(is_able, Kind))
     if options.kinds is None:
-        return tuple(able)
+        return able
     kinds = tuple(kind for kind in able if kind.value in options.kinds)
     if not set(_WHOLES) & set(kinds):
         raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")

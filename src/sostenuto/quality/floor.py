@@ -1,0 +1,50 @@
+"""What would a perfect generator get? A metric of real images against others of the same kind."""
+
+from __future__ import annotations
+
+import torch
+
+from sostenuto.errors import MetricError
+from sostenuto.quality.metrics import Gaussian
+from sostenuto.quality.registry import Metric, Needs, Subject, chosen
+
+
+def floor_of(metric: Metric, reference: Subject, count: int) -> tuple[float, int] | None:
+    """What real images get, and how many they are: a part of the reference, as large as asked if it suffices, beside the rest.
+
+    Args:
+        metric: of sets.
+        reference: the real images.
+        count: how many there should be.
+
+    Returns:
+        ``None`` where the reference can't tell.
+    """
+    assert metric.compute is not None
+    if metric.needs is Needs.SPATIAL or (reference.features is None and reference.held_out is None):
+        return None
+    real = reference.features if reference.held_out is None else reference.held_out
+    assert real is not None
+    against_others = metric.needs is Needs.FEATURES and (
+        reference.held_out is None or metric.name != "frechet_distance"
+    )
+    count = min(count, len(real) // 2 if against_others else len(real))
+    if count < max(metric.minimum, 2):
+        return None
+    part = chosen(len(real), count, reference.shuffled)
+    rest = torch.ones(len(real), dtype=torch.bool)
+    rest[part] = False
+    logits = None if reference.logits is None else reference.logits[part]
+    images = Subject(count, _gaussian(real[part]), None, real[part], logits)
+    other = reference
+    if against_others:
+        other = Subject(len(real) - count, _gaussian(real[rest]), None, real[rest], shuffled=reference.shuffled)
+    try:
+        return metric.compute(images, other).value, count
+    except MetricError:
+        return None
+
+
+def _gaussian(features: torch.Tensor) -> Gaussian:
+    values = features.double()
+    return Gaussian(values.mean(0), values.T.cov(), len(values))
