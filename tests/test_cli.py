@@ -220,6 +220,7 @@ def test_more_images_go_on_from_those_that_are_there(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
+@pytest.mark.slow
 def test_shards_share_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "entries", lambda *tables: all_entries(*tables)[:3])
     halves = [Settings(num_images=4, batch_size=2, search_images=0, shard=(part, 2)) for part in (0, 1)]

@@ -347,7 +347,9 @@ FLOW_SIGMAS = torch.linspace(1, 0, 7)
 GRID_SIGMAS = torch.cat((EPS.grid[[999, 700, 500, 300, 200, 100]], torch.zeros(1)))
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["one-batch", "one-by-one"])
+@pytest.mark.parametrize(
+    "batched", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["one-batch", "one-by-one"]
+)
 @pytest.mark.parametrize("model_sampling", [CONST, EPS])
 @pytest.mark.parametrize("name", SECOND)
 def test_of_a_sampler_of_second_order_each_call_of_the_model_is_a_step(name, model_sampling, batched):

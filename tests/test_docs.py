@@ -43,7 +43,9 @@ def test_measured_tables_are_those_of_the_result_files():
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize(
+    "guide", [pytest.param(guide, marks=[pytest.mark.slow] * (guide == "docs/how-to/calibrate.md")) for guide in GUIDES]
+)
 def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_the_code_of(ROOT / guide)

@@ -195,7 +195,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("method", [FORA(2), TeaCache(threshold=1.0)], ids=["branches", "blocks"])
-@pytest.mark.parametrize("first_off", ["hooks", "sostenuto"])
+@pytest.mark.parametrize("first_off", ["hooks", pytest.param("sostenuto", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_put_on_before_or_after_and_taken_off_in_any_order(scheduler, name, order, first_off, method):

@@ -282,7 +282,13 @@ GUIDANCE_ON = {
 }
 
 
-@pytest.mark.parametrize(("name", "guidance"), [*GUIDANCE_OFF.items(), *GUIDANCE_ON.items()])
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [
+        pair if pair[0] in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in (*GUIDANCE_OFF.items(), *GUIDANCE_ON.items())
+    ],
+)
 def test_guidance_may_be_switched_between_generations(ran, name, guidance):
     done = ran(name)
     with sostenuto.enable(done.pipe, FORA2):

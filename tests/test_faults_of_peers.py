@@ -58,7 +58,7 @@ def test_guidance_in_two_passes_does_not_become_a_no_op(name):
 
 
 @pytest.mark.parametrize("name", [*SEPARATE, "PixArtTransformer2DModel", "SanaTransformer2DModel"])
-@pytest.mark.parametrize("method", [TaylorSeer, FORA, TeaCache])
+@pytest.mark.parametrize("method", [TaylorSeer, FORA, pytest.param(TeaCache, marks=pytest.mark.slow)])
 def test_a_default_configuration_taps_something_and_skips_something(name, method):
     """TaylorSeer's default elsewhere hooks nothing on Wan and says that it is enabled."""
     scheduler, timesteps = schedule(STEPS)
@@ -144,7 +144,14 @@ def test_what_is_injected_between_the_blocks_is_not_lost_and_not_added_twice(nam
 
 
 @pytest.mark.parametrize("method", [lambda: DBCache(1, 1, 1.0), lambda: MagCache((1.0,) * STEPS), lambda: TeaCache()])
-@pytest.mark.parametrize("name", ["BriaTransformer2DModel", "WanVACETransformer3DModel", "ConsisIDTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanVACETransformer3DModel",
+        pytest.param("BriaTransformer2DModel", marks=pytest.mark.slow),
+        pytest.param("ConsisIDTransformer3DModel", marks=pytest.mark.slow),
+    ],
+)
 def test_a_range_method_works_there_or_is_refused_without_a_trace(name, method):
     network, (scheduler, timesteps) = tiny(name), schedule(STEPS)
     before = {path: dict(vars(module)) for path, module in network.named_modules()}

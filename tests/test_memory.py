@@ -64,7 +64,7 @@ def test_passes_of_different_batches_are_predicted_each_by_its_own_size(schedule
 
 
 @pytest.mark.parametrize("name", ["branches, forecast", "stack", "output", "partial", "run-time decision, forecast"])
-@pytest.mark.parametrize("how", ["disabled", "error", "dropped"])
+@pytest.mark.parametrize("how", ["disabled", "error", pytest.param("dropped", marks=pytest.mark.slow)])
 def test_the_state_is_freed(name, how, scheduler):
     network = build_wide()
     gc.collect()

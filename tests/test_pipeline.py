@@ -158,6 +158,7 @@ def test_verify_proves_the_shipped_model(pipe):
     assert sostenuto.verify(pipe, FORA(2), sample)["sites"] == 16
 
 
+@pytest.mark.slow
 def test_generated_garments_are_recognized(pipe):
     labels = torch.arange(100) % 10
     with torch.autocast("cpu", torch.bfloat16):  # as good, and quick

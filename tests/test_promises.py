@@ -222,11 +222,9 @@ def test_copies_and_pickles_are_those_of_the_plain_network(model, case):
 # and whatever is refused, is in every run.
 COMPILED_QUICKLY = (
     "none",
-    "eb, stack",
     "ab",
     "fora",
     "toca",
-    "toca | eb scaling",
     "teacache",
     "dbcache",
 )

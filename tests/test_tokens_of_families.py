@@ -261,7 +261,7 @@ def scored_by_hand(network, sample, selection, text_first, monkeypatch):
     return scores
 
 
-@pytest.mark.parametrize("selection", ["attention", "value-norm"])
+@pytest.mark.parametrize("selection", ["attention", pytest.param("value-norm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*TEXT_FIRST, "as much text as image"])
 def test_the_chosen_rows_of_joint_attention_have_the_highest_scores(name, selection, chosen, monkeypatch):
     known = TINY_MODELS.get(name) or with_as_much_text_as_image(TINY_MODELS["FluxTransformer2DModel"])

@@ -202,7 +202,10 @@ def test_the_budget_may_be_time(model, begun):
 
 @pytest.mark.parametrize(
     "listing",
-    [HeunDiscreteScheduler, pytest.param(lambda: PNDMScheduler(skip_prk_steps=True), marks=pytest.mark.slow)],
+    [
+        pytest.param(HeunDiscreteScheduler, marks=pytest.mark.slow),
+        pytest.param(lambda: PNDMScheduler(skip_prk_steps=True), marks=pytest.mark.slow),
+    ],
     ids=("heun", "pndm"),
 )
 def test_schedulers_that_list_more_calls_than_steps_are_tuned_with_published_plans_among_others(tiny, listing):
