@@ -108,6 +108,7 @@ def test_schedulers_are_choosable_and_given_back():
     assert "no scheduler" in measure(Case("d", "none", DIT, 3, scheduler="NoScheduler"), QUICK).error
 
 
+@pytest.mark.slow
 def test_a_compiled_row_counts_graphs_and_recompiles():
     row = measure(
         Case("c", "fora:interval=2", "dit:layers=1,width=64,tokens=16", 4, "DDPMScheduler", "compiled"),

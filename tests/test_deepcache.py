@@ -339,7 +339,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("build", "backend"), [pytest.param(build_plain, "eager", marks=pytest.mark.slow), (build_conditional, "aot_eager")]
+    ("build", "backend"), [(build_plain, "eager"), pytest.param(build_conditional, "aot_eager", marks=pytest.mark.slow)]
 )
 def test_compiled_in_one_graph_per_mode(build, backend):
     torch._dynamo.reset()

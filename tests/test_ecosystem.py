@@ -537,7 +537,7 @@ COPIES = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_copy_of_an_enabled_model_is_plain(tiny, scheduler, how, wrapped):
     stock = sample_loop(tiny, scheduler)[0]
     target = torch.compile(tiny, backend="eager") if wrapped else tiny

@@ -104,6 +104,7 @@ def test_the_published_scale_is_a_preset_for_a_table_of_ones_own():
     assert FEBCache.dit_xl_2(TABLE) == FEBCache(TABLE, **published)
 
 
+@pytest.mark.slow
 def test_a_multiplier_counts_where_febs_calibration_found_it(model):
     curve = noise_scale_curve(normalized_times(8))
     found = CacheTable(STATES, method="feb", calibration={"multiplier": 1.02})

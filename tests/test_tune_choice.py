@@ -126,6 +126,7 @@ def test_a_lower_score_is_better_on_both_sides_of_nothing(better, worse):
     assert of(better) < of(worse)
 
 
+@pytest.mark.slow
 def test_a_plan_that_breaks_the_score_is_worse_than_any_and_an_uncached_one_is_said(model, tmp_path):
     heard = []
 
