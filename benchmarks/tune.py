@@ -38,9 +38,7 @@ from sostenuto.table import CacheTable
 LIKE = math.log(1.05)  # ratio of speeds within which a calibration has reached its target
 FAR = math.log(1.15)  # from which on a setting is no match for a target
 TRIES = 3  # calibrations of a method for a target
-ROWS = (
-    8  # of the tuner's samples: times of fewer say little of those of many, and more make it dear to probe the weights
-)
+ROWS = 8  # of the tuner's samples: times of fewer say little of those of many, more make its probes dear
 
 Named = tuple[str, Method]
 

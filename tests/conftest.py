@@ -166,6 +166,22 @@ def sample(model, generator, num_inference_steps, **kwargs):
     return sample_loop(model, model.scheduler_for_test, num_inference_steps, seed=seed, **kwargs)[0]
 
 
+def sample_of_every_call(scheduler):
+    """A sample that makes every call that a scheduler lists, of which some have more than steps."""
+
+    @torch.no_grad()
+    def every_call(model, generator, num_inference_steps):
+        latents = torch.randn(2, 2, 8, 8, generator=generator)
+        scheduler.set_timesteps(num_inference_steps)
+        for timestep in scheduler.timesteps:
+            given = scheduler.scale_model_input(latents, timestep)
+            noise = model(given, timestep.expand(2), torch.tensor([1, 2])).sample
+            latents = scheduler.step(noise[:, :2], timestep, latents).prev_sample
+        return latents
+
+    return every_call
+
+
 @pytest.fixture(scope="session")
 def measured_before(tmp_path_factory):
     """The folder of a tuning: what it measured serves the tests that look at what comes after."""

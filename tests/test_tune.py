@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import sostenuto
-from conftest import build_tiny, calm, quantised, sample, sample_loop
+from conftest import build_tiny, calm, quantised, sample, sample_loop, sample_of_every_call
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
 from sostenuto.anatomy import SiteKind
 from sostenuto.table import StepState
@@ -210,17 +210,7 @@ def test_the_budget_may_be_time(model, begun):
 )
 def test_schedulers_that_list_more_calls_than_steps_are_tuned_with_published_plans_among_others(tiny, listing):
     scheduler = listing()
-
-    @torch.no_grad()
-    def every_call(model, generator, num_inference_steps):
-        latents = torch.randn(2, 2, 8, 8, generator=generator)
-        scheduler.set_timesteps(num_inference_steps)
-        for timestep in scheduler.timesteps:
-            given = scheduler.scale_model_input(latents, timestep)
-            noise = model(given, timestep.expand(2), torch.tensor([1, 2])).sample
-            latents = scheduler.step(noise[:, :2], timestep, latents).prev_sample
-        return latents
-
+    every_call = sample_of_every_call(scheduler)
     options = replace(QUICK, published=("eb", "smoothcache"))
     found = tune(
         tiny, every_call, num_inference_steps=6, speedup=1.5, num_samples=8, scheduler=scheduler, options=options

@@ -90,14 +90,17 @@ def added_up(measured, schedule):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget", [1.0, 0.85, 0.7, 0.55, 0.5])
 def test_no_plan_of_the_same_cost_has_less_error(seed, budget):
-    measured = made_up(6, seed)
-    found = Frontier(ErrorModel(measured, weight, KINDS), COSTS).schedule(budget)
+    assert_the_best_is_found(made_up(6, seed), COSTS, budget)
+
+
+def assert_the_best_is_found(measured, costs, budget):
+    found = Frontier(ErrorModel(measured, weight, KINDS), costs).schedule(budget)
     least = min(
         added_up(measured, schedule)
-        for schedule in every_schedule(6, KINDS)
-        if cost_of(schedule, COSTS) <= budget + 1e-9
+        for schedule in every_schedule(measured.num_steps, KINDS)
+        if cost_of(schedule, costs) <= budget + 1e-9
     )
-    assert cost_of(found, COSTS) <= budget + 1e-9
+    assert cost_of(found, costs) <= budget + 1e-9
     assert added_up(measured, found) == pytest.approx(least)
 
 
@@ -118,16 +121,7 @@ def test_a_reuse_that_takes_longer_than_computing_is_left_alone():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("budget", [0.85, 0.7, 0.6, 0.5])
 def test_a_forecast_that_takes_longer_competes_at_its_own_cost(seed, budget):
-    measured, costs = made_up(6, seed), COSTS | {"stack 1": 0.2, "attention 1": 0.6}
-    model = ErrorModel(measured, weight, KINDS)
-    found = Frontier(model, costs).schedule(budget)
-    least = min(
-        added_up(measured, schedule)
-        for schedule in every_schedule(6, KINDS)
-        if cost_of(schedule, costs) <= budget + 1e-9
-    )
-    assert cost_of(found, costs) <= budget + 1e-9
-    assert added_up(measured, found) == pytest.approx(least)
+    assert_the_best_is_found(made_up(6, seed), COSTS | {"stack 1": 0.2, "attention 1": 0.6}, budget)
 
 
 def test_times_tell_forecasts_from_last_values():

@@ -7,7 +7,7 @@ import torch
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
 import sostenuto
-from conftest import sample
+from conftest import sample, sample_of_every_call
 from sostenuto import MagCache, MagCacheCalibration, TeaCache, TeaCacheCalibration
 
 STEPS = 6
@@ -25,16 +25,7 @@ CALIBRATIONS = {
 )
 def test_a_scheduler_that_lists_more_calls_than_steps_is_measured_call_by_call(tiny, name, scheduler, listed):
     calibration, method = CALIBRATIONS[name]
-
-    @torch.no_grad()
-    def every_call(model, generator, num_inference_steps):
-        latents = torch.randn(2, 2, 8, 8, generator=generator)
-        scheduler.set_timesteps(num_inference_steps)
-        for timestep in scheduler.timesteps:
-            given = scheduler.scale_model_input(latents, timestep)
-            noise = model(given, timestep.expand(2), torch.tensor([1, 2])).sample
-            latents = scheduler.step(noise[:, :2], timestep, latents).prev_sample
-
+    every_call = sample_of_every_call(scheduler)
     made = sostenuto.calibrate(
         tiny, calibration, every_call, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler
     )

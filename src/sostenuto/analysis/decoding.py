@@ -54,7 +54,7 @@ def image_decoder(pipe: Any, sample: Callable[..., Any]) -> Callable[[torch.Tens
         handing, listening = _Handing(pipe.scheduler, latents), _Listening(vae)
         with ExitStack() as stack:
             stack.enter_context(replaced(pipe.scheduler, "step", handing))
-            stack.enter_context(replaced(vae, "decode", listening.decode))
+            stack.enter_context(replaced(vae, "decode", listening))
             if hasattr(pipe, "encode_prompt"):
                 stack.enter_context(replaced(pipe, "encode_prompt", _Remembering(pipe.encode_prompt, encoded)))
             handle = stack.enter_context(attach(pipe, NoCache()))
@@ -124,7 +124,7 @@ class _Listening:
         self._decode = vae.decode
         self.images: list[torch.Tensor] = []
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = self._decode(*args, **kwargs)
         self.images.append(compat.first_tensor(made).float().cpu())
         return made
