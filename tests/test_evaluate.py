@@ -107,6 +107,28 @@ def test_videos_count_once_though_their_frames_are_compared_one_by_one(tmp_path)
         evaluate(tmp_path / "v", video=True, show=False)
 
 
+def test_floor_of_videos_is_that_of_other_videos():
+    still = pictures(20).unsqueeze(1).expand(-1, 5, -1, -1, -1).contiguous()  # all five frames of a video are the same
+    of_videos = evaluate(still, still, network=Colours(), metrics=("fid", "kid"), show=False)
+    of_images = evaluate(still[:, 0], still[:, 0], network=Colours(), metrics=("fid", "kid"), show=False)
+    assert of_videos["frechet_distance"].floor_n == 50  # ten whole videos beside ten others
+    assert of_videos["frechet_distance"].floor == pytest.approx(of_images["frechet_distance"].floor, rel=0.25)
+    assert of_images["frechet_distance"].floor > 0
+    assert evaluate(still[:1], still, network=Colours(), metrics=("fid",), show=False)["frechet_distance"].floor_n == 5
+
+
+def test_grey_videos_need_no_channels(tmp_path):
+    videos, twins = (pictures(12, seed)[:, 0].view(3, 4, 16, 16) for seed in (0, 1))
+    wanted = evaluate(videos.unsqueeze(2), paired=twins.unsqueeze(2), metrics=("psnr",), show=False)["psnr"]
+    assert evaluate(videos, paired=twins, metrics=("psnr",), video=True, show=False)["psnr"] == wanted
+    np.save(tmp_path / "videos.npy", videos.numpy())
+    found = evaluate(tmp_path / "videos.npy", paired=twins, metrics=("psnr",), video=True, batch_size=5, show=False)
+    assert found["psnr"].value == pytest.approx(wanted.value)
+    assert found["psnr"].n == 3
+    with pytest.raises(InputError, match="--video"):
+        evaluate(tmp_path / "videos.npy", show=False)
+
+
 def test_identical_images_have_no_finite_psnr_and_say_so(tmp_path, capsys):
     folder = write_folder(tmp_path / "a", pictures(4))
     assert run(folder, "--paired", folder, "--metrics", "psnr", "ssim", "--json", tmp_path / "o.json") == 0

@@ -150,6 +150,31 @@ def test_standard_error_of_the_inception_score_is_the_spread_over_many_sets():
     assert sum(predicted) / 200 == pytest.approx(torch.tensor(scores).std().item(), rel=0.15)
 
 
+def test_standard_errors_of_videos_are_those_of_the_videos_and_not_of_their_frames():
+    generator = torch.Generator().manual_seed(8)
+    reference = Gaussian(torch.zeros(4).double(), torch.eye(4).double(), 10**6)
+
+    def videos() -> torch.Tensor:
+        """100 videos of 4 frames that hardly differ ``[400, 4]``."""
+        first = torch.randn(100, 4, generator=generator) * 1.2 + 0.3
+        return first.repeat_interleave(4, 0) + 0.1 * torch.randn(400, 4, generator=generator)
+
+    sets = [videos() for _ in range(200)]
+    for found, error in (
+        (
+            [frechet_distance(one, reference) for one in sets],
+            lambda one, n: spread.of_frechet_distance(one, reference, n),
+        ),
+        (
+            [inception_score(one) for one in sets],
+            lambda one, n: spread.of_inception_score(one, inception_score(one), n),
+        ),
+    ):
+        spread_of_sets = torch.tensor(found).std().item()
+        assert sum(error(one, 4) for one in sets) / 200 == pytest.approx(spread_of_sets, rel=0.15)
+        assert sum(error(one, 1) for one in sets) / 200 < 0.6 * spread_of_sets
+
+
 def test_the_demo_is_judged_as_before_its_network_shared_an_interface():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 28), torch.linspace(-1, 1, 28), indexing="ij")
     k = torch.arange(160).float().view(-1, 1, 1)

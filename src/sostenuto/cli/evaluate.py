@@ -44,7 +44,7 @@ class Evaluate:
     shard: tuple[int, int] = (0, 1)
     """This process's part of the batches and the number of parts, each with a --statistics of its own."""
     video: bool = False
-    """Each subfolder is a video, its pictures are the frames."""
+    """Each subfolder is a video, its pictures are the frames; an array [n, frames, h, w] holds grey videos."""
     device: str = "auto"
     """Where networks run: cpu, cuda, or auto."""
     write_npz: Path | None = None

@@ -121,7 +121,7 @@ def evaluate(
         statistics: where to keep what is known of the images, and to go on from after an interruption.
         shard: this process's part of the batches and the number of parts; the parts' files of statistics are then put
             together by giving them as ``samples``.
-        video: subfolders are videos.
+        video: subfolders are videos, and ``[n, frames, h, w]`` grey ones.
         device: where networks run.
         show: progress bars.
 
@@ -242,13 +242,11 @@ def _of_set(
 def _of_images(row: Row, metric: Metric, measured: Statistics, reasons: Mapping[str, str]) -> Row:
     if metric.name not in measured.scores:
         raise MetricError(reasons.get(metric.name, "it was not measured when the statistics were made"))
-    values = (
-        measured.scores[metric.name].view(-1, measured.origin.frames).mean(1)
-    )  # frames of a video are not independent
-    row = replace(row, n=len(values))
+    values, frames = measured.scores[metric.name], measured.origin.frames
+    row = replace(row, n=len(values) // frames)
     if values.isinf().any():
         raise MetricError(f"{int(values.isinf().sum())} of {len(values)} are identical to their twins: no finite mean")
-    return _with_value(row, metric, Value(float(values.mean()), of_mean(values)))
+    return _with_value(row, metric, Value(float(values.mean()), of_mean(values, frames)))
 
 
 def _with_value(row: Row, metric: Metric, found: Value) -> Row:

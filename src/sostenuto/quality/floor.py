@@ -29,16 +29,20 @@ def floor_of(metric: Metric, reference: Subject, count: int) -> tuple[float, int
         reference.held_out is None or metric.name != "frechet_distance"
     )
     count = min(count, len(real) // 2 if against_others else len(real))
+    part = chosen(len(real), count, reference.shuffled, reference.frames)  # frames of one video are no strangers
+    count = len(part)
     if count < max(metric.minimum, 2):
         return None
-    part = chosen(len(real), count, reference.shuffled)
     rest = torch.ones(len(real), dtype=torch.bool)
     rest[part] = False
     logits = None if reference.logits is None else reference.logits[part]
-    images = Subject(count, _gaussian(real[part]), None, real[part], logits)
+    images = Subject(count, _gaussian(real[part]), None, real[part], logits, frames=reference.frames)
     other = reference
     if against_others:
-        other = Subject(len(real) - count, _gaussian(real[rest]), None, real[rest], shuffled=reference.shuffled)
+        others = real[rest]
+        other = Subject(
+            len(others), _gaussian(others), None, others, shuffled=reference.shuffled, frames=reference.frames
+        )
     try:
         return metric.compute(images, other).value, count
     except MetricError:

@@ -28,7 +28,8 @@ def subject_of(statistics: Statistics) -> Subject:
         return None if moments is None or moments.count < 2 else moments.gaussian()
 
     known = gaussian(statistics.moments), gaussian(statistics.spatial)
-    return Subject(len(statistics), *known, statistics.features, statistics.logits)
+    frames = statistics.origin.frames
+    return Subject(len(statistics), *known, statistics.features, statistics.logits, frames=frames)
 
 
 class Reference:

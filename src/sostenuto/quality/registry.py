@@ -39,6 +39,7 @@ class Subject:
         logits: ``[n, classes]``.
         held_out: features of real images that are not among those of ``gaussian``, ``[m, d]``.
         shuffled: whether the order of ``features`` means nothing, so that the first images stand for all.
+        frames: of a video, which follow each other and are much alike; 1 for images.
     """
 
     count: int
@@ -48,6 +49,11 @@ class Subject:
     logits: torch.Tensor | None = None
     held_out: torch.Tensor | None = None
     shuffled: bool = False
+    frames: int = 1
+
+    def independent(self, count: int) -> int:
+        """How many of so many of its images are independent, evenly spread as they are: those of different videos."""
+        return min(count, self.count // self.frames)
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,8 @@ def _frechet(images: Subject, reference: Subject) -> Value:
     assert images.gaussian is not None
     assert reference.gaussian is not None
     value = _distance(images.gaussian, reference.gaussian)
-    error = None if images.features is None else spread.of_frechet_distance(images.features, reference.gaussian)
+    known = images.features
+    error = None if known is None else spread.of_frechet_distance(known, reference.gaussian, images.frames)
     return Value(value, error)
 
 
@@ -151,17 +158,22 @@ def _both(images: Subject, reference: Subject) -> tuple[torch.Tensor, torch.Tens
     return images.features, other[chosen(len(other), len(images.features), reference.shuffled)]
 
 
-def chosen(total: int, count: int, shuffled: bool = False) -> torch.Tensor:
-    """Indices of at most ``count`` of ``total`` images, evenly spread: of a set in the order of classes all classes stay."""
-    count = min(total, count)
-    return torch.arange(count) if shuffled else torch.arange(count) * total // count
+def chosen(total: int, count: int, shuffled: bool = False, frames: int = 1) -> torch.Tensor:
+    """Indices of at most ``count`` of ``total`` images, evenly spread: of a set in the order of classes all classes stay.
+
+    With ``frames`` whole videos of so many are chosen.
+    """
+    total, count = total // frames, min(total, count) // frames
+    videos = torch.arange(count) if shuffled else torch.arange(count) * total // max(1, count)
+    return (videos[:, None] * frames + torch.arange(frames)).flatten()
 
 
 def _kernel(images: Subject, reference: Subject) -> Value:
     own, other = _both(images, reference)
     size = min(1000, min(len(own), len(other)) // 2)
     value, deviation = metrics.kernel_distance(own, other, subset_size=size)
-    return Value(value, spread.of_subsets(deviation, size, min(len(own), len(other))))
+    count = min(images.independent(len(own)), reference.independent(len(other)))
+    return Value(value, spread.of_subsets(deviation, size, count))
 
 
 def _inception_score(images: Subject, reference: Subject) -> Value:
@@ -169,19 +181,19 @@ def _inception_score(images: Subject, reference: Subject) -> Value:
     assert images.logits is not None
     splits = max(1, min(10, len(images.logits) // 5000))  # ten of 5 000 are the published ones
     score = metrics.inception_score(images.logits, splits)
-    return Value(score, spread.of_inception_score(images.logits, score))
+    return Value(score, spread.of_inception_score(images.logits, score, images.frames))
 
 
 def _precision(images: Subject, reference: Subject) -> Value:
     own, other = _both(images, reference)
     share = metrics.covered(own, other)
-    return Value(share, spread.of_share(share, len(own)))
+    return Value(share, spread.of_share(share, images.independent(len(own))))
 
 
 def _recall(images: Subject, reference: Subject) -> Value:
     own, other = _both(images, reference)
     share = metrics.covered(other, own)
-    return Value(share, spread.of_share(share, len(other)))
+    return Value(share, spread.of_share(share, reference.independent(len(other))))
 
 
 _ALL = (

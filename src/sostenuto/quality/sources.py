@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,7 @@ class ArraySource:
         array: uint8 in a file.
         name: what messages call it.
         identity: see :class:`Source`.
+        video: take four dimensions without 1 or 3 channels for grey videos ``[n, frames, h, w]``; five are videos anyway.
 
     Raises:
         InputError: another type or shape, or no image in it.
@@ -68,7 +69,7 @@ class ArraySource:
 
     keys = None
 
-    def __init__(self, array: ArrayFile, name: str, identity: str) -> None:
+    def __init__(self, array: ArrayFile, name: str, identity: str, video: bool = False) -> None:
         self.name, self.identity, self._array = name, identity, array
         shape = list(array.shape)
         if array.dtype != np.uint8:
@@ -77,7 +78,7 @@ class ArraySource:
             )
         if not 3 <= len(shape) <= 5:
             raise InputError(f"{array.path} must be [n, h, w], [n, h, w, c] or [n, frames, h, w, c], not {shape}")
-        self._videos = len(shape) == 5
+        self._videos = len(shape) == 5 or (video and _grey_videos(shape))
         self.frames = shape.pop(1) if self._videos else 1
         self._channels_last = len(shape) == 4 and shape[3] in (1, 3)
         if len(shape) == 3:
@@ -87,7 +88,10 @@ class ArraySource:
         elif shape[1] in (1, 3):
             self.shape = (shape[1], shape[2], shape[3])
         else:
-            raise InputError(f"{array.path} has neither 1 nor 3 channels: its shape is {list(array.shape)}")
+            raise InputError(
+                f"{array.path} has neither 1 nor 3 channels: its shape is {list(array.shape)}; if it holds grey videos, say "
+                "so (--video)"
+            )
         self._count = shape[0] * self.frames
         check_size(array.path, self._count, self.shape)
 
@@ -220,11 +224,14 @@ class TensorSource:
 def open_source(where: str | Path | torch.Tensor, video: bool = False, show: bool = False) -> Source:
     """The images of a folder, ``.npz`` (``arr_0``), ``.npy``, ``demo:train``, ``demo:test`` or a tensor.
 
+    With ``video`` each subfolder is a video, and four dimensions, none of them 1 or 3 channels, are grey ones
+    ``[n, frames, h, w]``; where there are 1 or 3 frames, give the channel too.
+
     Raises:
         InputError: there is nothing of the kind, or it is unusable.
     """
     if isinstance(where, torch.Tensor):
-        return TensorSource(where)
+        return TensorSource(where.unsqueeze(2) if video and _grey_videos(where.shape) else where)
     if str(where) in ("demo:train", "demo:test"):
         from sostenuto.demo.data import load
 
@@ -238,15 +245,20 @@ def open_source(where: str | Path | torch.Tensor, video: bool = False, show: boo
     stat = path.stat()
     identity = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
     if path.suffix == ".npy":
-        return ArraySource(open_npy(path), str(path), identity)
+        return ArraySource(open_npy(path), str(path), identity, video)
     if path.suffix == ".npz":
         arrays = open_npz(path)
         if "arr_0" not in arrays:
             raise InputError(
                 f"{path} has no arr_0 (it has {', '.join(arrays) or 'nothing'}): there are no images in it"
             )
-        return ArraySource(arrays["arr_0"], str(path), identity)
+        return ArraySource(arrays["arr_0"], str(path), identity, video)
     raise InputError(f"{path} is neither a folder of pictures nor an .npz or .npy")
+
+
+def _grey_videos(shape: Sequence[int]) -> bool:
+    """Whether four dimensions are ``[n, frames, h, w]`` rather than images of 1 or 3 channels."""
+    return len(shape) == 4 and not {shape[1], shape[3]} & {1, 3}
 
 
 def check_size(name: str, count: int, shape: tuple[int, int, int]) -> None:

@@ -9,8 +9,12 @@ import torch
 from sostenuto.quality.metrics import Gaussian, square_root
 
 
-def of_mean(values: torch.Tensor) -> float | None:
-    """Standard error of the mean of independent values ``[n]``; ``None`` for one value."""
+def of_mean(values: torch.Tensor, frames: int = 1) -> float | None:
+    """Standard error of the mean of values ``[n]``; ``None`` for one.
+
+    Images are independent; of videos, so many ``frames`` that follow each other each, their means are.
+    """
+    values = values.view(-1, frames).mean(1)
     return float(values.double().std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
@@ -44,18 +48,24 @@ def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian) -
     return 2 * centred @ (mean - reference.mean) + ((centred @ slope) * centred).sum(1)
 
 
-def of_frechet_distance(features: torch.Tensor, reference: Gaussian) -> float | None:
-    """Standard error of the Fréchet distance of features ``[n, d]``; ``None`` with fewer than two images per feature."""
+def of_frechet_distance(features: torch.Tensor, reference: Gaussian, frames: int = 1) -> float | None:
+    """Standard error of the Fréchet distance of features ``[n, d]``; ``None`` with fewer than two images per feature.
+
+    Args:
+        features: of images, or of the frames of videos.
+        reference: what they are compared with.
+        frames: of a video, see :func:`of_mean`.
+    """
     influence = influence_on_frechet_distance(features, reference)
-    return None if influence is None else of_mean(influence)
+    return None if influence is None else of_mean(influence, frames)
 
 
-def of_inception_score(logits: torch.Tensor, score: float) -> float | None:
+def of_inception_score(logits: torch.Tensor, score: float, frames: int = 1) -> float | None:
     """Standard error of the inception score: it is exp of a mean of divergences, so score × the mean's standard error."""
     logs = logits.double().log_softmax(1)
     shares = logs.exp()
     divergence = (shares * (logs - shares.mean(0).clamp(min=torch.finfo(torch.float64).tiny).log())).sum(1)
-    error = of_mean(divergence)
+    error = of_mean(divergence, frames)
     return None if error is None else score * error
 
 
