@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -82,6 +83,29 @@ def test_a_calibration_costs_no_more_than_is_said_before(small, name, executed):
     table = calibrated(calibration, settings, None)
     spent, done = work_of(calibration, rehearsal.macs, rows, table), executed[0] / STEPS
     assert 0.5 * spent < done <= spent <= work_of(calibration, rehearsal.macs, rows)
+
+
+def test_an_interrupted_search_of_a_published_calibration_goes_on_after_its_last_round(small, tmp_path):
+    generated: list[int] = []
+
+    def counted(model, generator, num_inference_steps, stop_at=None):
+        if len(generated) == stop_at:
+            raise KeyboardInterrupt
+        generated.append(1)
+        return sample(model, generator, num_inference_steps)
+
+    settings = Settings(small, counted, STEPS, 8, scheduler=small.scheduler_for_test)
+    calibration = calibrations(["eb"], 0.55, [Kind.BRANCHES])["eb"]
+    whole, path = tmp_path / "whole.json", tmp_path / "interrupted.json"
+    rounds = calibrated(calibration, settings, whole).calibration["rounds"]
+    assert rounds == len(generated) // 4 >= 3  # 8 samples, two at a time
+    generated.clear()
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(calibration, replace(settings, sample=partial(counted, stop_at=6)), path)
+    calibrated(calibration, settings, path)
+    assert len(generated) == 4 * rounds + 2  # of the second round two had been made
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [path, whole]
 
 
 def test_an_instrumented_run_costs_what_is_said_before(small, executed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -30,7 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of :func:`sostenuto.calibrate` that are the same for every method."""
+    """The arguments of :func:`sostenuto.calibrate` that are the same for every method.
+
+    ``kept`` is the folder in which a search of several runs keeps what each of them found, to go on from there when it was
+    interrupted; whoever names it answers for that everything else is the same.
+    """
 
     target: Any
     sample: Sample
@@ -41,6 +46,7 @@ class Settings:
     score_sample: Sample | None = None
     scheduler: Any = None
     show_progress: bool = False
+    kept: Path | None = None
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 2 or self.num_samples < 1:

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -80,7 +81,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     grid = options.eps_scale_grid if score is not None and options.eps_scale_rule == "search" else ()
     rounds = 1 if options.target_fraction is None else _MAX_ROUNDS
     with progress(rounds + len(grid), "calibrate", settings.show_progress) as bar:
-        table = _bisect(run, options, bar.update)
+        table = _bisect(lambda kappa: _kept(settings.kept, kappa, run), options, bar.update)
         if options.eps_scale_rule == "match_norm":
             steps = range(table.num_inference_steps)
             uncached = follow([StepState.COMPUTE] * len(steps), None)
@@ -111,6 +112,18 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     )
 
 
+def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable]) -> CacheTable:
+    """What a run with κ found, or had found when the search was interrupted."""
+    path = None if folder is None else folder / f"kappa-{kappa!r}.json"
+    if path is not None and path.exists():
+        return CacheTable.load(path)
+    table = run(kappa)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.save(path)
+    return table
+
+
 _MAX_ROUNDS = 8
 _FAR = 0.05  # of the multiply-accumulates
 
@@ -138,7 +151,7 @@ def _bisect(run: Callable[[float], CacheTable], options: Algorithm1Options, done
             "raise max_consecutive_reuse, allow more candidates, or take more steps",
             stacklevel=5,
         )
-    return best
+    return replace(best, calibration={**best.calibration, "rounds": len(tables)})
 
 
 def _plain(options: Algorithm1Options) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -72,12 +71,12 @@ def work_of(
         calibration: which.
         macs: of a step of each kind, of a computed one's.
         rows: in how many rows so many samples are generated.
-        table: what :func:`calibrated` made, which tells how many generations it took.
+        table: what :func:`calibrated` made, which tells how many rounds it took.
     """
     if not isinstance(calibration, EBCalibration):
         return float(rows(_NUM_SAMPLES))
-    made = None if table is None else table.calibration.get("generations")
-    generated = _ROUNDS * rows(_NUM_SAMPLES) if made is None else made * rows(1)
+    rounds = _ROUNDS if table is None else table.calibration.get("rounds", _ROUNDS)
+    generated = rounds * rows(_NUM_SAMPLES)
     whole = Kind.STACK if calibration.fill == "stack" else Kind.BRANCHES
     names = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
     tried = [sum(macs[names[state].value] for state in calibration.candidates_at(tau)) for tau in (0.0, 1.0)]
@@ -90,18 +89,13 @@ def calibrated(calibration: Calibration, settings: Settings, path: Path | None) 
     Args:
         calibration: which.
         settings: of the tuning; its seed is taken, its score is not.
-        path: where the table is kept.
+        path: where the table is kept; beside it, as long as it isn't made, the rounds of its search.
     """
     if path is not None and path.exists():
         return CacheTable.load(path)
     noise = torch.Generator(settings.generator.device if settings.generator else "cpu").manual_seed(settings.seed)
-    generations = itertools.count()
-
-    def sample(*args: Any, **kwargs: Any) -> Any:
-        next(generations)
-        return settings.sample(*args, **kwargs)
-
-    plain = replace(settings, sample=sample, num_samples=_NUM_SAMPLES, generator=noise, score=None, show_progress=False)
+    rounds = None if path is None else path.with_suffix("")
+    plain = replace(settings, num_samples=_NUM_SAMPLES, generator=noise, score=None, show_progress=False, kept=rounds)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a plan that misses the cost is left out by the caller
@@ -111,10 +105,10 @@ def calibrated(calibration: Calibration, settings: Settings, path: Path | None) 
     table = replace(
         _by_states(made, inspect(compat.find_denoiser(settings.target))),
         eps_scale=(1.0,) * made.num_inference_steps,
-        calibration={**made.calibration, "generations": next(generations)},
     )
-    if path is not None:
+    if path is not None and rounds is not None:
         table.save(path)
+        shutil.rmtree(rounds, ignore_errors=True)
     return table
 
 
