@@ -50,7 +50,7 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/sostenuto bench --suite efficiency --threads 2 --output runs/bench --json docs/results/efficiency.json
+	$(BIN)/sostenuto bench --suite efficiency --threads 2 --output runs/bench --json runs/bench/efficiency.json
 
 evidence: install
 	$(BIN)/sostenuto demo --output runs/evidence --num-images 10000 --batch-size 100 --seeds 0 1 2 --search-images 0 --dtype bfloat16 --json docs/results/demo-10k.json

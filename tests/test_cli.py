@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import sostenuto
 from conftest import build_tiny
 from sostenuto import ABCache, Forecast
-from sostenuto.cli import ModelChoice, main
+from sostenuto.cli import main
+from sostenuto.cli.common import SamplerChoice
 from sostenuto.demo import compare as comparison
 from sostenuto.demo.compare import compare
 from sostenuto.demo.compare import entries as all_entries
@@ -82,7 +83,7 @@ class TwoNetworks:
 
 def test_inspect_shows_every_denoiser_of_a_pipeline(capsys, monkeypatch):
     pipes = [TwoNetworks(build_tiny(2), build_tiny(3)), DDPMPipeline(build_plain(1), DDPMScheduler())]
-    monkeypatch.setattr(ModelChoice, "_load", lambda self: pipes[int(self.model)])
+    monkeypatch.setattr(SamplerChoice, "_load", lambda self: pipes[int(self.model)])
     assert main(["inspect", "--model", "0", "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "transformer: DiTTransformer2DModel" in printed
@@ -119,7 +120,7 @@ def test_wrong_usage_is_exit_status_2(capsys):
 
 
 def test_generate_refuses_a_name_without_a_picture_s_ending_before_it_generates(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sostenuto.cli.common.ModelChoice.pipeline", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sostenuto.cli.common.SamplerChoice.pipeline", lambda _: pytest.fail("a model was loaded"))
     assert main(["generate", "--output", str(tmp_path / "images")]) == 1
     assert "images.png" in capsys.readouterr().err
 

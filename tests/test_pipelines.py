@@ -16,7 +16,7 @@ from PIL import Image
 import sostenuto
 from sostenuto import InputError
 from sostenuto.cli import ModelChoice, main
-from sostenuto.cli.common import device_of, read_prompts
+from sostenuto.cli.common import SamplerChoice, device_of, read_prompts
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.pipelines import call_arguments, first_output, image_sample, pictures, pipeline_sample, suited
@@ -49,7 +49,7 @@ def built():
 @pytest.fixture
 def command(monkeypatch, built):
     """Runs a command of six steps on a tiny pipeline with two prompts, and notes the calls of its transformer."""
-    monkeypatch.setattr(ModelChoice, "_load", lambda self: built(self.model))
+    monkeypatch.setattr(SamplerChoice, "_load", lambda self: built(self.model))
 
     def run(name, what, *words, prompts=("--prompt", "a piano", "a cello")):
         few = ("--model", name, "--num-inference-steps", "6", "--pipe-arguments", *TEXT[name])
@@ -201,7 +201,7 @@ def test_tune_scores_by_a_reference(tmp_path, monkeypatch, capsys):
     demo = load_demo_pipeline()
     other = Other(demo.transformer, demo.scheduler)
     other.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(ModelChoice, "_load", lambda self: other)
+    monkeypatch.setattr(SamplerChoice, "_load", lambda self: other)
     seen = {}
     monkeypatch.setattr(sostenuto, "tune", lambda *_, **given: seen.update(given) or 1 / 0)
     words = ["tune", "--reference", "demo:train", "--network", "demo", "--score-images", "4", "--labels", "2", "3"]

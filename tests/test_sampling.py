@@ -112,6 +112,17 @@ def test_a_run_goes_on_with_what_is_missing_and_refuses_other_settings(made, tmp
     assert bytes_in(folder) == bytes_in(made)
 
 
+def test_a_limit_of_kept_bytes_holds_for_many_images_too(tmp_path, capsys):
+    config = tmp_path / "fora.json"
+    config.write_text('{"method": "fora", "max_cache_bytes": 1}')
+    words = [*WORDS, "--config", str(config), "--output", str(tmp_path / "images")]
+    assert main(["generate", *words, "--json", str(tmp_path / "numbers.json")]) == 0
+    assert json.loads((tmp_path / "numbers.json").read_text())["ideal_speedup"] == 1  # nothing fits
+    config.write_text('{"method": "fora"}')
+    assert main(["generate", *words]) == 1
+    assert "another max_cache_bytes" in capsys.readouterr().err
+
+
 def test_prompts_go_to_pipelines_that_take_them(tmp_path, capsys):
     class Painter(type(load_demo_pipeline())):
         """Draws the length of a prompt."""

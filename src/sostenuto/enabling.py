@@ -90,9 +90,10 @@ def enable(
     """Attach a method to a pipeline's denoisers, or to a denoiser itself.
 
     Args:
-        target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Compile it
-            before. Where the pipeline has several denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on
-            each, call this on each denoiser with ``scheduler=pipe.scheduler``.
+        target: a diffusers pipeline with a transformer or a U-Net, or the ``torch.nn.Module`` that is its denoiser. Wrap it
+            with ``torch.compile(…)`` before; its own ``compile()`` may also come after. Where the pipeline has several
+            denoisers (Wan 2.2, Ideogram 4), all of them; for a method of its own on each, call this on each denoiser with
+            ``scheduler=pipe.scheduler``.
         method: a method, a combination ``A | B``, a name of :func:`sostenuto.available_methods`, or a configuration: one of
             :func:`sostenuto.load_config`, the path of its ``.json``, ``.yaml`` or ``.yml`` file, or one of diffusers' own
             caches, such as ``FirstBlockCacheConfig``; the method that it becomes is logged, and it is ``handle.method``.

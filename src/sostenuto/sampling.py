@@ -77,7 +77,14 @@ class Images:
 
 
 def sample_images(
-    pipe: Any, method: Method, images: Images, output: Path, made_with: Any = None, *, show_progress: bool = True
+    pipe: Any,
+    method: Method,
+    images: Images,
+    output: Path,
+    made_with: Any = None,
+    *,
+    max_cache_bytes: int | None = None,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Make what is missing of the images, together with the other processes of the launch and with other launches.
 
@@ -89,6 +96,7 @@ def sample_images(
             ``[n, height, width, channels]`` uint8, and ``arr_1`` ``[n]`` int64 with the labels, where there are any. What has
             been done is noted in ``output/batches``, or beside the file in ``output.batches``.
         made_with: plain data that tells what the images depend on besides, such as where the model came from.
+        max_cache_bytes: as for :func:`~sostenuto.enable`.
         show_progress: show a bar of batches, on the main process.
 
     Returns:
@@ -101,10 +109,11 @@ def sample_images(
     shared = {"guidance_scale": images.guidance_scale, "arguments": images.arguments}
     call_arguments(pipe, images.conditions, **shared)  # refuses before anything is written
     store = _Npz(output) if output.suffix == ".npz" else _Pngs(output)
-    _check_run(store, {**_identity(pipe, method, images), "model": made_with})
+    bound = {"max_cache_bytes": max_cache_bytes, "model": made_with}
+    _check_run(store, _identity(pipe, method, images) | bound)
     batches = images.batches()
     store.forget_lost(batches)
-    with sostenuto.enable(pipe, method) as handle:
+    with sostenuto.enable(pipe, method, max_cache_bytes=max_cache_bytes) as handle:
 
         def do(name: str) -> dict[str, Any]:
             indices, began = batches[name], time.perf_counter()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.cli.common import SamplerChoice, write_json
 from sostenuto.errors import InputError
 from sostenuto.pipelines import PROMPT
 
@@ -90,9 +90,8 @@ class Analyze:
         from sostenuto.analysis import image_decoder
 
         labels = list(self.labels or (index % 10 for index in range(min(self.num_samples, 20))))
-        choice = ModelChoice(
+        choice = SamplerChoice(
             self.model,
-            "none",
             scheduler=self.scheduler,
             guidance_scale=self.guidance_scale,
             labels=tuple(labels),

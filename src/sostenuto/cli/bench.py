@@ -33,7 +33,7 @@ class Bench:
     output: Path = Path("bench-output")
     """Folder for results.jsonl, bench.html and samples; an interrupted run in it goes on."""
     fresh: bool = False
-    """Delete what lies in the output folder first."""
+    """Measure anew: forget what the output folder holds of an earlier run."""
     retry: bool = False
     """Measure again the rows that ended in an error."""
     repeats: int | None = None

@@ -26,19 +26,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class ModelChoice:
-    """Which model, sampler and method."""
+class SamplerChoice:
+    """Which model and sampler."""
 
     model: str = "demo"
     """A diffusers folder, a hub id, "demo", or a folder that sostenuto.demo.train wrote."""
-    method: str = "eb"
-    """A name from "sostenuto methods", or "none"."""
-    table: Path | None = None
-    """What "sostenuto calibrate" made for the method."""
-    config: Path | None = None
-    """A configuration file (.json, .yaml) that says the method, its parameters and max_cache_bytes, instead of --method."""
     scheduler: str | None = None
-    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own."""
     num_inference_steps: int = 50
     guidance_scale: float | None = None
     """By default 1, which is none, with class labels, and the pipeline's own with prompts."""
@@ -60,13 +54,16 @@ class ModelChoice:
         pipe = self._load()
         if device.type != "cpu":
             pipe.to(device)
-        method = self.method if self.config is None else self.method_object().name
-        name = self.scheduler or ("DDIMScheduler" if method == "l2c" else None)
+        name = self.scheduler or self._usual_scheduler()
         if name is not None:
             from sostenuto.bench.subjects import scheduler_like
 
             pipe.scheduler = scheduler_like(name, pipe.scheduler)
         return pipe
+
+    def _usual_scheduler(self) -> str | None:
+        """Class of the scheduler where none was asked for; ``None``: the model's own."""
+        return None
 
     def _load(self) -> Any:
         if self.model == "demo":
@@ -85,31 +82,6 @@ class ModelChoice:
         from sostenuto.bench.subjects import load_pipeline
 
         return load_pipeline(self.model)
-
-    def method_object(self) -> Any:
-        """The method with its table."""
-        from sostenuto.calibrations import available_calibrations
-        from sostenuto.config import load_config
-        from sostenuto.errors import MethodError
-        from sostenuto.methods import available_methods, by_name
-
-        if self.config is not None:
-            if self.table is not None:
-                raise InputError("--config says the method with its table: leave out --table")
-            return load_config(self.config).method
-        method = by_name(self.method)
-        if self.table is None:
-            return method
-        if not method.calibrated and self.method not in available_calibrations():
-            raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
-        make: Any = available_methods()[self.method]
-        return make(self.table)  # what was calibrated is the first parameter of all of them
-
-    def max_cache_bytes(self) -> int | None:
-        """The limit in the configuration file, if there is one."""
-        from sostenuto.config import load_config
-
-        return None if self.config is None else load_config(self.config).max_cache_bytes
 
     def conditions(self) -> Conditions:
         """The prompts where there are any, else the class labels."""
@@ -135,6 +107,49 @@ class ModelChoice:
         if prompt is not None and conditions is self.labels:
             conditions = suited(pipe, self.labels, [prompt])
         return pipeline_sample(pipe, conditions, output_type=output_type, **self.arguments(conditions))
+
+
+@dataclass(frozen=True)
+class ModelChoice(SamplerChoice):
+    """Which model, sampler and method."""
+
+    scheduler: str | None = None
+    """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
+    method: str = "eb"
+    """A name from "sostenuto methods", or "none"."""
+    table: Path | None = None
+    """What "sostenuto calibrate" made for the method."""
+    config: Path | None = None
+    """A configuration file (.json, .yaml) that says the method, its parameters and max_cache_bytes, instead of --method."""
+
+    def _usual_scheduler(self) -> str | None:
+        name = self.method if self.config is None else self.method_object().name
+        return "DDIMScheduler" if name == "l2c" else None
+
+    def method_object(self) -> Any:
+        """The method with its table."""
+        from sostenuto.calibrations import available_calibrations
+        from sostenuto.config import load_config
+        from sostenuto.errors import MethodError
+        from sostenuto.methods import available_methods, by_name
+
+        if self.config is not None:
+            if self.table is not None:
+                raise InputError("--config says the method with its table: leave out --table")
+            return load_config(self.config).method
+        method = by_name(self.method)
+        if self.table is None:
+            return method
+        if not method.calibrated and self.method not in available_calibrations():
+            raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
+        make: Any = available_methods()[self.method]
+        return make(self.table)  # what was calibrated is the first parameter of all of them
+
+    def max_cache_bytes(self) -> int | None:
+        """The limit in the configuration file, if there is one."""
+        from sostenuto.config import load_config
+
+        return None if self.config is None else load_config(self.config).max_cache_bytes
 
 
 def device_of(name: str) -> torch.device:

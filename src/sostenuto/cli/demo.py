@@ -12,7 +12,7 @@ from sostenuto.cli.common import write_json
 
 @dataclass(frozen=True)
 class Demo:
-    """Sample the shipped model with every method on the same noise; prints a table, writes a page and a picture."""
+    """Sample the shipped model uncached and cached on the same noise; prints a table, writes a page and a picture."""
 
     output: Path = Path("demo-output")
     """Folder for demo.html, demo.png, the calibrated tables and the images; an interrupted run in it goes on."""
@@ -29,7 +29,7 @@ class Demo:
     threads: int = 0
     """Threads that torch uses; 0 leaves torch's default."""
     fresh: bool = False
-    """Delete what lies in the output folder first."""
+    """Sample and calibrate anew: forget what the output folder holds of an earlier run."""
     join: tuple[Path, ...] = ()
     """Results files of the same comparison with other seeds, sampled elsewhere: shown together with this run's."""
     json: Path | None = None
@@ -50,8 +50,8 @@ class Demo:
         settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard, self.dtype)
         if self.threads:
             torch.set_num_threads(self.threads)
-        if self.fresh and (self.output / "batches").is_dir():
-            shutil.rmtree(self.output / "batches")
+        if self.fresh:
+            shutil.rmtree(self.output / "batches", ignore_errors=True)
             for made in (*self.output.glob("table-*.json"), self.output / "run.json"):
                 made.unlink(missing_ok=True)
         results = compare(self.output, settings)

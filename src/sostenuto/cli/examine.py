@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.cli.common import ModelChoice, SamplerChoice, write_json
 from sostenuto.pipelines import PROMPT
 
 _TINY = "tiny:"
@@ -54,7 +54,7 @@ class Inspect:
 
         from sostenuto.compat import find_denoiser
 
-        choice = ModelChoice(self.model, device=self.device if self.verify else "cpu")
+        choice = SamplerChoice(self.model, device=self.device if self.verify else "cpu")
         pipe = choice.pipeline()
         found = {name: getattr(pipe, name) for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)}
 

@@ -60,7 +60,8 @@ class Generate:
         table = None if choice.table is None else hashlib.sha256(choice.table.read_bytes()).hexdigest()
         made_with = {"name": choice.model, "method": choice.method, "table": table}
         pipe = choice.pipeline()
-        content = sample_images(pipe, choice.method_object(), images, self.output, made_with)
+        limit = choice.max_cache_bytes()
+        content = sample_images(pipe, choice.method_object(), images, self.output, made_with, max_cache_bytes=limit)
         content |= {"wall_s": time.perf_counter() - began, "processes": world().size}
         if world().is_main:
             write_json(self.json, content)

@@ -23,13 +23,13 @@ class Studio:
     tables: Path = Path("studio-tables")
     """Folder of the tables that are saved."""
     results: Path | None = None
-    """A results file of "sostenuto demo" or "sostenuto bench", whose rows are drawn and can be loaded."""
+    """A results file of "sostenuto demo", whose rows are drawn and can be loaded; one of "sostenuto bench" holds no plans."""
 
     def run(self) -> None:
         """Serve until interrupted."""
         import socket
 
-        from sostenuto.cli.common import ModelChoice
+        from sostenuto.cli.common import SamplerChoice
         from sostenuto.errors import InputError
         from sostenuto.studio.session import Session
 
@@ -45,7 +45,7 @@ class Studio:
                 f"{self.host} can be reached from other machines, and whoever reaches the page can use it: pass "
                 "--allow-remote if that is meant"
             )
-        session = Session(ModelChoice(model=self.model, device=self.device).pipeline(), self.tables, self.results)
+        session = Session(SamplerChoice(model=self.model, device=self.device).pipeline(), self.tables, self.results)
         session.frontier()  # a results file that can't be read is told now
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from sostenuto.cli.common import ModelChoice, device_of, write_json
+from sostenuto.cli.common import SamplerChoice, device_of, write_json
 from sostenuto.distributed.world import world
 from sostenuto.pipelines import PROMPT, image_sample
 
@@ -19,7 +19,7 @@ class Tune:
 
     shared: ClassVar[bool] = True
 
-    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
+    choice: Annotated[SamplerChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerChoice)
     speedup: float = 2.0
     """How much faster it should be, above 1."""
     speedups: tuple[float, ...] = (1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
@@ -122,7 +122,7 @@ class Tune:
 class Advise:
     """Say whether caching pays for a model and sampler, with which method, at what gain and memory."""
 
-    choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
+    choice: Annotated[SamplerChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerChoice)
     json: Path | None = None
     """Also write the advice to this file."""
 
