@@ -24,12 +24,15 @@ from sostenuto import (
     EBCache,
     Forecast,
     RatioSchedule,
+    SmoothCache,
     StepState,
     TeaCache,
     ToCa,
 )
 from sostenuto.cli import ModelChoice, main
 from sostenuto.methods import available_methods
+from sostenuto.methods.base import parts
+from sostenuto.plan import Action
 
 EXAMPLES = [
     FORA(interval=3, anchor="start"),
@@ -163,6 +166,16 @@ def test_files_that_are_none_are_refused_with_their_name(tmp_path):
         with pytest.raises(sostenuto.ConfigError, match=words) as caught:
             sostenuto.load_config(tmp_path / name)
         assert name in str(caught.value)
+
+
+def test_two_methods_of_one_kind_keep_a_file_each(tmp_path):
+    tables = [
+        CacheTable((StepState.COMPUTE, {"blocks.0.attn": action, "blocks.0.mlp": other}), method="smoothcache")
+        for action, other in ((Action.REUSE, Action.COMPUTE), (Action.COMPUTE, Action.REUSE))
+    ]
+    Config(SmoothCache(tables[0]) | SmoothCache(tables[1])).save(tmp_path / "c.json")
+    first, second = parts(sostenuto.load_config(tmp_path / "c.json").method)
+    assert [CacheTable.load(part.table) for part in (first, second)] == tables
 
 
 def test_a_refused_file_leaves_the_network_alone(tmp_path):

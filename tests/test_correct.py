@@ -22,7 +22,15 @@ import gaussian
 import sostenuto
 from conftest import build_tiny
 from sostenuto import FORA, EpsilonScaling, MethodError
-from sostenuto.correct import Conversion, conversions, noise_levels, predicted_noise, scale_noise, without_variance
+from sostenuto.correct import (
+    Conversion,
+    conversions,
+    keep_variance,
+    noise_levels,
+    predicted_noise,
+    scale_noise,
+    without_variance,
+)
 
 LEVELS = [(math.cos(a), math.sin(a)) for a in (0.05, 0.7, 1.4, 1.55)]
 
@@ -100,6 +108,17 @@ def test_what_a_prediction_or_its_input_holds_besides_is_left_out_in_any_dimensi
     expected = 0.9 * tokens - 0.1 * (0.8 / 0.6) * condition[:, :, :6]
     torch.testing.assert_close(scale_noise(tokens, 0.9, condition, conversion), expected)
     torch.testing.assert_close(predicted_noise(tokens, condition, conversion), 0.6 * tokens + 0.8 * condition[..., :6])
+    before = draw(3, 2, 9, 6)  # a condition before the sample's tokens
+    expected = 0.9 * tokens - 0.1 * (0.8 / 0.6) * before[:, 2:]
+    torch.testing.assert_close(scale_noise(tokens, 0.9, before, conversion, noisy_last=True), expected)
+    torch.testing.assert_close(predicted_noise(tokens, before, conversion, True), 0.6 * tokens + 0.8 * before[:, 2:])
+    with_text = torch.cat(
+        [draw(4, 2, 3, 6), before[:, :2], tokens], dim=1
+    )  # a prediction with text and condition in it
+    scaled = scale_noise(with_text, 0.9, before, conversion, noisy_last=True)
+    torch.testing.assert_close(scaled[:, -7:], expected)
+    assert torch.equal(scaled[:, :3], with_text[:, :3])
+    assert torch.equal(keep_variance(0 * with_text, with_text, tokens, True)[:, :5], with_text[:, :5])
     assert without_variance(draw(0, 2, 8, 4, 4), draw(0, 2, 4, 4, 4)).shape == (2, 4, 4, 4)
     with pytest.raises(MethodError, match="can't be scaled"):
         scale_noise(draw(0, 2, 3, 4, 4), 0.9, draw(0, 2, 3, 5, 6), conversion)

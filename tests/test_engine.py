@@ -27,6 +27,7 @@ from sostenuto import (
     NoCache,
     StepState,
     TableError,
+    ToCa,
 )
 
 C, A, M, B = StepState
@@ -524,3 +525,16 @@ def test_a_forward_that_somebody_replaces_meanwhile_is_kept_and_taken_in_by_the_
             with torch.no_grad(), pytest.raises(EngineError, match="between generations"):
                 tiny(torch.randn(2, 2, 8, 8), scheduler.timesteps[3].expand(2), torch.tensor([0, 1]))
     assert branch.forward is theirs
+
+
+def test_a_method_that_looks_into_a_network_is_refused_as_long_as_a_part_of_it_is_compiled(tiny, scheduler):
+    handle = sostenuto.enable(tiny, ToCa(2, 0.5, selection="attention"), scheduler=scheduler)
+    sample_loop(tiny, scheduler)
+    tiny.transformer_blocks[1].compile(backend="eager")
+    for _ in range(2):  # also where a server tries again
+        with pytest.raises(MethodError, match="uncompiled"):
+            sample_loop(tiny, scheduler)
+    handle.disable()
+    with pytest.raises(MethodError, match="uncompiled"):
+        _ = handle.stats  # counts a generation, with what looks into the network in place
+    assert not [module for module in tiny.modules() if "forward" in vars(module)]

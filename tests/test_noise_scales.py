@@ -9,7 +9,16 @@ import gaussian
 import sostenuto
 from conftest import sample as tiny_sample
 from conftest import sample_loop
-from sostenuto import FORA, EpsilonScaling, EpsilonScalingCalibration, InputError, MethodError, NoiseScales, TableError
+from sostenuto import (
+    FORA,
+    DBCache,
+    EpsilonScaling,
+    EpsilonScalingCalibration,
+    InputError,
+    MethodError,
+    NoiseScales,
+    TableError,
+)
 from sostenuto.analysis import Moments, noise_norm_curves, probe_chain, probe_variance
 from sostenuto.schedulers import noise_levels
 
@@ -226,6 +235,18 @@ def test_by_norm_the_factors_are_the_inverse_ratios_of_the_norms_of_each_kind(mo
     assert scales.computed[1] == pytest.approx(math.sqrt(limited[0] * limited[2]))  # halfway, in the logarithm
     assert scales.reused[0] == scales.reused[1]
     assert scales.calibration["measured"]["computed"][1] is None
+
+
+def test_what_a_method_reuses_by_a_decision_at_run_time_is_measured_as_reused(model):
+    latents = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    method = DBCache(1, 0, threshold=1e9, warmup=2, max_consecutive=1)
+    scales = calibrated(model, caching=method, real_latents=latents, match="norm", window=1, limit=0.9)
+    with sostenuto.enable(model, method, scheduler=model.scheduler_for_test) as handle:
+        tiny_sample(model, torch.Generator().manual_seed(0), num_inference_steps=6)
+        computed = [len(set(row)) == 1 and row[0] == "compute" for row in handle.stats.plan]
+    assert not all(computed)
+    assert [value is not None for value in scales.calibration["measured"]["computed"]] == computed
+    assert [value is None for value in scales.calibration["measured"]["reused"]] == computed
 
 
 def test_factors_stay_within_the_limit_and_the_models_own_samples_serve_where_no_real_ones_are_given(model):

@@ -63,6 +63,9 @@ def test_an_exact_match_is_found_and_the_window_ends_with_the_grid():
     assert match.shift(49.6, latents[:1]).tolist() == [47]
     assert match.shift(100.0, latents) is None
     assert VarianceMatch(variances, 10, 52, 100.0).shift(52.0, latents) is None
+    picture = base.view(1, 4, 10, 10) * variances[47].sqrt()
+    edited = torch.cat([picture, 3 * torch.ones_like(picture)], dim=1)  # an image to be edited stands behind the sample
+    assert VarianceMatch(variances, 10, 0, 100.0, channels=4).shift(52.0, edited).tolist() == [47]
 
 
 def test_above_every_cutoff_it_is_bit_identical_to_the_stock_model(tiny, scheduler):

@@ -1,5 +1,7 @@
 """Every way in which pipelines call their denoisers, against a naive oracle or a handle that saw nothing else."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, KDP
 import sostenuto
 from calling_oracle import STEPS, inputs, naive, prediction, run, schedule, tiny
 from conftest import build_tiny
-from sostenuto import FORA, ABCache, DBCache, DeltaDiT, MagCache, TeaCache
+from sostenuto import FORA, ABCache, CacheTable, DBCache, DeltaDiT, EBCache, MagCache, StepState, TeaCache
 
 METHODS = {
     "branches": lambda: FORA(2, anchor="start"),
@@ -134,6 +136,32 @@ def test_a_third_pass_that_leaves_out_blocks_keeps_to_itself(level, left_out):
             assert which == "batched" or torch.equal(got, plain)
         return
     check(name, script, level, num_passes=2)
+
+
+@pytest.mark.parametrize("left_out", [[0], [1], [2]])
+def test_branches_run_where_a_pass_leaves_out_what_would_stand_in_for_them(left_out):
+    name = "SD3Transformer2DModel"
+    model, script, alone = tiny(name), [], []
+    c, b = StepState.COMPUTE, StepState.REUSE_BOTH
+    table = CacheTable((c, c, b, c, b, b), fill="stack")
+    for step, _, given in guided(name, uncond=()):
+        script += [(step, "cond", given), (step, "skip", given | {"skip_layers": left_out})]
+        alone.append((step, "cond", given))
+    stock = run(model, script)
+    with sostenuto.enable(model, EBCache(table), scheduler=schedule()[0]):
+        both = run(model, script)
+    with sostenuto.enable(model, EBCache(table), scheduler=schedule()[0]):
+        assert all(map(torch.equal, both[::2], run(model, alone)))
+    if left_out != [1]:  # no whole stack, nothing that is reused
+        assert all(map(torch.equal, both[1::2], stock[1::2]))
+
+    def sample(*_, **__):
+        run(model, [call for call in script if call[1] == "cond" or call[0] >= 2])  # the second pass begins late
+
+    for method in (FORA(2), EBCache(table)):
+        assert (
+            sostenuto.verify(model, method, sample, scheduler=schedule()[0], num_inference_steps=STEPS)["passes"] == 2
+        )
 
 
 @pytest.mark.parametrize("left_out", [[0], [1], [2]])
@@ -404,6 +432,29 @@ def test_a_call_that_fills_flux2s_own_cache_runs_in_full(level):
         assert handle.stats.ideal_speedup > 1
         generate(2)
         assert all(map(torch.equal, generate(1), alone))
+
+
+def test_the_networks_own_cache_is_not_kept_beyond_its_generation_and_counts_as_it_was():
+    name = "Flux2Transformer2DModel"
+    model, (scheduler, timesteps), caches = tiny(name), schedule(), []
+
+    @torch.no_grad()
+    def generate(handle):
+        given = inputs(name, 0, timesteps)
+        first = given | {key: torch.cat([given[key]] * 2, dim=1) for key in ("hidden_states", "img_ids")}
+        first |= {"kv_cache_mode": "extract", "num_ref_tokens": given["hidden_states"].shape[1]}
+        cache = model(**first, return_dict=False)[1]
+        for step in range(1, STEPS):
+            model(**inputs(name, step, timesteps), kv_cache=cache, kv_cache_mode="cached", return_dict=False)
+        caches.append(weakref.ref(cache))
+        cache.clear()  # as the pipeline does at its end
+        return handle.stats.macs, len(handle._dry_runs)
+
+    with sostenuto.enable(model, FORA(2), scheduler=scheduler) as handle:
+        macs, runs = generate(handle)
+        assert generate(handle) == (macs, runs)  # another cache, and the same kind of call
+        gc.collect()
+        assert caches[0]() is None
 
 
 def test_a_call_that_fills_anyflows_cache_runs_in_full_between_chunks():

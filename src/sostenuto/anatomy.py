@@ -135,6 +135,8 @@ class Anatomy:
         timestep_offset: what is added to the scheduler's timestep before the network is given it.
         negated_prediction: whether its pipelines hand the negative of what it returns to the scheduler.
         latents: name of ``forward``'s argument with the noisy latents; by default its first.
+        noisy_last: whether conditions stand before the noisy sample in what its pipelines give it as latents, and text or
+            conditions in what it returns, so that the sample comes last; else it comes first.
         stepwise: names of other arguments of ``forward`` that change from step to step, such as a second stream's latents.
         prefill: tells from a call's arguments by name whether it fills a key-value cache of the network's own: such a call
             always runs in full, and steps after it begin anew.
@@ -147,6 +149,7 @@ class Anatomy:
     timestep_offset: float = 0.0
     negated_prediction: bool = False
     latents: str = ""
+    noisy_last: bool = False
     stepwise: tuple[str, ...] = ()
     prefill: Callable[[Mapping[str, Any]], bool] | None = None
 

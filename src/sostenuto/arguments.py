@@ -53,6 +53,7 @@ class Reader:
         self.timestep = anatomy.timestep
         self.given_as = _given_as(anatomy)
         self.negated_prediction = anatomy.negated_prediction
+        self.noisy_last = anatomy.noisy_last
         self._prefill = anatomy.prefill
         self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
         for role, name in (("latents", self.latents), ("timestep", self.timestep)):

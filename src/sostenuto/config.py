@@ -50,7 +50,7 @@ class Config:
         """
         path = _file(path)
         yaml = _yaml() if path.suffix != ".json" else None
-        methods = [_written(method, path) for method in parts(self.method)]
+        methods = [_written(method, path, place) for place, method in enumerate(parts(self.method), 1)]
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         content["method"] = methods[0] if len(methods) == 1 else methods
         if self.max_cache_bytes is not None:
@@ -211,8 +211,8 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _written(method: Method, path: Path) -> Any:
-    """A method as a configuration says it: its name, and what differs from the defaults."""
+def _written(method: Method, path: Path, place: int) -> Any:
+    """A method, the n-th of a combination, as a configuration says it: its name, and what differs from the defaults."""
     if available_methods().get(method.name) is not type(method):
         raise ConfigError(
             f"a {type(method).__name__} is none of sostenuto's methods and has no name in a configuration"
@@ -225,7 +225,8 @@ def _written(method: Method, path: Path) -> Any:
         if "Path" in str(field.type) and isinstance(value, (str, Path)):
             content[field.name] = _relative(value, path.parent)
         elif is_dataclass(value) and hasattr(value, "save"):
-            content[field.name] = _saved(value, f"{method.name}-{field.name}", path)
+            name = method.name if place == 1 else f"{method.name}-{place}"  # of two alike each has a file
+            content[field.name] = _saved(value, f"{name}-{field.name}", path)
         else:
             content[field.name] = _plain(value, f"{method.name}'s {field.name}")
     return content if len(content) > 1 else method.name

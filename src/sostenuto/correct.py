@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -194,37 +194,52 @@ def conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = Fals
 # --- scaling -----------------------------------------------------------------------------------------------------
 
 
-def without_variance(prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def without_variance(prediction: torch.Tensor, latents: torch.Tensor, noisy_last: bool = False) -> torch.Tensor:
     """The part of a prediction that has the latents' shape: without a learned variance.
 
+    Args:
+        prediction: what the denoiser returned.
+        latents: what it was given.
+        noisy_last: see :func:`scale_noise`.
+
     Raises:
         MethodError: the shapes differ in more than one dimension.
     """
-    dim, size = _shared(prediction, latents)
-    return prediction.narrow(dim, 0, size)
+    return _shared(prediction, latents, noisy_last).of(prediction)
 
 
-def predicted_noise(prediction: torch.Tensor, latents: torch.Tensor, conversion: Conversion) -> torch.Tensor:
+def predicted_noise(
+    prediction: torch.Tensor, latents: torch.Tensor, conversion: Conversion, noisy_last: bool = False
+) -> torch.Tensor:
     """The noise ε in a prediction, without a learned variance.
 
+    Args:
+        prediction: what the denoiser returned.
+        latents: what it was given.
+        conversion: how the noise follows from the prediction.
+        noisy_last: see :func:`scale_noise`.
+
     Raises:
         MethodError: the shapes differ in more than one dimension.
     """
-    dim, size = _shared(prediction, latents)
-    return conversion.to_noise(prediction.narrow(dim, 0, size), latents.narrow(dim, 0, size))
+    shared = _shared(prediction, latents, noisy_last)
+    return conversion.to_noise(shared.of(prediction), shared.of(latents))
 
 
-def keep_variance(prediction: torch.Tensor, computed: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def keep_variance(
+    prediction: torch.Tensor, computed: torch.Tensor, latents: torch.Tensor, noisy_last: bool = False
+) -> torch.Tensor:
     """A forecast with the learned variance, where there is one, of an output that was computed."""
-    dim, size = _shared(computed, latents)
-    rest = computed.shape[dim] - size
-    if rest == 0:
-        return prediction
-    return torch.cat([prediction.narrow(dim, 0, size), computed.narrow(dim, size, rest)], dim=dim)
+    shared = _shared(computed, latents, noisy_last)
+    return shared.put(shared.of(prediction), computed)
 
 
 def scale_noise(
-    prediction: torch.Tensor, scale: float, latents: torch.Tensor, conversion: Conversion | None = None
+    prediction: torch.Tensor,
+    scale: float,
+    latents: torch.Tensor,
+    conversion: Conversion | None = None,
+    noisy_last: bool = False,
 ) -> torch.Tensor:
     """Multiply the predicted noise by ``scale``; what the prediction holds besides (a learned variance) is left alone.
 
@@ -237,21 +252,49 @@ def scale_noise(
         scale: the factor.
         latents: x_t, what the denoiser was given.
         conversion: how the noise follows from the prediction; by default it is the noise.
+        noisy_last: whether the noisy sample is what comes last in the one that holds more, not first.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.
     """
     if scale == 1.0:
         return prediction  # bit-identical to no corrector at all
-    dim, size = _shared(prediction, latents)
-    scaled = (conversion or Conversion()).scale(prediction.narrow(dim, 0, size), latents.narrow(dim, 0, size), scale)
-    if size == prediction.shape[dim]:
-        return scaled
-    return torch.cat([scaled, prediction.narrow(dim, size, prediction.shape[dim] - size)], dim=dim)
+    shared = _shared(prediction, latents, noisy_last)
+    scaled = (conversion or Conversion()).scale(shared.of(prediction), shared.of(latents), scale)
+    return shared.put(scaled, prediction)
 
 
-def _shared(prediction: torch.Tensor, latents: torch.Tensor) -> tuple[int, int]:
-    """The dimension in which one of them holds more (a learned variance; an appended condition), and how much both hold."""
+class _Shared(NamedTuple):
+    """What a prediction and its latents both hold.
+
+    Attributes:
+        dim: the dimension in which one of them may hold more (a learned variance; a condition).
+        size: how much both hold there.
+        last: whether that comes last, not first.
+    """
+
+    dim: int
+    size: int
+    last: bool
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The shared part."""
+        return tensor.narrow(self.dim, self._start(tensor), self.size)
+
+    def put(self, part: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with another shared part."""
+        start, rest = self._start(tensor), tensor.shape[self.dim] - self.size
+        if rest == 0:
+            return part
+        if self.last:
+            return torch.cat([tensor.narrow(self.dim, 0, start), part], dim=self.dim)
+        return torch.cat([part, tensor.narrow(self.dim, self.size, rest)], dim=self.dim)
+
+    def _start(self, tensor: torch.Tensor) -> int:
+        return tensor.shape[self.dim] - self.size if self.last else 0
+
+
+def _shared(prediction: torch.Tensor, latents: torch.Tensor, noisy_last: bool) -> _Shared:
     pairs = enumerate(zip(prediction.shape, latents.shape, strict=False))
     differing = [dim for dim, (ours, theirs) in pairs if ours != theirs] or [1]
     if prediction.ndim != latents.ndim or len(differing) > 1:
@@ -260,4 +303,4 @@ def _shared(prediction: torch.Tensor, latents: torch.Tensor) -> tuple[int, int]:
             "use eps_scale=1 (no scaling)"
         )
     dim = differing[0]
-    return dim, min(prediction.shape[dim], latents.shape[dim])
+    return _Shared(dim, min(prediction.shape[dim], latents.shape[dim]), noisy_last)

@@ -5,9 +5,11 @@ Dry runs on tensors without data tell all of it, so it needs no time on the devi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -93,14 +95,43 @@ def spec(value: Any) -> Any:
     return TensorSpec(tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
 
 
-def signature(value: Any) -> Any:
+def with_parts(change: Callable[[Any], Any], arguments: Any) -> Any:
+    """Arguments with their leaves changed, also what an object holds, such as a key-value cache of the network's own.
+
+    An object in which something changes is copied.
+    """
+    known: dict[int, Any] = {}
+
+    def leaf(value: Any) -> Any:
+        changed = change(value)
+        if changed is not value or not _holds(value):
+            return changed
+        if id(value) not in known:
+            twin = known[id(value)] = copy.copy(value)
+            vars(twin).update(tree_map(leaf, dict(vars(value))))
+        return known[id(value)]
+
+    return tree_map(leaf, arguments)
+
+
+def _holds(value: Any) -> bool:
+    """Whether it is an object whose attributes an argument consists of, rather than a value or something that is called."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Enum)
+
+
+_DEEPEST = 8  # of objects in objects
+
+
+def signature(value: Any, depth: int = _DEEPEST) -> Any:
     """What two arguments have in common that cost the same: hashable, quick to make."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype, value.device
     if isinstance(value, dict):
-        return tuple((name, signature(part)) for name, part in value.items())
+        return tuple((name, signature(part, depth)) for name, part in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(map(signature, value))
+        return tuple(signature(part, depth) for part in value)
+    if _holds(value):  # not by what it is: it may be another object in every generation, and would be kept
+        return type(value), signature(vars(value), depth - 1) if depth else None
     return type(value), value if value.__hash__ is not None else repr(value)
 
 
@@ -124,8 +155,8 @@ class DryRun:
 
     def __init__(self, denoiser: nn.Module, taps: Sequence[Tap], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._denoiser, self._taps = denoiser, taps
-        self._specs = tree_map(spec, (args, kwargs))
-        self._arguments: Any = (args, kwargs)
+        self._specs = with_parts(spec, (args, kwargs))
+        self._arguments: Any = None
         self._autocast = autocast_state()
         self._device = next(
             (leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)), None
@@ -136,8 +167,13 @@ class DryRun:
         self._cost: Cost | None = None
         self._macs: dict[Carried, int] = {}
 
+    def offer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Arguments of such a call, for a network that can't run without data; the first ones are kept."""
+        if self._arguments is None:
+            self._arguments = (args, kwargs)
+
     def forget_arguments(self) -> None:
-        """Let go of the arguments; a network that can't run without data can't be counted any more."""
+        """Let go of the arguments; a network that can't run without data can't be counted until others are offered."""
         self._arguments = None
 
     @property
@@ -270,7 +306,7 @@ class DryRun:
             stack.enter_context(set_aside(self._denoiser, self._device or torch.device("cpu")))
             self._enter(stack, counter)
             set_taps()
-            args, kwargs = tree_map(_without_spec, self._specs)
+            args, kwargs = with_parts(_without_spec, self._specs)
             return self._denoiser.forward(*args, **kwargs)
 
     def _enter(self, stack: ExitStack, counter: MacCounter) -> None:

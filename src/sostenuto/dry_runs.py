@@ -48,14 +48,15 @@ class DryRuns:
     def number(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The number of calls with such arguments."""
         key = signature(args), signature(kwargs), autocast_state()
-        if key not in self._numbers:
-            self._numbers[key] = len(self._runs)
+        number = self._numbers.setdefault(key, len(self._runs))
+        if number == len(self._runs):
             self._runs.append(DryRun(self._denoiser, self._mount.taps, args, kwargs))
-        return self._numbers[key]
+        self._runs[number].offer(args, kwargs)
+        return number
 
-    def let_go_before(self, number: int) -> None:
-        """Let go of the arguments of calls that came before."""
-        for run in self._runs[:number]:
+    def let_go(self) -> None:
+        """Let go of the arguments of all calls: those of the generation that begins will be offered."""
+        for run in self._runs:
             run.forget_arguments()
 
     def cost(self, number: int) -> Cost:

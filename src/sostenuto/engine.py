@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -240,20 +240,27 @@ class Handle:
     def _in_place(self) -> Iterator[None]:
         """Taps attached for a dry run, also when disabled or when another handle's are in place by now."""
         with self._taps_in_use:
-            other = handle_of(self._denoiser)
             if self.enabled:
                 self._mount.executor.step_in()
                 yield
                 return
-            if other is not None:
-                other._mount.detach()
-            self._mount.attach()
+            other = handle_of(self._denoiser)
+            with nullcontext() if other is None else other._out_of_place():
+                try:
+                    self._mount.attach()
+                    yield
+                finally:
+                    self._mount.detach()
+
+    @contextmanager
+    def _out_of_place(self) -> Iterator[None]:
+        """Taps off for a while, between two calls."""
+        with self._taps_in_use:
+            self._mount.detach()
             try:
                 yield
             finally:
-                self._mount.detach()
-                if other is not None:
-                    other._mount.attach()
+                self._mount.attach()
 
     # --- one denoiser call ---------------------------------------------------------------------------------------
 
@@ -288,10 +295,11 @@ class Handle:
                 agree(self.method, self._plan, self._mount.observes, tick.timesteps, tick.step, self._noise_scale)
             if self._dry_runs.too_many:  # nothing is read of generations before this one
                 self._forget_counts()
+            self._dry_runs.let_go()
+            self._record = Record(self._clock.source, num_steps=tick.num_steps)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
-        call = Call(inner, args, kwargs, self._dry_runs.number(args, kwargs), given.latents)
-        if tick.new_generation:
-            self._begin(call, tick.num_steps)
+        number = self._dry_runs.number(args, kwargs)
+        call = Call(inner, args, kwargs, number, given.latents, self._reader.noisy_last)
         output = self._step(tick, call)
         if self._noise_scale is not None:
             output = self._scaled(tick, call, output, self._noise_scale.at(tick.step, self._reused))
@@ -313,9 +321,11 @@ class Handle:
         if scale == 1.0:
             return output
         conversion = self._conversion(tick)
-        return compat.map_prediction(
-            output, lambda prediction, latents: scale_noise(prediction, scale, latents, conversion), call.latents
-        )
+
+        def scaled(prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+            return scale_noise(prediction, scale, latents, conversion, call.noisy_last)
+
+        return compat.map_prediction(output, scaled, call.latents)
 
     def _conversion(self, tick: Tick) -> Conversion:
         """How the noise follows from what the network predicts at this step."""
@@ -344,10 +354,6 @@ class Handle:
             return args, kwargs
         timestep = self._shifter.shift(tick.timesteps[tick.step], next(leaves(latents)))
         return (args, kwargs) if timestep is None else self._reader.with_timestep(args, kwargs, timestep)
-
-    def _begin(self, call: Call, num_steps: int) -> None:
-        self._record = Record(self._clock.source, num_steps=num_steps)
-        self._dry_runs.let_go_before(call.signature)
 
     def _step(self, tick: Tick, call: Call) -> Any:
         # What a pass that left out a step keeps is of no use any more.
@@ -381,8 +387,8 @@ class Handle:
         plan = self._budget().plan(call.signature)
         if plan is not None:
             return PassState(self._program(plan, tick.step), sites, plan.num_slots, selector=selector)
-        policy = None if self.driver is not None else self._budget().policy(call.signature)
-        num_slots = self.driver_slots if policy is None else policy.forecast_order + 1
+        policy = self._budget().policy(call.signature)  # a driver that follows the method follows it too
+        num_slots = max(self.driver_slots, 0 if policy is None else policy.forecast_order + 1)
         op = Op.COMPUTE if policy is None else Op.DECIDE  # nothing is ever skipped, or the policy decides
         return PassState(uniform(op, sites, tick.num_steps), sites, num_slots, policy, selector)
 

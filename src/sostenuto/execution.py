@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,8 @@ class Executor:
                 continue
             if op in (Op.FORECAST, Op.EXTEND):
                 tap.weights = weights(row.history[index], kept(tap.slots[1 if op == Op.EXTEND else 0]))
+        for index in self._left_to_run(ops, state.absent):
+            taps[index].begin(Op.COMPUTE)
         read = [
             (tap, kept(tap.slots[0])) for tap in map(taps.__getitem__, row.read) if tap.op in (Op.REUSE, Op.PARTIAL)
         ]
@@ -157,6 +159,17 @@ class Executor:
             if self._finite is not None:
                 self._finite.leave()
             note(Carried(carried, tuple(num_tokens), row.decides, scoring))
+
+    def _left_to_run(self, ops: Sequence[Op], absent: Container[int]) -> list[int]:
+        """The sites that are passed over within one that this pass leaves out: nothing stands in for them."""
+        if not absent:
+            return []
+        standing = [self._sites[index] for index, op in enumerate(ops) if op.is_filled and index not in absent]
+        return [
+            index
+            for index, op in enumerate(ops)
+            if op == Op.SKIP and not any(site.covers(self._sites[index]) for site in standing)
+        ]
 
     def _run_plain(self, state: PassState, call: Call, ops: tuple[Op, ...], note: Callable[[Carried], None]) -> Any:
         """A call that computes everything and keeps nothing: the network runs as if nothing was attached to it."""
@@ -255,7 +268,8 @@ class Executor:
                 state.template = compat.with_values(output, hollow)
             return output
         newest = kept(tap.slots[1 if tap.op == Op.EXTEND else 0])
-        values = compat.map_prediction(tap.filled(tap.op), keep_variance, compat.prediction_of(newest), call.latents)
+        with_variance = partial(keep_variance, noisy_last=call.noisy_last)
+        values = compat.map_prediction(tap.filled(tap.op), with_variance, compat.prediction_of(newest), call.latents)
         if tap.op == Op.EXTEND:
             tap.store(values)
         return compat.with_values(state.template, mapped(torch.clone, values))

@@ -188,6 +188,7 @@ ANATOMIES: dict[str, Anatomy] = {
         "transformer_blocks",
         Branch(_SELF, "attn", ("img_norm1",)),
         Branch(_MLP, "img_mlp", ("img_norm2",)),
+        noisy_last=True,
         prefill=_fills_cache,
     ),
     "RFD4ProteinaTransformer": Anatomy(

@@ -81,6 +81,10 @@ class Mount:
         stand = self._surroundings.stand(between)
         if between:
             self.executor.step_in()
+            if (
+                self.executor.in_graph
+            ):  # refused when it was put on or compiled, and again by whoever goes on regardless
+                refusals.check_graph(self._method, self._denoiser, in_graph=True)
         if between or self.executor.in_graph:
             stand = stand and all(tap.stands for tap in self._attached)
         return stand

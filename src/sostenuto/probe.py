@@ -50,12 +50,13 @@ class Prober:
 
     def prediction(self, output: Any) -> torch.Tensor:
         """What an output of this call predicts, without a learned variance; of a list of samples for the first one."""
-        return without_variance(compat.first_tensor(output), next(leaves(self.call.latents)))
+        return without_variance(compat.first_tensor(output), next(leaves(self.call.latents)), self.call.noisy_last)
 
     def noise(self, output: Any) -> torch.Tensor:
         """The noise ε that an output of this call predicts, also where the network predicts something else."""
         latents = next(leaves(self.call.latents))
-        return predicted_noise(compat.first_tensor(output), latents, self.handle._conversion(self.tick))
+        conversion = self.handle._conversion(self.tick)
+        return predicted_noise(compat.first_tensor(output), latents, conversion, self.call.noisy_last)
 
     def scaled(self, output: Any, scale: float) -> Any:
         """An output of this call with its noise multiplied by ``scale``."""

@@ -16,13 +16,17 @@ from sostenuto.plan import Program, Weights
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included."""
+    """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included.
+
+    ``noisy_last`` tells where in latents and output the noisy sample is, where one of them holds more besides.
+    """
 
     inner: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     signature: int
     latents: Feature
+    noisy_last: bool = False
 
 
 class Policy(Protocol):

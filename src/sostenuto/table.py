@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -59,6 +59,8 @@ _GROUPS = {
 _NPY_STATES = (StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH, StepState.REUSE_MLP)
 
 StepActions = StepState | Mapping[str, Action]
+_OF_SITES = tuple(action for action in Action if action not in (Action.PARTIAL, Action.SKIP))
+"""What a table can say of a site: the others need tokens, or a larger site, that a table doesn't name."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ class CacheTable:
             raise TableError("a cache table needs at least one step")
         for step, state in enumerate(self.actions):
             if not isinstance(state, StepState) and not (
-                isinstance(state, Mapping) and all(isinstance(action, Action) for action in state.values())
+                isinstance(state, Mapping) and all(action in _OF_SITES for action in state.values())
             ):
-                raise TableError(f"step {step} must be a StepState or a map from site to Action, not {state!r}")
+                raise TableError(
+                    f"step {step} must be a StepState or a map from site to one of {_names(_OF_SITES)}, not {state!r}"
+                )
         first = self.actions[0]
         computes = first is StepState.COMPUTE or (
             not isinstance(first, StepState) and all(action is Action.COMPUTE for action in first.values())
@@ -440,7 +444,11 @@ def _state(entry: Any, step: int) -> StepActions:
             return {site: Action(action) for site, action in entry.items()}
     except ValueError:
         pass
-    known, actions = (", ".join(choice.value for choice in choices) for choices in (StepState, Action))
     raise TableError(
-        f"unknown action {entry!r} at step {step}; known are {known}, or a map from site to one of {actions}"
+        f"unknown action {entry!r} at step {step}; known are {_names(StepState)}, or a map from site to one of "
+        f"{_names(_OF_SITES)}"
     )
+
+
+def _names(choices: Iterable[StepState | Action]) -> str:
+    return ", ".join(choice.value for choice in choices)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sostenuto.errors import DependencyError, EngineError
+from sostenuto.errors import DependencyError, EngineError, SostenutoError
 from sostenuto.methods.base import parts
 from sostenuto.stats import Record, Statistics
 
@@ -53,7 +53,7 @@ class Generation:
         """
         try:
             return self._read()
-        except EngineError:
+        except SostenutoError:
             return None
 
     def attributes(self) -> dict[str, str | int | float]:

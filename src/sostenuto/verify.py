@@ -159,12 +159,17 @@ def _counted(prober: Prober, ops: Sequence[Op]) -> tuple[torch.Tensor, int]:
 
 
 def _prove_plan(handle: Handle, record: Record) -> None:
-    plan = handle._plan
+    plan, sites = handle._plan, handle.sites
     if plan is None:
         return
-    first = min(step for step, *_ in record.calls)  # image to image begins in the middle, and computes there
-    for step, _, _, carried in record.calls:
-        for site, action, op in zip(handle.sites, plan.actions[step], carried.ops, strict=True):
-            skipped = op.action is not Action.COMPUTE
-            if skipped != (action is not Action.COMPUTE) and step != first:
+    before: dict[int, tuple[int, Sequence[Any]]] = {}
+    for step, pass_index, number, carried in record.calls:
+        outputs = handle._dry_runs.cost(number).site_outputs
+        # Where a pass begins (image to image in the middle), or goes on with another batch, it computes what it keeps.
+        begins = pass_index not in before or before[pass_index][0] != step - 1 or before[pass_index][1] != outputs
+        before[pass_index] = step, outputs
+        left_out = [site for site, output in zip(sites, outputs, strict=True) if output is None]
+        for site, action, op in zip(sites, plan.actions[step], carried.ops, strict=True):
+            computes, is_free = op.action is Action.COMPUTE, begins or any(one.covers(site) for one in left_out)
+            if computes != (action is Action.COMPUTE) and not (computes and (is_free or site in left_out)):
                 raise VerificationError(f"{site.id}: step {step} was to {action.value}, but it did {op.action.value}")

@@ -273,7 +273,8 @@ class _Teacher:
         reused = prober.noise(output) if self.handle._reused else None
         self.pending[1].append(_Call(latents, noise, prober.noise(fresh), reused))
         truth = self._truth(tick, clean, noise, exact).to(latents.dtype)
-        return compat.map_prediction(output, lambda prediction, x: keep_variance(truth, prediction, x), latents)
+        last = prober.call.noisy_last
+        return compat.map_prediction(output, lambda prediction, x: keep_variance(truth, prediction, x, last), latents)
 
     def finish(self) -> None:
         """The sampling ended, at the clean sample."""

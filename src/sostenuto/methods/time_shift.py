@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sostenuto.compat import config_of
 from sostenuto.errors import MethodError
 from sostenuto.methods.base import Facts, Method
 from sostenuto.methods.checks import check_flag, check_number, check_whole
@@ -83,7 +84,8 @@ class TimeShift(Method):
         alphas = facts.scheduler.alphas_cumprod.float()
         reach = self.window // 2 if self.halve_window else self.window
         first = facts.timesteps[facts.first_step]
-        return VarianceMatch(1 - alphas + alphas * self.data_variance, reach, self.cutoff, first)
+        channels = config_of(facts.denoiser).get("out_channels")
+        return VarianceMatch(1 - alphas + alphas * self.data_variance, reach, self.cutoff, first, channels)
 
 
 class VarianceMatch:
@@ -94,10 +96,15 @@ class VarianceMatch:
         reach: how far to search on each side of the nominal timestep.
         cutoff: only timesteps above it are shifted.
         first: the nominal timestep of the first step, which is not shifted.
+        channels: the most that an image ``[batch, channels, height, width]`` has of its own: behind them stand a mask, or an
+            image to be edited.
     """
 
-    def __init__(self, variances: torch.Tensor, reach: int, cutoff: int, first: float) -> None:
+    def __init__(
+        self, variances: torch.Tensor, reach: int, cutoff: int, first: float, channels: int | None = None
+    ) -> None:
         self._variances, self._reach, self._cutoff, self._first = variances, reach, cutoff, first
+        self._channels = channels
 
     def shift(self, timestep: float, latents: torch.Tensor) -> torch.Tensor | None:
         """One timestep per sample ``[batch]`` (int64), or ``None`` where the nominal one stays."""
@@ -107,5 +114,7 @@ class VarianceMatch:
         lowest = max(0, nominal - self._reach)
         self._variances = self._variances.to(latents.device)
         candidates = self._variances[lowest : nominal + self._reach + 1]  # a slice ends with the grid
+        if self._channels and latents.ndim == 4:
+            latents = latents[:, : self._channels]
         own = latents.float().flatten(1).var(dim=1)
         return lowest + (candidates - own[:, None]).abs().argmin(dim=1)
