@@ -343,6 +343,8 @@ def test_the_command_trains_and_generates_with_the_router(folder, tmp_path, caps
     [
         ("l2c", ["--target-fraction", "0.6"], "set --penalty"),
         ("l2c", ["--theta", "0.1"], "the calibration of l2c has no --theta: leave it out"),
+        ("l2c", ["--conditional-half", "first"], "the calibration of l2c has no --conditional-half: leave it out"),
+        ("eb", ["--eps-scale-grid", "0.98", "--search-images", "0"], "--eps-scale-grid is searched by a distance"),
         ("smoothcache", ["--penalty", "0.1"], "the calibration of smoothcache has no --penalty: leave it out"),
         ("magcache", ["--target-fraction", "0.6", "--theta", "0.1"], "has no --theta: leave it out"),
     ],

@@ -188,6 +188,8 @@ def test_the_demo_is_judged_as_before_its_network_shared_an_interface():
     assert verdict.precision == pytest.approx(42 / 160)
     assert verdict.recall == 0
     assert judge.distance(images) == verdict.frechet_distance
+    with torch.autocast("cpu", torch.bfloat16):  # the precision of what is judged
+        assert judge.distance(images) == verdict.frechet_distance
     assert judge.floor(160) == pytest.approx(3.7733441665617136, rel=1e-5)
     assert paired_psnr(images, images.flip(0)) == pytest.approx(9.130375862121582, rel=1e-5)
     assert paired_ssim(images, images.flip(0)) == pytest.approx(0.023671848699450493, rel=1e-4)

@@ -92,7 +92,8 @@ class Settings:
         if ran != listed or listed < asked:
             raise MethodError(
                 f"sample ran {ran} steps instead of {max(listed, asked)}: it must pass num_inference_steps on, and run one "
-                "whole generation"
+                "whole generation; a denoiser that serves a part of the steps alone (one of Wan 2.2's two, image to image) "
+                "can't be measured: use a method without a calibration"
             )
 
 

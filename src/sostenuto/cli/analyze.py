@@ -78,8 +78,10 @@ class Analyze:
         print(f"page: {page}")
 
     def _tiny(self) -> tuple[Any, Any, dict[str, Any]]:
-        if self.pipe_arguments or self.guidance_scale != 1:
-            raise InputError("a tiny network is no pipeline: leave out --pipe-arguments and --guidance-scale")
+        if self.pipe_arguments or self.guidance_scale != 1 or self.scheduler:
+            raise InputError(
+                "a tiny network is no pipeline: leave out --scheduler, --pipe-arguments and --guidance-scale"
+            )
         from sostenuto.cli.examine import tiny_model
         from sostenuto.zoo.sampling import flow_sampler
 

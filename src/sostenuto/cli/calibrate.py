@@ -11,6 +11,7 @@ import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
 from sostenuto.distributed.world import apart, world
+from sostenuto.errors import InputError, MethodError
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class Calibrate:
     def run(self) -> None:
         """Calibrate and save."""
         if self.choice.config is not None:
-            from sostenuto.errors import InputError
-
             raise InputError("--config is for running a method: say with --method what to calibrate")
         if self.choice.method != "l2c":
             self._make_table()
@@ -63,14 +62,13 @@ class Calibrate:
         import torch
 
         import sostenuto
-        from sostenuto.errors import MethodError
 
         if self.target_fraction is not None:
             raise MethodError(
                 "a router is trained at a price of computed branches, not to a cost: set --penalty (more of it reuses more) in "
                 "place of --target-fraction"
             )
-        self._refuse("forecast_order", "theta", "window", "eps_scale_grid")
+        self._refuse("forecast_order", "theta", "window", "eps_scale_grid", "conditional_half")
         if self.choice.model != "demo":
             raise MethodError(
                 "this command trains routers for the demo model: for another one call sostenuto.calibrate"
@@ -102,8 +100,15 @@ class Calibrate:
         import sostenuto
 
         calibration = self.calibration()
-        pipe, extra = self.choice.pipeline(), {}
-        if self.choice.model == "demo" and self.search_images and hasattr(calibration, "eps_scale_grid"):
+        extra: dict[str, Any] = {}
+        scored = self.choice.model == "demo" and self.search_images > 0
+        if self.eps_scale_grid is not None and not scored:
+            raise InputError(
+                "--eps-scale-grid is searched by a distance of images, which this command takes on the demo model alone "
+                "(--search-images above 0): for another model call sostenuto.calibrate with a score"
+            )
+        pipe = self.choice.pipeline()
+        if scored and hasattr(calibration, "eps_scale_grid"):
             from sostenuto.demo.judge import Judge
             from sostenuto.demo.rows import demo_sample
 
@@ -151,7 +156,6 @@ class Calibrate:
         import inspect
 
         from sostenuto.calibrations import available_calibrations
-        from sostenuto.errors import MethodError
 
         known = available_calibrations()
         if self.choice.method not in known:
@@ -169,8 +173,6 @@ class Calibrate:
 
     def _refuse(self, *names: str) -> None:
         """Refuse options that were given and that the method's calibration has not."""
-        from sostenuto.errors import MethodError
-
         for name in names:
             if getattr(self, name) is not None:
                 raise MethodError(

@@ -12,7 +12,7 @@ from sostenuto.demo.classifier import NUM_FEATURES, Classifier, extract
 from sostenuto.errors import InputError
 from sostenuto.quality import metrics, spread
 from sostenuto.quality.distance import eight_bits
-from sostenuto.quality.networks import Features
+from sostenuto.quality.networks import Features, as_it_is
 from sostenuto.quality.registry import available_metrics
 from sostenuto.quality.weights import digest
 
@@ -60,7 +60,8 @@ class DemoFeatures:
             raise InputError(f"the demo's feature network takes images of 28 x 28, not {_size(images)}")
         if not (images == images[:, :1]).all():
             raise InputError("the demo's feature network takes grey images, not colours: choose another network")
-        return Features(*extract(self.classifier, images[:, :1].cpu().float() / 127.5 - 1))
+        with as_it_is("cpu"):
+            return Features(*extract(self.classifier, images[:, :1].cpu().float() / 127.5 - 1))
 
 
 def _size(images: torch.Tensor) -> str:

@@ -52,6 +52,11 @@ class FeatureNetwork(Protocol):
         ...
 
 
+def as_it_is(device: str) -> torch.autocast:
+    """Full precision for a network that judges, whatever that of the network that is judged: numbers stay comparable."""
+    return torch.autocast(torch.device(device).type, enabled=False)
+
+
 class Inception:
     """Inception-v3 of 2015, of the published FID: torch-fidelity's network, which resizes as TensorFlow did.
 
@@ -98,7 +103,8 @@ class Inception:
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         self._spatial.clear()
-        features, logits = self._network(images.to(self.device))
+        with as_it_is(self.device):
+            features, logits = self._network(images.to(self.device))
         spatial = self._spatial.pop().permute(0, 2, 3, 1)  # TensorFlow's order, in which ADM's moments are published
         return Features(features.cpu(), logits.cpu(), spatial.flatten(1).float().cpu())
 
