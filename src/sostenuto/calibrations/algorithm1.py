@@ -48,6 +48,7 @@ class Algorithm1Options:
         candidates: the states that are tried at a step, deepest reuse first; EB-Cache's two by default.
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
+        max_rounds: most values of κ that are tried; the cost changes in leaps, so that none may bring it within a hundredth.
         eps_scale: b during calibration, and the result where nothing else decides it.
         eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
             ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
@@ -76,6 +77,7 @@ class Algorithm1Options:
     eps_scale: float = 1.0
     eps_scale_rule: Literal["search", "match_norm", "fixed"] = "search"
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
+    max_rounds: int = field(default=8, kw_only=True)
     guidance_scale: float | None = field(default=None, kw_only=True)
     conditional_half: ConditionalHalf | None = field(default=None, kw_only=True)
 
@@ -85,6 +87,7 @@ class Algorithm1Options:
         if not (isinstance(self.delta, tuple) and len(self.delta) == 2 and all(map(is_number, self.delta))):
             raise MethodError(f"delta must be (intercept, slope), not {self.delta!r}")
         check_number("kappa_start", self.kappa_start, above=0)
+        check_whole("max_rounds", self.max_rounds, least=1)
         if self.max_consecutive_reuse is not None:
             check_whole("max_consecutive_reuse", self.max_consecutive_reuse, least=1)
         check_whole("last_computed", self.last_computed, least=1)

@@ -79,7 +79,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         return matching
 
     grid = options.eps_scale_grid if score is not None and options.eps_scale_rule == "search" else ()
-    rounds = 1 if options.target_fraction is None else _MAX_ROUNDS
+    rounds = 1 if options.target_fraction is None else options.max_rounds
     with progress(rounds + len(grid), "calibrate", settings.show_progress) as bar:
         table = _bisect(lambda kappa: _kept(settings.kept, kappa, run), options, bar.update)
         if options.eps_scale_rule == "match_norm":
@@ -124,7 +124,6 @@ def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable])
     return table
 
 
-_MAX_ROUNDS = 8
 _FAR = 0.05  # of the multiply-accumulates
 
 
@@ -136,7 +135,7 @@ def _bisect(run: Callable[[float], CacheTable], options: Algorithm1Options, done
         return table
     target, low, high, kappa = options.target_fraction, 0.0, None, options.kappa_start
     tables: list[CacheTable] = []
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(options.max_rounds):
         tables.append(run(kappa))
         done()
         excess = _fraction(tables[-1]) - target

@@ -12,13 +12,14 @@ from sostenuto.clock import normalized_times
 from sostenuto.distributed.world import world
 from sostenuto.methods.feb import noise_scale_curve
 from sostenuto.table import CacheTable, StepState
-from sostenuto.tuning.lab import Lab, Trial, key_of
+from sostenuto.tuning.lab import AGAIN, Lab, Trial, key_of
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
 _BELOW = 1e6  # puts scores that are not above 0 below the logarithms of those that are
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
-_SHORTLIST = 7  # plans that are scored
+_SHORTLIST = 9  # plans that are scored
+_RUN_OFF = 3  # of those that are scored, how many are scored once more
 _LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
 
 Scale = float | str
@@ -83,12 +84,12 @@ class Chooser:
         ranked = [[candidate for candidate in nearest if _key(candidate) in keys] for keys in made]
         turns = [candidate for turn in itertools.zip_longest(*ranked) for candidate in turn if candidate is not None]
         different = list({_key(candidate): candidate for candidate in turns}.values())[:_SHORTLIST]
-        left = _LEFT_FOR_SCALE * self._lab.size("scored") * nearest[0].share
+        left = min(_LEFT_FOR_SCALE * self._lab.size("scored") * nearest[0].share, self._lab.free / 2)
         shortlist = self._affordable("scored", different, left)
         if len(shortlist) < 2:
             return different[0]
         self._lab.prepare("scored", [candidate.table for candidate in shortlist])
-        return min(shortlist, key=lambda candidate: merit(self._lab.scored(candidate.table)))
+        return shortlist[self._leading([candidate.table for candidate in shortlist], left)[0]]
 
     def nearest(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates by the distance from the uncached images; of those that do the same the first.
@@ -139,6 +140,22 @@ class Chooser:
             return one
         return min(one, other, key=lambda candidate: merit(self._lab.scored(candidate.table)))
 
+    def _leading(self, tables: Sequence[CacheTable], keep: float = 0.0) -> list[int]:
+        """The places of some tables by their scores, best first; of the leading ones by two scores each."""
+        lab = self._lab
+        first = {place: merit(lab.scored(table)) for place, table in enumerate(tables)}
+        leading = sorted(first, key=first.__getitem__)[:_RUN_OFF]
+        again = [tables[place] for place in leading]
+        if len(again) < 2 or not all(lab.affordable(AGAIN, again, keep)):
+            return leading
+        lab.prepare(AGAIN, again)
+
+        def both(place: int) -> float:
+            error = lab.scored(tables[place]).error
+            return first[place] + merit(replace(lab.scored_again(tables[place]), error=error))
+
+        return sorted(leading, key=both)
+
     def scale(self, candidate: Candidate) -> Scale:
         """The noise scale of a plan."""
         table, lab = candidate.table, self._lab
@@ -179,7 +196,8 @@ class Chooser:
         b_computed = computed[best(computed)]
         hear(_apart(b_computed, b) for b in near(constant) if b != b_computed)
         hear(["matched"])
-        return best(scores)
+        heard = list(scores)
+        return heard[self._leading([self.scaled(table, scale) for scale in heard])[0]] if heard else 1.0
 
     def scaled(self, table: CacheTable, scale: Scale) -> CacheTable:
         """The table with a noise scale.

@@ -35,6 +35,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+AGAIN = "again"
+"""The bench on which what was scored is scored once more, with noise of its own."""
 _WORST = 1e29  # error and score of a plan that makes what is not finite: no other is worse
 
 
@@ -43,7 +45,8 @@ class Trial:
     """What some generations with a table were like, against uncached ones with the same noise.
 
     Attributes:
-        error: mean square difference of the latents that the last step is given, over the variance of the uncached ones.
+        error: mean square difference of the latents that the last step is given, over the variance of the uncached ones;
+            0 where a score was all that was asked for.
         score: what ``score`` says of the results, lower is better; ``None`` where it was not asked.
         norms: mean over samples of the root mean square of the predicted noise at every step, before it is scaled; empty where
             what the network predicts has no known noise.
@@ -112,7 +115,8 @@ class Lab:
 
     def rows(self, num_samples: int, bench: str = "paired") -> int:
         """Rows that so many samples are generated in: whole calls of the sample, once it was rehearsed."""
-        size = self.rehearsals[bench].rows if bench in self.rehearsals else 1
+        rehearsal = self.rehearsals.get("scored" if bench == AGAIN else bench)
+        size = 1 if rehearsal is None else rehearsal.rows
         return math.ceil(num_samples / size) * size
 
     def size(self, bench: str) -> int:
@@ -138,6 +142,11 @@ class Lab:
         self.was_short |= not can
         return can
 
+    @property
+    def free(self) -> float:
+        """How much more may be done without touching the reserve."""
+        return max(0.0, self.max_work - self.work - self.reserve)
+
     def fits(self, work: float) -> bool:
         """Whether so much more may be done at all."""
         return self.work + work <= self.max_work * (1 + 1e-9)
@@ -152,16 +161,20 @@ class Lab:
         """The same with the score of what ``score_sample`` makes."""
         return self._try("scored", table)
 
+    def scored_again(self, table: CacheTable) -> Trial:
+        """A second score, of other noise: of the plans that scored best on the first some were lucky."""
+        return self._try(AGAIN, table)
+
     def prepare(self, bench: str, tables: Sequence[CacheTable | None]) -> None:
         """Make trials that will be asked for; they count when they are.
 
         Args:
-            bench: ``"paired"``, or ``"scored"``.
+            bench: ``"paired"``, ``"scored"`` or :data:`AGAIN`.
             tables: of the trials.
         """
         wanted = {_name(bench, table): table for table in tables}
         fresh = [table for key, table in wanted.items() if key not in self._trials]
-        if bench not in self._final and fresh not in ([], [None]):
+        if bench not in self._final and bench != AGAIN and fresh not in ([], [None]):
             # Nothing is tried before the uncached one; an earlier run of this folder noted what it found, not the latents.
             self._final[bench] = shared(lambda table: self._made(bench, table)[1], [None])[0]
         for part in _rounds(fresh):
@@ -182,9 +195,9 @@ class Lab:
         """A trial, and the latents of an uncached one."""
         run = self._run(bench, NoCache() if table is None else EBCache(table))
         latents, settings = torch.cat(run.latents), self.settings
-        final = latents if table is None else self._final[bench]
+        final = latents if table is None else self._final.get(bench, latents)
         error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
-        score = float(settings.score(run.result)) if bench == "scored" and settings.score is not None else None
+        score = float(settings.score(run.result)) if bench != "paired" and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
         if not all(abs(value) < _WORST for value in (error, *norms, *(() if score is None else (score,)))):
             if table is None:
@@ -203,8 +216,9 @@ class Lab:
     def _bench(self, bench: str) -> tuple[Settings, int]:
         """What is generated in a trial, and what is added to the seed."""
         settings = self.settings
-        if bench == "scored":
-            return replace(settings, sample=settings.score_sample or settings.sample, num_samples=1), 2
+        if bench in ("scored", AGAIN):
+            stream = 2 if bench == "scored" else 3
+            return replace(settings, sample=settings.score_sample or settings.sample, num_samples=1), stream
         return replace(settings, num_samples=self._trial_samples, score=None), 1
 
     # --- what is kept --------------------------------------------------------------------------------------------

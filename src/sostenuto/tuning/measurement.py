@@ -57,6 +57,10 @@ class Reach:
         return min(range(len(gaps)), key=lambda index: abs(gaps[index] - gap))
 
 
+WHOLES = (Kind.STACK, Kind.BRANCHES)
+"""The kinds that reuse all of a step."""
+
+
 def filled_name(kind: Kind, order: int) -> str:
     """What a step that reuses a kind, filled by a forecast of this order, is called where costs are listed."""
     return f"{kind.value} {order}" if order else kind.value
@@ -82,7 +86,7 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     near = (1, 2, 3, 4, 6, 8)
     found = {}
     for kind in kinds:
-        whole = kind in (Kind.STACK, Kind.BRANCHES)
+        whole = kind in WHOLES
         most = {Kind.STACK: 10, Kind.BRANCHES: 5}.get(kind, 3)
         run = max(1, min(most, num_steps // 3))
         linear = tuple(gap for gap in near if gap <= run + 1) if whole else (2,)

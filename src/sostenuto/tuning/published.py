@@ -25,7 +25,7 @@ PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")
 """What can compete; the last makes a plan of its own for every site of every block."""
 
 _NUM_SAMPLES = 8
-_ROUNDS = 8  # of EB-Cache's bisection, at most
+_ROUNDS = 5  # of EB-Cache's bisection, at most: its plans are some of many
 _MARGIN = 0.01  # a bisection ends within so much of its target
 _LONGEST = 5  # run of reuse
 
@@ -45,12 +45,13 @@ def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> d
     able: dict[str, Calibration] = {
         "eb": EBCalibration(
             target_fraction=target,
+            max_rounds=_ROUNDS,
             fill="stack" if Kind.STACK in kinds else "branches",
             candidates=(both, attention) if Kind.ATTENTION in kinds else (both,),
         )
     }
     if {Kind.BRANCHES, Kind.ATTENTION, Kind.MLP} <= set(kinds):
-        able["feb"] = FEBCalibration(target_fraction=target)
+        able["feb"] = FEBCalibration(target_fraction=target, max_rounds=_ROUNDS)
         for name, group in (("smoothcache", "type"), ("smoothcache-site", "site")):
             able[name] = SmoothCacheCalibration(
                 target_fraction=target,

@@ -122,18 +122,25 @@ class ErrorModel:
         weight: what a step's squared error counts.
         kinds: what may be reused.
         orders: degrees of the forecasts that may be used.
+        longest: most steps in a row that may be reused; by default as many as were measured.
     """
 
     def __init__(
-        self, measured: Measurement, weight: Weight, kinds: Sequence[Kind], orders: Sequence[int] = ANY_ORDER
+        self,
+        measured: Measurement,
+        weight: Weight,
+        kinds: Sequence[Kind],
+        orders: Sequence[int] = ANY_ORDER,
+        longest: int | None = None,
     ) -> None:
         self.kinds, self.num_steps = tuple(kinds), measured.num_steps
+        self._longest = measured.num_steps if longest is None else longest
         self._measured, self._weight, self.orders = measured, weight, tuple(orders)
         self._fillings: dict[tuple[int, int, Kind, int], list[tuple[float, int]]] = {}
 
     def longest(self, kind: Kind) -> int:
         """Most steps in a row that reuse this kind."""
-        return self._measured.reach[kind].max_run
+        return min(self._measured.reach[kind].max_run, self._longest)
 
     def fillings(self, computed: int, gap: int, kind: Kind, length: int) -> list[tuple[float, int]]:
         """Error and order of the forecasts that may fill a run after a computed step, those of least error first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from sostenuto.tuning.advice import notes_on
 from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
 from sostenuto.tuning.instrument import ops_of
 from sostenuto.tuning.lab import Lab, Trial, shared
-from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
+from sostenuto.tuning.measurement import WHOLES, Kind, instrumented_share, reaches
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.record import claim, rehearsed, setting
@@ -45,7 +46,6 @@ from sostenuto.tuning.search import (
 from sostenuto.tuning.weights import probe, probed
 
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
-_WHOLES = (Kind.STACK, Kind.BRANCHES)
 
 
 def tune(
@@ -134,7 +134,7 @@ class _Tuner:
         self.scored = lab.settings.score is not None
         self.by_score = self.scored and options.prefer == "score"
         self.notes: list[str] = []
-        self._frontiers: dict[tuple[tuple[Kind, ...], float, tuple[int, ...]], tuple[ErrorModel, Frontier]] = {}
+        self._frontiers: dict[Any, tuple[ErrorModel, Frontier]] = {}
 
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
@@ -225,16 +225,20 @@ class _Tuner:
     @cached_property
     def _families(self) -> list[tuple[Kind, ...]]:
         """The kinds of reuse that a plan may be made of; the first of each family reuses all of a step."""
-        partial = tuple(kind for kind in self.measured.runs if kind not in _WHOLES)
-        wholes = [kind for kind in _WHOLES if kind in self.measured.runs]
+        partial = tuple(kind for kind in self.measured.runs if kind not in WHOLES)
+        wholes = [kind for kind in WHOLES if kind in self.measured.runs]
         return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
 
     def _frontier(
-        self, family: tuple[Kind, ...], tilt: float, orders: tuple[int, ...] = ANY_ORDER
+        self,
+        family: tuple[Kind, ...],
+        tilt: float,
+        orders: tuple[int, ...] = ANY_ORDER,
+        longest: int | None = None,
     ) -> tuple[ErrorModel, Frontier]:
-        key = family, tilt, orders
+        key = family, tilt, orders, longest
         if key not in self._frontiers:
-            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family, orders)
+            model = ErrorModel(self.measured, replace(self.weights, tilt=tilt), family, orders, longest)
             self._frontiers[key] = model, Frontier(model, self.costs)
         return self._frontiers[key]
 
@@ -243,16 +247,25 @@ class _Tuner:
     def _groups(self, target: float) -> list[list[Candidate]]:
         """What competes for a target, every way of making plans by itself, in the order in which they are heard."""
         early, late = self.options.tilts[:2], self.options.tilts[2:]
-        groups = []
-        for tilt in early:
-            groups.append(self._searched(target, tilt))
-            if self.by_score:
-                # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of
-                # last values all point back along the path: images may forgive the first sooner. Only a score can tell.
-                groups.append(self._searched(target, tilt, FORECASTS))
-        return [*groups, self._published(target), *(self._searched(target, tilt) for tilt in late)]
+        searched, forecast = [self._searched(target, tilt) for tilt in early], []
+        if self.by_score:
+            # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last
+            # values all point back along the path: images may forgive the first sooner. And of what long runs of reuse do
+            # to images the model knows least. Only a score can tell.
+            for longest in (self._even_run(target), None):
+                forecast += [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
+        turns = [group for pair in itertools.zip_longest(forecast[:2], searched) for group in pair if group is not None]
+        return [*turns, self._published(target), *forecast[2:], *(self._searched(target, tilt) for tilt in late)]
 
-    def _searched(self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER) -> list[Candidate]:
+    def _even_run(self, target: float) -> int:
+        """One more than the steps in a row that a plan reuses which gets to a target by runs of one length."""
+        whole = min(self.costs[family[0].value] for family in self._families) / self.costs["compute"]
+        computed = max(1 / self.measured.num_steps, (1 / target - whole) / (1 - whole))
+        return math.ceil((1 - computed) / computed) + 1
+
+    def _searched(
+        self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER, longest: int | None = None
+    ) -> list[Candidate]:
         """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
         found: dict[Schedule, Candidate] = {}
 
@@ -260,8 +273,9 @@ class _Tuner:
             return cost_of(plan, self.costs) <= 1 / target + 1e-9
 
         fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
+        fill += "" if longest is None else f", runs up to {longest}"
         for family in self._families:
-            model, frontier = self._frontier(family, tilt, orders)
+            model, frontier = self._frontier(family, tilt, orders, longest)
             plans = {
                 "searched": frontier.schedule(1 / target),
                 "interval": uniform(model, self.costs, 1 / target),
@@ -397,7 +411,7 @@ class _Tuner:
         published = calibrations(options.published, 1 / self.speedup, kinds).values()
         work += sum(work_of(one, macs, lab.rows) for one in published)
         if self.scored:
-            work += lab.size("scored") * (1 + sum(shares) + 18 / self.speedup * self.by_score)
+            work += lab.size("scored") * (1 + sum(shares) + 27 / self.speedup * self.by_score)
         if not world().is_main:
             return
         work = min(work, options.max_work)
@@ -428,6 +442,6 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
     if options.kinds is None:
         return able
     kinds = tuple(kind for kind in able if kind.value in options.kinds)
-    if not set(_WHOLES) & set(kinds):
+    if not set(WHOLES) & set(kinds):
         raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
     return kinds

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sostenuto.tuning.lab import Lab
-from sostenuto.tuning.measurement import Kind, Measurement
+from sostenuto.tuning.measurement import WHOLES, Kind, Measurement
 
 _NUM_STEPS = 7  # steps that are probed, evenly spread
 
@@ -40,7 +40,8 @@ class Weights:
 
     def _nearest(self, kind: Kind, order: int) -> tuple[Kind, int]:
         """What was probed that is most like this: the kind counts more than the order."""
-        return min(self.probed, key=lambda known: (known[0] is not kind, abs(known[1] - order), known[1]))
+        alike = [known for known in self.probed if (known[0] in WHOLES) == (kind in WHOLES)] or list(self.probed)
+        return min(alike, key=lambda known: (known[0] is not kind, abs(known[1] - order), known[1]))
 
 
 def probed_steps(num_steps: int) -> list[int]:
@@ -50,9 +51,9 @@ def probed_steps(num_steps: int) -> list[int]:
 
 
 def probed_reuses(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
-    """The kinds and orders that are probed."""
-    whole = [kind for kind in kinds if kind in (Kind.STACK, Kind.BRANCHES)]
-    partial = [kind for kind in kinds if kind not in whole]
+    """The kinds and orders that are probed: of those that reuse a whole step, which make like errors, the first."""
+    whole = [kind for kind in kinds if kind in WHOLES][:1]
+    partial = [kind for kind in kinds if kind not in WHOLES]
     return [(kind, order) for kind in whole for order in (0, 1, 2)] + [(kind, 1) for kind in partial]
 
 
