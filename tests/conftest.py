@@ -131,8 +131,8 @@ def sample_loop(
 ):
     """The user's own loop around a denoiser; returns the final latents and every model output.
 
-    Guidance is in two calls of a step (``separate``), or in one with the batch doubled (``fused``), or there is none. With a
-    ``first_step`` the noisiest steps are left out, as image-to-image does.
+    Guidance is in two calls of a step (``separate``: of every step, or of those that are listed), or in one with the batch
+    doubled (``fused``), or there is none. With a ``first_step`` the noisiest steps are left out, as image-to-image does.
     """
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, 2, size, size, generator=generator).to(dtype)
@@ -151,10 +151,11 @@ def sample_loop(
         else:
             noise = model(latents, timestep.expand(batch), labels).sample
             outputs.append(noise)
-        if separate_guidance:
+        separate = separate_guidance if isinstance(separate_guidance, bool) else step in separate_guidance
+        if separate:
             unconditional = model(latents, timestep.expand(batch), null).sample
             outputs.append(unconditional)
-        if fused_guidance or separate_guidance:
+        if fused_guidance or separate:
             noise = unconditional + 3.0 * (noise - unconditional)
         latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample.to(dtype)
     return latents, outputs

@@ -49,6 +49,29 @@ def test_no_branch_is_reused_more_often_in_a_row_than_the_bound(model, criterion
     assert longest_run(table, (B,)) == bound
 
 
+@pytest.mark.parametrize("fill", ["branches", "stack"])
+@pytest.mark.parametrize("rule", ["fixed", "match_norm"])
+def test_a_pass_that_begins_late_or_pauses_begins_by_computing(model, fill, rule):
+    """While calibrating as with the table: guidance in calls of its own, at steps 2 and 3 and again from step 5 on."""
+    outputs = []
+
+    def guided(target, generator, num_inference_steps):
+        seed = int(torch.randint(99, (1,), generator=generator))
+        guided_at = (2, 3, 5, 6, 7)
+        _, made = sample_loop(
+            target, model.scheduler_for_test, num_inference_steps, seed=seed, separate_guidance=guided_at
+        )
+        outputs.append(torch.stack(made))
+
+    options = EBCalibration((1e9, 0.0), None, fill=fill, max_consecutive_reuse=2, eps_scale_rule=rule)
+    given = {"num_inference_steps": 8, "num_samples": 2, "scheduler": model.scheduler_for_test}
+    table = sostenuto.calibrate(model, options, guided, **given)
+    assert table.actions == (C, B, B, C, B, B, C, C)
+    with sostenuto.enable(model, EBCache(table, eps_scale=1.0), scheduler=model.scheduler_for_test):
+        guided(model, torch.Generator().manual_seed(0), 8)
+    torch.testing.assert_close(outputs[-1], outputs[0])
+
+
 def test_algorithm_1_taken_literally_may_reuse_without_bound(model):
     options = EBCalibration((1e9, 0.0), None, criterion="norm_gap", max_consecutive_reuse=None, forecast_order=0)
     assert longest_run(calibrate(model, options), (A, B)) == 10
@@ -203,8 +226,10 @@ def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model
     algorithm = Algorithm1(SimpleNamespace(sites=()), options, 1.0)
     algorithm._run = lambda *args, **kwargs: torch.zeros(2, 1)
     algorithm._gap = lambda *args: torch.tensor([0.5, -0.5])
-    state, _ = algorithm._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)
+    tick = SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0)
+    prober = SimpleNamespace(state=SimpleNamespace(last_step=0))
+    state, _ = algorithm._choose(tick, prober)
     assert state is B
     voting = Algorithm1(SimpleNamespace(sites=()), replace(options, aggregation="vote"), 1.0)
     voting._run, voting._gap = algorithm._run, algorithm._gap
-    assert voting._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)[0] is C
+    assert voting._choose(tick, prober)[0] is C

@@ -99,6 +99,22 @@ def test_without_guidance_in_the_batch_nothing_is_shared_between_its_halves(tiny
         loop(tiny, scheduler, 2)
 
 
+def test_a_pass_that_begins_late_or_pauses_begins_by_computing(tiny, scheduler):
+    """While calibrating as with the table: guidance in calls of its own, at steps 1 and 3."""
+    outputs = []
+
+    def loop(model, scheduler, num_steps):
+        outputs.append(torch.stack(sample_loop(model, scheduler, num_steps, separate_guidance=(1, 3))[1]))
+
+    for candidate in (R, W):
+        calibration = DiTFastAttnCalibration(1e9, 2, candidates=(candidate,))
+        table = calibrated(tiny, scheduler, calibration, 4, loop, num_samples=2)
+        assert all(action is candidate for step in table.actions[1:] for action in step.values())
+        with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
+            loop(tiny, scheduler, 4)
+        torch.testing.assert_close(outputs[-1], outputs[-2])
+
+
 def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler):
     seen = []
 
