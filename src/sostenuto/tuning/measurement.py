@@ -113,7 +113,9 @@ def instrumented_share(reach: Mapping[Kind, Reach], macs: Mapping[str, float], n
         macs: of a step of each kind, of a computed one's.
         num_steps: steps of the generation.
     """
-    spent = num_steps + len(NUDGES) * len(nudged_steps(num_steps)) * (1 + macs[whole_of(reach).value])
+    spent, whole = float(num_steps), whole_of(reach)
+    if whole in reach:  # else the input is not moved: another process measures the kind that reuses all of a step
+        spent += len(NUDGES) * len(nudged_steps(num_steps)) * (1 + macs[whole.value])
     for kind, of_kind in reach.items():
         backs = [order * gap for order, gaps in enumerate(of_kind.gaps) for gap in gaps]
         calls = sum(min(of_kind.max_run, max(0, step - back)) for back in backs for step in range(num_steps))
