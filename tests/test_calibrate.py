@@ -178,15 +178,21 @@ def test_options_without_meaning_are_refused(wrong):
         EBCalibration(**wrong)
 
 
-def test_norm_matching_restores_the_uncached_norm_at_every_step(model):
-    table = calibrate(model, EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm"), steps=8)
+@pytest.mark.parametrize("separate", [False, True])
+def test_norm_matching_restores_the_uncached_norm_of_the_first_pass_at_every_step(model, separate):
+    def guided(model, generator, num_inference_steps):
+        return sample(model, generator, num_inference_steps, separate_guidance=separate)
+
+    options = EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm")
+    given = {"num_inference_steps": 8, "num_samples": 4, "scheduler": model.scheduler_for_test}
+    table = sostenuto.calibrate(model, options, guided, **given)
 
     def norms(method):
         # the calibration's own noise: its generator starts from seed 0
         start = int(torch.randint(99, (1,), generator=torch.Generator().manual_seed(0)))
         with sostenuto.enable(model, method, scheduler=model.scheduler_for_test):
-            _, outputs = sample_loop(model, model.scheduler_for_test, 8, seed=start)
-        return [output.flatten(1).square().mean(1).sqrt().mean().item() for output in outputs]
+            _, outputs = sample_loop(model, model.scheduler_for_test, 8, seed=start, separate_guidance=separate)
+        return [output.flatten(1).square().mean(1).sqrt().mean().item() for output in outputs[:: 1 + separate]]
 
     assert norms(EBCache(table)) == pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert norms(EBCache(table, eps_scale=1.0)) != pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)

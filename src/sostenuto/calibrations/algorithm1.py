@@ -50,7 +50,8 @@ class Algorithm1Options:
         kappa_start: where the bisection of κ begins.
         eps_scale: b during calibration, and the result where nothing else decides it.
         eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
-            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
+            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction, of passes
+            in separate calls that of the first one;
             ``"fixed"`` keeps ``eps_scale``.
         eps_scale_grid: the values of b that are tried when a ``score`` is given.
         guidance_scale: s of classifier-free guidance, where both passes are in one batch: what is compared is then each image's
@@ -261,8 +262,8 @@ class NormMatch(Algorithm1):
     ) -> None:
         super().__init__(handle, options, 0.0)
         self.states, self.wanted = states, wanted
-        self.norms: dict[int, list[float]] = {}
-        self.scales: dict[int, list[float]] = {}
+        self.norms: dict[int, float] = {}
+        self.scales: dict[int, float] = {}
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         state = self.states[tick.step]
@@ -270,11 +271,11 @@ class NormMatch(Algorithm1):
         return state, self._run(tick, prober, state)
 
     def _scale(self, tick: Tick, output: Any, prober: Prober) -> float:
-        norm = _norm(self._guided(prober.noise(output).float(), prober), self.options.norm).mean().item()
-        scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
-        self.norms.setdefault(tick.step, []).append(norm)
-        self.scales.setdefault(tick.step, []).append(scale)
-        return scale
+        if tick.pass_index == 0:  # the passes of a step share its factor: guidance would amplify a difference
+            norm = _norm(self._guided(prober.noise(output).float(), prober), self.options.norm).mean().item()
+            self.norms[tick.step] = norm
+            self.scales[tick.step] = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
+        return self.scales[tick.step]
 
 
 def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:
