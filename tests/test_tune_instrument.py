@@ -14,7 +14,7 @@ from sostenuto.engine import attach
 from sostenuto.table import StepState
 from sostenuto.tuning.instrument import Instrument
 from sostenuto.tuning.lab import Lab
-from sostenuto.tuning.measurement import Kind, reaches
+from sostenuto.tuning.measurement import NUDGES, Kind, Reach, reaches
 from sostenuto.tuning.record import claim
 from tunings import STEPS
 
@@ -48,6 +48,21 @@ def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
             error = (outputs[step] - fresh[step]).square().mean().item()
             at = measured.reach[kind].gap_index(order, 1)
             assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
+
+
+def test_the_roughness_is_the_share_of_noise_in_the_error_of_reuse_one_step_later(model):
+    """Features d·p + noise: reuse at lag l, also below 1, is off by d²l² + 2n²."""
+    drift, noise = 1.0, 0.2
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, {Kind.STACK: Reach(1, ((0,),))}, STEPS)
+    instrument._runs[Kind.STACK][...] = drift**2 + 2 * noise**2
+    for place, lag in enumerate(NUDGES):
+        instrument._nudge_errors[place, 1:] = drift**2 * lag**2 + 2 * noise**2
+    roughness = instrument.result(2, 0.0).roughness
+    assert np.isnan(roughness[0])
+    np.testing.assert_allclose(
+        roughness[1:], 2 * noise**2 / (drift**2 + 2 * noise**2)
+    )  # 7 %, but 56 % at a quarter of a step
 
 
 def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):
