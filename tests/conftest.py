@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from sostenuto.zoo import TINY_MODELS
@@ -181,6 +181,23 @@ def sample_of_every_call(scheduler):
         return latents
 
     return every_call
+
+
+def sampler_of_lists(*shapes):
+    """Z-Image, whose latents are a list of two samples, here of these shapes: the network, a ``sample`` and the scheduler."""
+    tiny, scheduler = TINY_MODELS["ZImageTransformer2DModel"], FlowMatchEulerDiscreteScheduler()
+
+    @torch.no_grad()
+    def sample(network, generator, num_inference_steps):
+        scheduler.set_timesteps(num_inference_steps)
+        latents = [torch.randn(4, 1, *shape, generator=generator) for shape in shapes or [(8, 8)] * 2]
+        for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=True):
+            given = tiny.inputs(float(timestep), torch.Generator().manual_seed(0)) | {"x": latents}
+            velocity = network(**given).sample
+            latents = [x + (now - then) * v for x, v in zip(latents, velocity, strict=True)]
+        return latents
+
+    return tiny.build().requires_grad_(False), sample, scheduler
 
 
 @pytest.fixture(scope="session")
