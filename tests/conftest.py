@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def sampler_of_lists(*shapes):
     def sample(network, generator, num_inference_steps):
         scheduler.set_timesteps(num_inference_steps)
         latents = [torch.randn(4, 1, *shape, generator=generator) for shape in shapes or [(8, 8)] * 2]
-        for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:], strict=True):
+        for timestep, (now, then) in zip(scheduler.timesteps, pairwise(scheduler.sigmas), strict=True):
             given = tiny.inputs(float(timestep), torch.Generator().manual_seed(0)) | {"x": latents}
             velocity = network(**given).sample
             latents = [x + (now - then) * v for x, v in zip(latents, velocity, strict=True)]

@@ -6,10 +6,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import sostenuto
-from conftest import sample, sample_loop
+from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
 from sostenuto.calibrations.algorithm1 import Algorithm1
+from sostenuto.calibrations.base import Tapped
 from sostenuto.calibrations.eb import _vote
+from sostenuto.engine import attach
+from sostenuto.plan import Op
 
 C, A, M, B = StepState
 
@@ -224,6 +227,34 @@ def test_with_a_guidance_scale_the_guided_predictions_of_the_images_are_compared
     torch.testing.assert_close(norms, rms(guided(fresh)) - 0.9 * rms(guided(cached)))
     torch.testing.assert_close(gap(both, None), rms(fresh - cached))
     torch.testing.assert_close(gap(latents, 2.5), rms(fresh - cached))  # no two passes in one batch
+
+
+@pytest.mark.parametrize("criterion", ["vector_gap", "norm_gap"])
+def test_of_latents_in_a_list_every_sample_has_a_gap(criterion):
+    network, sample, scheduler = sampler_of_lists((8, 4), (8, 8))
+    outputs, gaps = [], []
+
+    def drive(tick, prober):
+        outputs.append(prober.run([Op.COMPUTE] * len(handle.sites)))
+        if tick.step == 1:
+            gaps.append(Algorithm1(handle, EBCalibration(criterion=criterion), 1.0)._gap(tick, *outputs, prober))
+            kept = (1 - scheduler.sigmas[1]).item()  # the network predicts x₀ − ε
+            inputs.extend((x, kept) for x in prober.call.latents)
+        return outputs[-1]
+
+    def rms(values):
+        return values.square().mean().sqrt().item()
+
+    inputs = []
+    with attach(network, Tapped("branches"), scheduler=scheduler) as handle:
+        handle.driver = drive
+        sample(network, torch.Generator().manual_seed(0), 2)
+    pairs = list(zip(*(output.sample for output in outputs), strict=True))
+    if criterion == "vector_gap":
+        wanted = [rms(a - b) for a, b in pairs]
+    else:
+        wanted = [rms(x - kept * a) - rms(x - kept * b) for (x, kept), (a, b) in zip(inputs, pairs, strict=True)]
+    assert gaps[0].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model):

@@ -7,7 +7,7 @@ import sostenuto
 from conftest import sample_loop
 from naive_attention import SITES, WG, C, G, R, W, guided_loop, naive_copy
 from sostenuto import CacheTable, DiTFastAttn, DiTFastAttnCalibration, TableError
-from sostenuto.attention_tap import usual_half
+from sostenuto.attention_tap import is_guided, usual_half
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
 from sostenuto.zoo import TINY_MODELS
@@ -113,6 +113,14 @@ def test_a_pass_that_begins_late_or_pauses_begins_by_computing(tiny, scheduler):
         with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
             loop(tiny, scheduler, 4)
         torch.testing.assert_close(outputs[-1], outputs[-2])
+
+
+def test_guidance_in_one_call_is_seen_in_a_list_of_samples_too():
+    one, other, small = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 4, 1, 8, 8), torch.randn(4, 1, 8, 4)
+    assert is_guided([*one, *one])
+    assert not is_guided([*one, *other])
+    assert is_guided([one[0], small, one[0], small])
+    assert not is_guided([one[0], small, small, one[0]])
 
 
 def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.correct import predicted_noise, without_variance
 from sostenuto.cost import Cost
-from sostenuto.features import leaves
+from sostenuto.features import as_rows, mapped
 from sostenuto.plan import Op, Row
 from sostenuto.state import Call, PassState
 
@@ -49,13 +49,19 @@ class Prober:
         return replace(self, call=replace(self.call, args=args, kwargs=kwargs, latents=latents))
 
     def prediction(self, output: Any) -> torch.Tensor:
-        """What an output of this call predicts, without a learned variance; of a list of samples for the first one."""
-        return without_variance(compat.first_tensor(output), next(leaves(self.call.latents)))
+        """What an output of this call predicts ``[rows, …]``, without a learned variance; the samples of a list are rows."""
+        return self._predicted(output, without_variance)
 
     def noise(self, output: Any) -> torch.Tensor:
-        """The noise ε that an output of this call predicts, also where the network predicts something else."""
-        latents = next(leaves(self.call.latents))
-        return predicted_noise(compat.first_tensor(output), latents, self.handle._conversion(self.tick))
+        """The noise ε that an output of this call predicts, also where the network predicts something else; rows as above."""
+        conversion = self.handle._conversion(self.tick)
+        return self._predicted(output, lambda prediction, latents: predicted_noise(prediction, latents, conversion))
+
+    def _predicted(self, output: Any, read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        prediction, latents = compat.prediction_of(output), self.call.latents
+        if isinstance(prediction, torch.Tensor):
+            return read(prediction, as_rows(latents))
+        return as_rows(mapped(read, prediction, latents))
 
     def scaled(self, output: Any, scale: float) -> Any:
         """An output of this call with its noise multiplied by ``scale``."""

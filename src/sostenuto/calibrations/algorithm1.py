@@ -15,7 +15,6 @@ from sostenuto.correct import check_noise_scale
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
-from sostenuto.features import leaves
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.plan import Op
@@ -247,7 +246,7 @@ class Algorithm1:
     def _guided(self, rows: torch.Tensor, prober: Prober) -> torch.Tensor:
         """What guidance makes of the rows of a batch ``[rows, …]``, where its scale is known and both passes are in it."""
         scale = self.options.guidance_scale
-        if scale is None or not is_guided(next(leaves(prober.call.latents))):
+        if scale is None or not is_guided(prober.call.latents):
             return rows
         half = self.options.conditional_half or usual_half(self.handle._denoiser)
         conditional, other = rows.chunk(2) if half == "first" else reversed(rows.chunk(2))

@@ -17,6 +17,7 @@ from sostenuto.clock import Tick
 from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
+from sostenuto.features import as_rows
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number
 from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
@@ -219,7 +220,7 @@ class GreedySearch:
 
     def _output(self, prober: Prober, actions: Sequence[Action]) -> torch.Tensor:
         """The network's output; nothing of it is kept."""
-        return compat.first_tensor(prober.run([_OPS[action] for action in actions]))
+        return as_rows(compat.prediction_of(prober.run([_OPS[action] for action in actions])))
 
 
 def compression_loss(fresh: torch.Tensor, compressed: torch.Tensor, loss: Loss = "ratio_abs") -> float:
