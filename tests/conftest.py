@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from sostenuto.zoo import TINY_MODELS
@@ -131,8 +132,8 @@ def sample_loop(
 ):
     """The user's own loop around a denoiser; returns the final latents and every model output.
 
-    Guidance is in two calls of a step (``separate``), or in one with the batch doubled (``fused``), or there is none. With a
-    ``first_step`` the noisiest steps are left out, as image-to-image does.
+    Guidance is in two calls of a step (``separate``: of every step, or of those that are listed), or in one with the batch
+    doubled (``fused``), or there is none. With a ``first_step`` the noisiest steps are left out, as image-to-image does.
     """
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, 2, size, size, generator=generator).to(dtype)
@@ -151,10 +152,11 @@ def sample_loop(
         else:
             noise = model(latents, timestep.expand(batch), labels).sample
             outputs.append(noise)
-        if separate_guidance:
+        separate = separate_guidance if isinstance(separate_guidance, bool) else step in separate_guidance
+        if separate:
             unconditional = model(latents, timestep.expand(batch), null).sample
             outputs.append(unconditional)
-        if fused_guidance or separate_guidance:
+        if fused_guidance or separate:
             noise = unconditional + 3.0 * (noise - unconditional)
         latents = scheduler.step(noise[:, :2], timestep, latents, generator=generator).prev_sample.to(dtype)
     return latents, outputs
@@ -180,6 +182,23 @@ def sample_of_every_call(scheduler):
         return latents
 
     return every_call
+
+
+def sampler_of_lists(*shapes):
+    """Z-Image, whose latents are a list of two samples, here of these shapes: the network, a ``sample`` and the scheduler."""
+    tiny, scheduler = TINY_MODELS["ZImageTransformer2DModel"], FlowMatchEulerDiscreteScheduler()
+
+    @torch.no_grad()
+    def sample(network, generator, num_inference_steps):
+        scheduler.set_timesteps(num_inference_steps)
+        latents = [torch.randn(4, 1, *shape, generator=generator) for shape in shapes or [(8, 8)] * 2]
+        for timestep, (now, then) in zip(scheduler.timesteps, pairwise(scheduler.sigmas), strict=True):
+            given = tiny.inputs(float(timestep), torch.Generator().manual_seed(0)) | {"x": latents}
+            velocity = network(**given).sample
+            latents = [x + (now - then) * v for x, v in zip(latents, velocity, strict=True)]
+        return latents
+
+    return tiny.build().requires_grad_(False), sample, scheduler
 
 
 @pytest.fixture(scope="session")

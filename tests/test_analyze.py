@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import sostenuto
-from conftest import sample, sample_loop
+from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache
-from sostenuto.analysis import probe_chain, record
+from sostenuto.analysis import noise_norm_curves, probe_chain, probe_variance, record
 from sostenuto.analysis.analyze import INSTRUMENTS
 from sostenuto.analysis.bias_curves import measure as exposure_bias
 from sostenuto.analysis.components import measure as components
@@ -24,7 +25,7 @@ from sostenuto.analysis.similarity import SIMILARITY, cosine
 from sostenuto.analysis.similarity import measure as similarity
 from sostenuto.analysis.snr import SNR, decoded_signal_to_noise, signal_to_noise
 from sostenuto.analysis.subject import Subject
-from sostenuto.analysis.token_importance import path_errors
+from sostenuto.analysis.token_importance import TOKENS, path_errors
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
 from sostenuto.zoo import TINY_MODELS
@@ -347,12 +348,37 @@ def test_the_words_tell_a_u_from_none():
     assert "no U" in finding(falling)
 
 
+@pytest.mark.parametrize("measure", [noise_norm_curves, probe_variance, probe_chain])
+def test_latents_that_are_a_list_are_refused(measure):
+    network, sample, scheduler = sampler_of_lists()
+    with pytest.raises(MethodError, match="the latents are a list of tensors"):
+        measure(network, sample, torch.zeros(2, 4, 1, 8, 8), num_inference_steps=2, scheduler=scheduler)
+
+
 # --- tokens and components ---------------------------------------------------------------------------------------
 
 
 def test_errors_of_samples_are_relative_norms():
     reference = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert path_errors(torch.tensor([[3.0, 3.0], [0.0, 2.0]]), reference) == pytest.approx([1 / 5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ([1.0], "by one sample not to be told from random"),
+        ([1.0, 5.0], "no different from random"),
+        ([1.0, 1.1], "worse than random"),
+    ],
+)
+def test_tokens_are_better_or_worse_by_two_standard_errors_which_one_sample_does_not_have(errors, words):
+    def entry(values):
+        return {"errors": values, "mean": fmean(values), "macs_share": None}
+
+    necessity = dict.fromkeys(("no tokens", "at every second step", "at every step"), entry(errors))
+    selections = {"attention": {"0.1": entry(errors)}, "random": {"0.1": entry([0.0] * len(errors))}}
+    found = TOKENS.finding({"selections": selections, "necessity": necessity})
+    assert f"tokens by attention are {words} tokens at 10%" in found
 
 
 def test_shares_of_the_work_are_those_of_the_modules(model, subject):

@@ -6,10 +6,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import sostenuto
-from conftest import sample, sample_loop
+from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
 from sostenuto.calibrations.algorithm1 import Algorithm1
+from sostenuto.calibrations.base import Tapped
 from sostenuto.calibrations.eb import _vote
+from sostenuto.engine import attach
+from sostenuto.plan import Op
 
 C, A, M, B = StepState
 
@@ -47,6 +50,29 @@ def test_no_branch_is_reused_more_often_in_a_row_than_the_bound(model, criterion
     table = calibrate(model, options)
     assert longest_run(table, (A, B)) == bound
     assert longest_run(table, (B,)) == bound
+
+
+@pytest.mark.parametrize("fill", ["branches", "stack"])
+@pytest.mark.parametrize("rule", ["fixed", "match_norm"])
+def test_a_pass_that_begins_late_or_pauses_begins_by_computing(model, fill, rule):
+    """While calibrating as with the table: guidance in calls of its own, at steps 2 and 3 and again from step 5 on."""
+    outputs = []
+
+    def guided(target, generator, num_inference_steps):
+        seed = int(torch.randint(99, (1,), generator=generator))
+        guided_at = (2, 3, 5, 6, 7)
+        _, made = sample_loop(
+            target, model.scheduler_for_test, num_inference_steps, seed=seed, separate_guidance=guided_at
+        )
+        outputs.append(torch.stack(made))
+
+    options = EBCalibration((1e9, 0.0), None, fill=fill, max_consecutive_reuse=2, eps_scale_rule=rule)
+    given = {"num_inference_steps": 8, "num_samples": 2, "scheduler": model.scheduler_for_test}
+    table = sostenuto.calibrate(model, options, guided, **given)
+    assert table.actions == (C, B, B, C, B, B, C, C)
+    with sostenuto.enable(model, EBCache(table, eps_scale=1.0), scheduler=model.scheduler_for_test):
+        guided(model, torch.Generator().manual_seed(0), 8)
+    torch.testing.assert_close(outputs[-1], outputs[0])
 
 
 def test_algorithm_1_taken_literally_may_reuse_without_bound(model):
@@ -155,15 +181,21 @@ def test_options_without_meaning_are_refused(wrong):
         EBCalibration(**wrong)
 
 
-def test_norm_matching_restores_the_uncached_norm_at_every_step(model):
-    table = calibrate(model, EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm"), steps=8)
+@pytest.mark.parametrize("separate", [False, True])
+def test_norm_matching_restores_the_uncached_norm_of_the_first_pass_at_every_step(model, separate):
+    def guided(model, generator, num_inference_steps):
+        return sample(model, generator, num_inference_steps, separate_guidance=separate)
+
+    options = EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm")
+    given = {"num_inference_steps": 8, "num_samples": 4, "scheduler": model.scheduler_for_test}
+    table = sostenuto.calibrate(model, options, guided, **given)
 
     def norms(method):
         # the calibration's own noise: its generator starts from seed 0
         start = int(torch.randint(99, (1,), generator=torch.Generator().manual_seed(0)))
         with sostenuto.enable(model, method, scheduler=model.scheduler_for_test):
-            _, outputs = sample_loop(model, model.scheduler_for_test, 8, seed=start)
-        return [output.flatten(1).square().mean(1).sqrt().mean().item() for output in outputs]
+            _, outputs = sample_loop(model, model.scheduler_for_test, 8, seed=start, separate_guidance=separate)
+        return [output.flatten(1).square().mean(1).sqrt().mean().item() for output in outputs[:: 1 + separate]]
 
     assert norms(EBCache(table)) == pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert norms(EBCache(table, eps_scale=1.0)) != pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
@@ -197,14 +229,44 @@ def test_with_a_guidance_scale_the_guided_predictions_of_the_images_are_compared
     torch.testing.assert_close(gap(latents, 2.5), rms(fresh - cached))  # no two passes in one batch
 
 
+@pytest.mark.parametrize("criterion", ["vector_gap", "norm_gap"])
+def test_of_latents_in_a_list_every_sample_has_a_gap(criterion):
+    network, sample, scheduler = sampler_of_lists((8, 4), (8, 8))
+    outputs, gaps = [], []
+
+    def drive(tick, prober):
+        outputs.append(prober.run([Op.COMPUTE] * len(handle.sites)))
+        if tick.step == 1:
+            gaps.append(Algorithm1(handle, EBCalibration(criterion=criterion), 1.0)._gap(tick, *outputs, prober))
+            kept = (1 - scheduler.sigmas[1]).item()  # the network predicts x₀ − ε
+            inputs.extend((x, kept) for x in prober.call.latents)
+        return outputs[-1]
+
+    def rms(values):
+        return values.square().mean().sqrt().item()
+
+    inputs = []
+    with attach(network, Tapped("branches"), scheduler=scheduler) as handle:
+        handle.driver = drive
+        sample(network, torch.Generator().manual_seed(0), 2)
+    pairs = list(zip(*(output.sample for output in outputs), strict=True))
+    if criterion == "vector_gap":
+        wanted = [rms(a - b) for a, b in pairs]
+    else:
+        wanted = [rms(x - kept * a) - rms(x - kept * b) for (x, kept), (a, b) in zip(inputs, pairs, strict=True)]
+    assert gaps[0].tolist() == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model):
     """A batch of which one half's norm rises as much as the other's falls is no reason to compute."""
     options = EBCalibration((0.1, 0.0), None, criterion="norm_gap", candidates=(B,))
     algorithm = Algorithm1(SimpleNamespace(sites=()), options, 1.0)
     algorithm._run = lambda *args, **kwargs: torch.zeros(2, 1)
     algorithm._gap = lambda *args: torch.tensor([0.5, -0.5])
-    state, _ = algorithm._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)
+    tick = SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0)
+    prober = SimpleNamespace(state=SimpleNamespace(last_step=0))
+    state, _ = algorithm._choose(tick, prober)
     assert state is B
     voting = Algorithm1(SimpleNamespace(sites=()), replace(options, aggregation="vote"), 1.0)
     voting._run, voting._gap = algorithm._run, algorithm._gap
-    assert voting._choose(SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0), None)[0] is C
+    assert voting._choose(tick, prober)[0] is C

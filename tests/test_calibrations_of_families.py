@@ -80,3 +80,35 @@ def test_the_error_of_joint_attention_is_that_of_both_streams():
     seen = watched(network, sample, joint, lambda args, kwargs, out: torch.cat([part.flatten(1) for part in out], 1))
     expected = [((a - b).abs().sum(1) / b.abs().sum(1)).mean().item() for a, b in itertools.pairwise(seen)]
     assert made.calibration["errors"][joint][0] == pytest.approx(expected, rel=1e-4)
+
+
+def with_a_pass_that_skips(sample, from_step=0):
+    """Stable Diffusion 3 with ``skip_guidance_layers``: from some step on a second pass leaves out a block."""
+
+    def skipping(network, generator, num_inference_steps):
+        calls = iter(range(num_inference_steps))
+
+        def twice(**given):
+            output = network(**given)
+            if next(calls) >= from_step:
+                network(**given, skip_layers=[1])
+            return output
+
+        return sample(twice, generator, num_inference_steps)
+
+    return skipping
+
+
+def test_the_errors_of_a_block_that_one_pass_leaves_out_are_those_of_the_others():
+    network, sample, scheduler = flow_sampler(TINY_MODELS["SD3Transformer2DModel"])
+
+    def errors(sample):
+        given = {"num_inference_steps": STEPS, "num_samples": 2, "scheduler": scheduler}
+        made = sostenuto.calibrate(network, calibrations.SmoothCacheCalibration(), sample, **given)
+        return made.calibration["errors"]
+
+    alone, beside = errors(sample), errors(with_a_pass_that_skips(sample))
+    differs = {name for name in alone if alone[name] != beside[name]}
+    assert set(alone) == set(beside) == {site.id for site in inspect(network)}
+    assert differs  # what comes after it hears that it is missing
+    assert {name.split(".")[1] for name in differs} == {"2"}

@@ -7,7 +7,7 @@ import sostenuto
 from conftest import sample_loop
 from naive_attention import SITES, WG, C, G, R, W, guided_loop, naive_copy
 from sostenuto import CacheTable, DiTFastAttn, DiTFastAttnCalibration, TableError
-from sostenuto.attention_tap import usual_half
+from sostenuto.attention_tap import is_guided, usual_half
 from sostenuto.calibrations.ditfastattn import CANDIDATES, compression_loss
 from sostenuto.cli import ModelChoice, main
 from sostenuto.zoo import TINY_MODELS
@@ -97,6 +97,30 @@ def test_without_guidance_in_the_batch_nothing_is_shared_between_its_halves(tiny
     assert table.calibration["num_samples"] == 4  # two generations of two rows each, which vote
     with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
         loop(tiny, scheduler, 2)
+
+
+def test_a_pass_that_begins_late_or_pauses_begins_by_computing(tiny, scheduler):
+    """While calibrating as with the table: guidance in calls of its own, at steps 1 and 3."""
+    outputs = []
+
+    def loop(model, scheduler, num_steps):
+        outputs.append(torch.stack(sample_loop(model, scheduler, num_steps, separate_guidance=(1, 3))[1]))
+
+    for candidate in (R, W):
+        calibration = DiTFastAttnCalibration(1e9, 2, candidates=(candidate,))
+        table = calibrated(tiny, scheduler, calibration, 4, loop, num_samples=2)
+        assert all(action is candidate for step in table.actions[1:] for action in step.values())
+        with sostenuto.enable(tiny, DiTFastAttn(table), scheduler=scheduler):
+            loop(tiny, scheduler, 4)
+        torch.testing.assert_close(outputs[-1], outputs[-2])
+
+
+def test_guidance_in_one_call_is_seen_in_a_list_of_samples_too():
+    one, other, small = torch.randn(2, 4, 1, 8, 8), torch.randn(2, 4, 1, 8, 8), torch.randn(4, 1, 8, 4)
+    assert is_guided([*one, *one])
+    assert not is_guided([*one, *other])
+    assert is_guided([one[0], small, one[0], small])
+    assert not is_guided([one[0], small, small, one[0]])
 
 
 def test_the_search_keeps_one_output_and_one_residual_per_layer(tiny, scheduler):

@@ -210,13 +210,13 @@ def test_pairs_that_do_not_fit_the_chain_are_refused(model):
 # --- calibration -------------------------------------------------------------------------------------------------
 
 
-def calibrated(model, **options):
+def calibrated(model, num_samples=2, **options):
     return sostenuto.calibrate(
         model,
         EpsilonScalingCalibration(**options),
         tiny_sample,
         num_inference_steps=6,
-        num_samples=2,
+        num_samples=num_samples,
         scheduler=model.scheduler_for_test,
     )
 
@@ -282,6 +282,13 @@ def test_a_calibration_that_makes_no_sense_is_refused(model, options):
     with pytest.raises(MethodError):
         calibrated(model, **options)
     sostenuto.enable(model, "none", scheduler=model.scheduler_for_test).disable()
+
+
+@pytest.mark.parametrize(("rows", "asked", "measured"), [(6, 3, 4), (6, 5, 6), (5, 5, 4), (6, 1, 2)])
+def test_as_many_real_latents_as_asked_for_are_measured_and_whole_generations_of_them(model, rows, asked, measured):
+    latents = torch.randn(rows, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    scales = calibrated(model, asked, real_latents=latents, match="norm")
+    assert scales.calibration["num_samples"] == measured  # two rows at a time
 
 
 def test_too_few_real_latents_are_refused(model):

@@ -20,12 +20,15 @@ from sostenuto import (
     StepState,
     TableError,
 )
-from sostenuto.calibrations.smoothcache import relative_l1
+from sostenuto.anatomy import SiteKind
+from sostenuto.calibrations.smoothcache import Measured, relative_l1
 from sostenuto.cli import main
+from sostenuto.cost import Cost
 from sostenuto.engine import handle_of
 from sostenuto.methods.smoothcache import greedy_schedule
 from sostenuto.plan import Action
 from sostenuto.seeds import noise_seed
+from sostenuto.sites import Site
 from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 10
@@ -89,6 +92,15 @@ def test_the_longest_stretch_below_alpha_is_skipped():
     )  # step 3 reaches one step, step 5 would reach the last two
     assert strip(greedy_schedule(errors, 0.15)) == "10101011"  # the last step is computed, though it would be in reach
     assert strip(greedy_schedule(errors, 0.05)) == "11111111"
+
+
+def test_a_branch_that_no_pass_ran_has_the_error_of_its_kind():
+    attention, mlp = SiteKind.SELF_ATTENTION, SiteKind.MLP
+    sites = [Site(name, kind, 0, 0) for name, kind in zip("abcd", [attention] * 3 + [mlp], strict=True)]
+    totals = {(index, 1, step): 2.0 * (index + step + 1) for index in (0, 1) for step in (0, 1)}
+    cost = Cost(4, (2, 2, 0, 0), (), ())
+    found = Measured(2, 3, cost, totals, dict.fromkeys(totals, 2)).errors(sites)
+    assert found.errors == {"a": [[1.0, 2.0]], "b": [[2.0, 3.0]], "c": [[1.5, 2.5]], "d": [[0.0, 0.0]]}
 
 
 def test_a_longer_stretch_counts_where_a_shorter_one_has_the_larger_error():

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import sostenuto
-from conftest import sample, sample_loop
+from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import CacheTable, EBCache, InputError
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import attach
 from sostenuto.table import StepState
+from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import Instrument
 from sostenuto.tuning.lab import Lab
-from sostenuto.tuning.measurement import Kind, reaches
+from sostenuto.tuning.measurement import NUDGES, Kind, Reach, reaches
 from sostenuto.tuning.record import claim
 from tunings import STEPS
 
@@ -48,6 +49,61 @@ def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
             error = (outputs[step] - fresh[step]).square().mean().item()
             at = measured.reach[kind].gap_index(order, 1)
             assert measured.runs[kind][order, at, step - 1, 0, 0] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("shapes", [[(8, 8), (8, 8)], [(8, 4), (8, 8)]], ids=["alike", "of two sizes"])
+def test_of_latents_in_a_list_every_sample_counts(shapes):
+    network, sample, scheduler = sampler_of_lists(*shapes)
+    settings = Settings(network, sample, 4, 2, scheduler=scheduler)
+    seen: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    instruments = []
+
+    def measure(handle, tick, prober):
+        if not instruments:
+            instruments.append(Instrument(handle, reaches((Kind.BRANCHES,), 4), 4))
+        output = instruments[0](tick, prober)
+        seen.append((prober.call.latents, output.sample))
+        return output
+
+    def follow(handle, tick, prober):
+        output = prober.follow()
+        seen.append((prober.call.latents, output.sample))
+        return output
+
+    def mean_squares(samples):
+        return [x.square().mean().item() for x in samples]
+
+    run = generate(settings, 0, Tapped("branches"), measure)
+    inputs, fresh = zip(*seen, strict=True)
+    measured = instruments[0].result(run.rows, 0.0)
+    assert len(run.latents[0]) == run.rows == 2
+    assert run.latents[0].square().mean(1).tolist() == pytest.approx(mean_squares(inputs[-1]))
+    for step, (x, output) in enumerate(zip(inputs, fresh, strict=True)):
+        assert measured.power[step] == pytest.approx(np.mean(mean_squares(output)))
+        kept = 1 - scheduler.sigmas[step]  # the network predicts x₀ − ε
+        noise = [latents - kept * prediction for latents, prediction in zip(x, output, strict=True)]
+        assert run.norms[step] == pytest.approx([np.mean(np.sqrt(mean_squares(noise)))])
+
+    seen.clear()
+    table = CacheTable((StepState.COMPUTE, StepState.COMPUTE, StepState.REUSE_BOTH, StepState.COMPUTE))
+    generate(settings, 0, EBCache(table, eps_scale=1.0), follow)
+    off = [reused - wanted for reused, wanted in zip(seen[2][1], fresh[2], strict=True)]
+    assert measured.runs[Kind.BRANCHES][0, 0, 1, 0, 0] == pytest.approx(np.mean(mean_squares(off)), rel=1e-4)
+
+
+def test_the_roughness_is_the_share_of_noise_in_the_error_of_reuse_one_step_later(model):
+    """Features d·p + noise: reuse at lag l, also below 1, is off by d²l² + 2n²."""
+    drift, noise = 1.0, 0.2
+    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+        instrument = Instrument(handle, {Kind.STACK: Reach(1, ((0,),))}, STEPS)
+    instrument._runs[Kind.STACK][...] = drift**2 + 2 * noise**2
+    for place, lag in enumerate(NUDGES):
+        instrument._nudge_errors[place, 1:] = drift**2 * lag**2 + 2 * noise**2
+    roughness = instrument.result(2, 0.0).roughness
+    assert np.isnan(roughness[0])
+    np.testing.assert_allclose(
+        roughness[1:], 2 * noise**2 / (drift**2 + 2 * noise**2)
+    )  # 7 %, but 56 % at a quarter of a step
 
 
 def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):

@@ -12,7 +12,7 @@ from sostenuto.errors import InputError
 from sostenuto.plan import Action
 from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.lab import Lab
-from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach
+from sostenuto.tuning.measurement import Kind, Measurement, Reach
 from sostenuto.tuning.search import (
     EMPTY,
     ErrorModel,
@@ -247,7 +247,7 @@ def test_a_measurement_survives_its_file(tmp_path):
 
 
 def test_the_noise_floor_and_the_gain_of_forecasts_are_those_of_features_with_known_noise():
-    """Features d·p + noise: reuse at any lag l, also below 1, is off by d²l² + 2n², a linear forecast of neighbours by 6n²."""
+    """Features d·p + noise: reuse at lag l is off by d²l² + 2n², a linear forecast of neighbours by 6n²."""
     drift, noise = 0.3, 0.5
     reach = {Kind.STACK: Reach(2, ((0,), (1,)))}
     values = np.full((2, 1, 10, 2, 2), np.nan)
@@ -255,8 +255,7 @@ def test_the_noise_floor_and_the_gain_of_forecasts_are_those_of_features_with_kn
         values[0, 0, step, 0, 0] = drift**2 + 2 * noise**2
         values[0, 0, step, 1, 1] = 4 * drift**2 + 2 * noise**2
         values[1, 0, step, 0, 0] = 6 * noise**2
-    little, more = (drift**2 * lag**2 + 2 * noise**2 for lag in NUDGES)
-    roughness = np.array([np.nan, *[(4 * little - more) / (3 * little)] * 9])
+    roughness = np.array([np.nan, *[2 * noise**2 / (drift**2 + 2 * noise**2)] * 9])
     measured = Measurement(reach, {Kind.STACK: values}, np.ones(10), COSTS, COSTS, 4, {}, roughness=roughness)
     assert measured.noise_share == pytest.approx(2 * noise**2 / (drift**2 + 2 * noise**2))
     assert measured.forecast_gain == pytest.approx((6 * noise**2 / (drift**2 + 2 * noise**2)) ** 0.5)

@@ -119,6 +119,20 @@ def test_an_instrumented_run_costs_what_is_said_before(small, executed):
     assert measured.work == pytest.approx(lab.rows(8) * said)
 
 
+@pytest.mark.parametrize("share", [(Kind.BRANCHES,), (Kind.MLP,)])
+def test_one_process_shows_the_work_of_its_share_of_the_kinds(small, executed, share):
+    settings = Settings(small, sample, STEPS, 4, scheduler=small.scheduler_for_test)
+    shown: list[float] = []
+    lab = Lab(settings, None, 2, shown.append)
+    kinds = (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP)
+    lab.rehearse(kinds)
+    executed[0] = 0.0
+    shown.clear()
+    measured = lab._measured(share, kinds)
+    assert measured.work == pytest.approx(executed[0] / STEPS)
+    assert sum(shown) == pytest.approx(measured.work / 2)  # of two generations the last is counted with the result
+
+
 def test_more_measuring_than_the_work_allows_is_refused_before_anything_runs(model):
     def never(*_, **__):
         raise AssertionError

@@ -11,7 +11,7 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.errors import MethodError
-from sostenuto.features import keep, kept
+from sostenuto.features import Feature, as_rows, keep, kept
 from sostenuto.plan import Action, Op
 from sostenuto.sites import Site
 from sostenuto.source import accepts
@@ -168,13 +168,14 @@ def usual_half(denoiser: nn.Module) -> ConditionalHalf:
     return "second" if accepts(kind, "encoder_hidden_states") and not accepts(kind, "class_labels") else "first"
 
 
-def is_guided(latents: torch.Tensor) -> bool:
-    """Whether a batch holds the same latents twice, as guidance in one call does."""
-    half, rest = divmod(latents.shape[0], 2)
-    return half > 0 and rest == 0 and torch.equal(latents[:half], latents[half:])
+def is_guided(latents: Feature) -> bool:
+    """Whether a batch, or a list of samples, holds the same latents twice, as guidance in one call does."""
+    rows = as_rows(latents)
+    half, rest = divmod(rows.shape[0], 2)
+    return half > 0 and rest == 0 and torch.equal(rows[:half], rows[half:])
 
 
-def check_guidance_halves(latents: torch.Tensor) -> None:
+def check_guidance_halves(latents: Feature) -> None:
     """Refuse a batch whose halves are not the two passes of guidance: sharing would mix up the samples.
 
     Raises:
@@ -182,6 +183,6 @@ def check_guidance_halves(latents: torch.Tensor) -> None:
     """
     if not is_guided(latents):
         raise MethodError(
-            f"the plan shares attention between the halves of guidance, but the batch of {latents.shape[0]} does not hold the "
+            f"the plan shares attention between the halves of guidance, but the batch of {len(latents)} does not hold the "
             "same latents twice: call the denoiser with both passes in one batch, or calibrate without the sharing candidates"
         )

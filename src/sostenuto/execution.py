@@ -95,7 +95,7 @@ class Executor:
             return self._run_plain(state, call, ops, note)
         self.step_in()
         if row.shares_guidance:
-            check_guidance_halves(next(leaves(call.latents)))
+            check_guidance_halves(call.latents)
         # Taps in a compiled graph are given their memory beforehand. Before the taps are set: a dry run resets them.
         known = cost() if self.in_graph else None
         weights = ForecastWeights(lagrange_weights if plan is None else plan.weights, step)

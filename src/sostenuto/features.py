@@ -36,6 +36,21 @@ def leaves(feature: Feature, leaf: type = torch.Tensor) -> Iterator[Any]:
             yield from leaves(part, leaf)
 
 
+def as_rows(samples: Feature) -> torch.Tensor:
+    """A tensor ``[rows, …]`` as it is, or the samples of a list as the rows of one.
+
+    Samples of different sizes are filled up with zeros, ``[rows, values]``, and scaled so that the mean square of each stays.
+    """
+    if isinstance(samples, torch.Tensor):
+        return samples
+    each = list(leaves(samples))
+    if len({sample.shape for sample in each}) == 1:
+        return torch.stack(each)
+    size = max(sample.numel() for sample in each)
+    rows = [sample.flatten().float() * (size / sample.numel()) ** 0.5 for sample in each]
+    return torch.stack([torch.nn.functional.pad(row, (0, size - len(row))) for row in rows])
+
+
 def num_bytes(feature: Feature | None) -> int:
     """Size of a feature's data in bytes."""
     return sum(tensor.nbytes for tensor in leaves(feature))

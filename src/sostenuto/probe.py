@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.correct import predicted_noise, without_variance
 from sostenuto.cost import Cost
-from sostenuto.features import leaves
+from sostenuto.features import as_rows, mapped
 from sostenuto.plan import Op, Row
 from sostenuto.state import Call, PassState
 
@@ -49,14 +50,19 @@ class Prober:
         return replace(self, call=replace(self.call, args=args, kwargs=kwargs, latents=latents))
 
     def prediction(self, output: Any) -> torch.Tensor:
-        """What an output of this call predicts, without a learned variance; of a list of samples for the first one."""
-        return without_variance(compat.first_tensor(output), next(leaves(self.call.latents)), self.call.noisy_last)
+        """What an output of this call predicts ``[rows, …]``, without a learned variance; the samples of a list are rows."""
+        return self._predicted(output, partial(without_variance, noisy_last=self.call.noisy_last))
 
     def noise(self, output: Any) -> torch.Tensor:
-        """The noise ε that an output of this call predicts, also where the network predicts something else."""
-        latents = next(leaves(self.call.latents))
+        """The noise ε that an output of this call predicts, also where the network predicts something else; rows as above."""
         conversion = self.handle._conversion(self.tick)
-        return predicted_noise(compat.first_tensor(output), latents, conversion, self.call.noisy_last)
+        return self._predicted(output, partial(predicted_noise, conversion=conversion, noisy_last=self.call.noisy_last))
+
+    def _predicted(self, output: Any, read: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        prediction, latents = compat.prediction_of(output), self.call.latents
+        if isinstance(prediction, torch.Tensor):
+            return read(prediction, as_rows(latents))
+        return as_rows(mapped(read, prediction, latents))
 
     def scaled(self, output: Any, scale: float) -> Any:
         """An output of this call with its noise multiplied by ``scale``."""

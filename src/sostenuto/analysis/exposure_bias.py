@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sostenuto.analysis.trajectory import one_tensor
 from sostenuto.analysis.variance_probe import fitted
 from sostenuto.clock import Tick
 from sostenuto.engine import attach
@@ -93,7 +94,7 @@ def noise_norm_curves(
 
     Raises:
         InputError: the rows don't fit the denoiser's batch, or ``sample`` left out steps.
-        MethodError: the scheduler's noise levels are not known.
+        MethodError: the scheduler's noise levels are not known, or the latents are no single tensor.
         AlreadyEnabledError: a method is enabled on the model.
     """
     batches = [real_latents] if isinstance(real_latents, torch.Tensor) else list(real_latents)
@@ -135,7 +136,7 @@ class _Meter:
         if tick.new_generation:
             self.timesteps = tick.timesteps
             self.levels = noise_levels(self.scheduler(), tick.timesteps)
-        probe = prober.with_latents(self._noised(tick, prober.call.latents))
+        probe = prober.with_latents(self._noised(tick, one_tensor(prober.call.latents)))
         computed = probe.run([Op.COMPUTE] * len(prober.handle.sites))
         self.real.setdefault(tick.step, []).extend(_norms(probe.noise(computed)))
         output = prober.follow()

@@ -149,6 +149,14 @@ def _standard_error(errors: list[float]) -> float:
     return stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
 
 
+def _verdict(gaps: list[float]) -> str:
+    """What paired differences of errors say."""
+    if len(gaps) < 2:
+        return "by one sample not to be told from"
+    mean, noise = fmean(gaps), 2 * _standard_error(gaps)
+    return "no different from" if abs(mean) <= noise else "worse than" if mean > 0 else "better than"
+
+
 def finding(data: Data) -> str:
     """What the numbers say."""
     random = data["selections"]["random"]
@@ -159,11 +167,8 @@ def finding(data: Data) -> str:
         verdicts = []
         for ratio, entry in by_ratio.items():
             gaps = [a - b for a, b in zip(entry["errors"], random[ratio]["errors"], strict=True)]
-            mean, noise = fmean(gaps), 2 * _standard_error(gaps)
-            sure = "no different from" if abs(mean) <= noise else "worse than" if mean > 0 else "better than"
-            verdicts.append(
-                f"{sure} random tokens at {float(ratio):.0%} ({entry['mean']:.4f} against {random[ratio]['mean']:.4f})"
-            )
+            means = f"{entry['mean']:.4f} against {random[ratio]['mean']:.4f}"
+            verdicts.append(f"{_verdict(gaps)} random tokens at {float(ratio):.0%} ({means})")
         words.append(f"tokens by {name} are {' and '.join(verdicts)}")
     important = "; ".join(words) if words else "no selection by importance works on this network"
     entries = data["necessity"]

@@ -11,6 +11,7 @@ import torch
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import InputError, MethodError
+from sostenuto.features import Feature
 from sostenuto.methods.base import Method
 from sostenuto.probe import Prober
 from sostenuto.schedulers import noise_levels
@@ -56,6 +57,17 @@ class Trajectory:
         """The network's estimate of the clean samples at one step, ``x̂₀ = (x_t − σ·ε) / α``, ``[rows, …]``."""
         alpha, sigma = self.levels[step]
         return (self.latents[step] - sigma * self.noise[step]) / max(alpha, 1e-6)
+
+
+def one_tensor(latents: Feature) -> torch.Tensor:
+    """The latents of a call, of all samples together.
+
+    Raises:
+        MethodError: they are a list of one tensor for each sample.
+    """
+    if not isinstance(latents, torch.Tensor):
+        raise MethodError("the latents are a list of tensors: the path of such a model can't be kept in one")
+    return latents
 
 
 @torch.no_grad()
@@ -150,8 +162,7 @@ class _Recorder:
         if tick.new_generation:
             if self.latents:
                 raise InputError("sample must run one generation at a time")
-            if not isinstance(prober.call.latents, torch.Tensor):
-                raise MethodError("the latents are a list of tensors: the path of such a model can't be kept in one")
+            one_tensor(prober.call.latents)
             self.timesteps = tick.timesteps
             self.levels = noise_levels(self.handle._scheduler(), tick.timesteps)
         output = prober.follow() if self.watch is None else self.watch(self.handle, tick, prober)

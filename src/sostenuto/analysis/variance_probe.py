@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sostenuto import compat
-from sostenuto.analysis.trajectory import Trajectory, record
+from sostenuto.analysis.trajectory import Trajectory, one_tensor, record
 from sostenuto.clock import Tick
 from sostenuto.correct import keep_variance
 from sostenuto.engine import Handle, attach
@@ -126,7 +126,7 @@ def probe_variance(
 
     Raises:
         InputError: the rows don't fit the denoiser's batch, or ``sample`` left out steps.
-        MethodError: what the scheduler expects, or how noisy its steps are, is not known.
+        MethodError: what the scheduler expects, or how noisy its steps are, is not known, or the latents are no single tensor.
         AlreadyEnabledError: a method is enabled on the model.
     """
     batches = [real_latents] if isinstance(real_latents, torch.Tensor) else list(real_latents)
@@ -255,7 +255,7 @@ class _Teacher:
         self.walked = 0
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
-        latents = prober.call.latents
+        latents = one_tensor(prober.call.latents)
         if tick.new_generation:
             self.timesteps = tick.timesteps
             self.levels = noise_levels(self.handle._scheduler(), tick.timesteps)

@@ -15,7 +15,6 @@ from sostenuto.correct import check_noise_scale
 from sostenuto.cost import Cost
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
-from sostenuto.features import leaves
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
 from sostenuto.plan import Op
@@ -51,7 +50,8 @@ class Algorithm1Options:
         max_rounds: most values of κ that are tried; the cost changes in leaps, so that none may bring it within a hundredth.
         eps_scale: b during calibration, and the result where nothing else decides it.
         eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
-            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction;
+            ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction, of passes
+            in separate calls that of the first one;
             ``"fixed"`` keeps ``eps_scale``.
         eps_scale_grid: the values of b that are tried when a ``score`` is given.
         guidance_scale: s of classifier-free guidance, where both passes are in one batch: what is compared is then each image's
@@ -170,7 +170,7 @@ class Algorithm1:
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         options, last = self.options, tick.num_steps - self.options.last_computed
-        if tick.step == 0 or tick.step >= last:
+        if prober.state.last_step < 0 or tick.step >= last:
             self.trace.norms.append({})
             self.trace.cost = self.trace.cost or prober.cost()
             return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
@@ -205,6 +205,9 @@ class Algorithm1:
 
     def _run(self, tick: Tick, prober: Prober, state: StepState, keep: bool = True) -> Any:
         """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
+        if prober.state.last_step < 0:  # the pass begins, or begins anew after a gap: nothing is kept of it
+            self.history = {key: steps for key, steps in self.history.items() if key[0] != tick.pass_index}
+            state = StepState.COMPUTE
         sites = self.handle.sites
         depth = self.options.forecast_order + 1
         whole = self.options.fill == "stack" and state is StepState.REUSE_BOTH
@@ -246,7 +249,7 @@ class Algorithm1:
     def _guided(self, rows: torch.Tensor, prober: Prober) -> torch.Tensor:
         """What guidance makes of the rows of a batch ``[rows, …]``, where its scale is known and both passes are in it."""
         scale = self.options.guidance_scale
-        if scale is None or not is_guided(next(leaves(prober.call.latents))):
+        if scale is None or not is_guided(prober.call.latents):
             return rows
         half = self.options.conditional_half or usual_half(self.handle._denoiser)
         conditional, other = rows.chunk(2) if half == "first" else reversed(rows.chunk(2))
@@ -261,8 +264,8 @@ class NormMatch(Algorithm1):
     ) -> None:
         super().__init__(handle, options, 0.0)
         self.states, self.wanted = states, wanted
-        self.norms: dict[int, list[float]] = {}
-        self.scales: dict[int, list[float]] = {}
+        self.norms: dict[int, float] = {}
+        self.scales: dict[int, float] = {}
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         state = self.states[tick.step]
@@ -270,11 +273,11 @@ class NormMatch(Algorithm1):
         return state, self._run(tick, prober, state)
 
     def _scale(self, tick: Tick, output: Any, prober: Prober) -> float:
-        norm = _norm(self._guided(prober.noise(output).float(), prober), self.options.norm).mean().item()
-        scale = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
-        self.norms.setdefault(tick.step, []).append(norm)
-        self.scales.setdefault(tick.step, []).append(scale)
-        return scale
+        if tick.pass_index == 0:  # the passes of a step share its factor: guidance would amplify a difference
+            norm = _norm(self._guided(prober.noise(output).float(), prober), self.options.norm).mean().item()
+            self.norms[tick.step] = norm
+            self.scales[tick.step] = 1.0 if self.wanted is None else self.wanted[tick.step] / norm
+        return self.scales[tick.step]
 
 
 def _norm(values: torch.Tensor, norm: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from sostenuto.clock import Tick
 from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
+from sostenuto.features import as_rows
 from sostenuto.methods.base import Method
 from sostenuto.methods.checks import check_choice, check_number
 from sostenuto.methods.ditfastattn import DiTFastAttn, check_attention
@@ -174,9 +175,12 @@ class GreedySearch:
         if tick.pass_index == 0:
             self.num_samples, self.num_steps = prober.batch_size, tick.num_steps
             self._signature = prober.call.signature
-            self._choose(tick, prober)
+            self._choose(prober)
             self._bar.update(prober.batch_size)
-        return prober.run([_kept(_OPS[action]) for action in self.actions[-1]])
+        actions = self.actions[-1]
+        if prober.state.last_step < 0:  # the pass begins, or begins anew after a gap: there is nothing to share yet
+            actions = [Action.COMPUTE] * len(actions)
+        return prober.run([_kept(_OPS[action]) for action in actions])
 
     def macs_fraction(self, plan: Plan) -> float:
         """Multiply-accumulates of a generation with the plan, of one without; counted, not derived."""
@@ -186,13 +190,13 @@ class GreedySearch:
     def _count(self, ops: Sequence[Op]) -> int:
         return self.handle.count(self._signature, ops)
 
-    def _choose(self, tick: Tick, prober: Prober) -> None:
-        depth, began = len(self.handle.sites), bool(self.actions)
+    def _choose(self, prober: Prober) -> None:
+        depth = len(self.handle.sites)
         actions = [Action.COMPUTE] * depth
         losses: list[float | None] = [None] * depth
         self.actions.append(actions)
         self.losses.append(losses)
-        if tick.step == 0 or not began:  # there is nothing to share yet
+        if prober.state.last_step < 0:  # nothing is kept yet
             self._candidates = self._worthwhile(is_guided(prober.call.latents))
             return
         fresh = self._output(prober, actions)
@@ -216,7 +220,7 @@ class GreedySearch:
 
     def _output(self, prober: Prober, actions: Sequence[Action]) -> torch.Tensor:
         """The network's output; nothing of it is kept."""
-        return compat.first_tensor(prober.run([_OPS[action] for action in actions]))
+        return as_rows(compat.prediction_of(prober.run([_OPS[action] for action in actions])))
 
 
 def compression_loss(fresh: torch.Tensor, compressed: torch.Tensor, loss: Loss = "ratio_abs") -> float:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
@@ -85,8 +84,8 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         if options.eps_scale_rule == "match_norm":
             steps = range(table.num_inference_steps)
             uncached = follow([StepState.COMPUTE] * len(steps), None)
-            matched = follow(table.actions, [fmean(uncached.norms[p]) for p in steps])
-            return replace(table, eps_scale=tuple(fmean(matched.scales[p]) for p in steps))
+            matched = follow(table.actions, [uncached.norms[p] for p in steps])
+            return replace(table, eps_scale=tuple(matched.scales[p] for p in steps))
         if score is None or not grid:
             return table
 

@@ -118,7 +118,7 @@ class EpsilonScalingCalibration(Calibration):
         if self.real_latents is None:
             return own
         size = len(own[0])
-        whole = min(len(self.real_latents), max(size, settings.num_samples)) // size * size
+        whole = min(len(self.real_latents) // size, math.ceil(settings.num_samples / size)) * size
         if whole == 0:
             raise InputError(
                 f"real_latents has {len(self.real_latents)} rows, a generation {size}: give one for each row at least"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -103,14 +104,14 @@ class Measured:
         num_steps: steps of a generation.
         cost: of a call.
         totals: by site, lag and step, the sum of the errors over rows and passes.
-        rows: by lag and step, over how many.
+        rows: over how many; of a site that a pass leaves out those of the others.
     """
 
     num_samples: int = 0
     num_steps: int = 0
     cost: Cost | None = None
     totals: dict[tuple[int, int, int], float] = field(default_factory=dict)
-    rows: dict[tuple[int, int], int] = field(default_factory=dict)
+    rows: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def errors(self, sites: Sequence[Site]) -> ReuseErrors:
         """The mean errors.
@@ -119,12 +120,20 @@ class Measured:
             MethodError: an output was not finite.
         """
         assert self.cost is not None
-        cost, max_lag = self.cost, max(lag for lag, _ in self.rows)
+        cost, max_lag = self.cost, max(lag for _, lag, _ in self.rows)
+        means = {key: _rounded(total / self.rows[key]) for key, total in self.totals.items()}
+
+        def error(site: Site, index: int, lag: int, step: int) -> float:
+            if (index, lag, step) in means:
+                return means[index, lag, step]
+            # No pass runs it here: its kind's mean leaves the kind's schedule as it is.
+            own = [(other, lag, step) for other, one in enumerate(sites) if one.kind is site.kind]
+            return _rounded(fmean([means[key] for key in own if key in means] or [0.0]))
+
         errors: dict[str, list[list[float]]] = {}
         for index, site in enumerate(sites):
             errors[site.id] = [
-                [_rounded(self.totals[index, lag, p] / self.rows[lag, p]) for p in range(self.num_steps - lag)]
-                for lag in range(1, max_lag + 1)
+                [error(site, index, lag, p) for p in range(self.num_steps - lag)] for lag in range(1, max_lag + 1)
             ]
             if not all(math.isfinite(error) for row in errors[site.id] for error in row):
                 raise MethodError(f"the output of {site.id} is not finite: run the model in a wider dtype")
@@ -142,8 +151,8 @@ def merged(parts: Sequence[Measured]) -> Measured:
         whole.num_samples += part.num_samples
         for key, total in part.totals.items():
             whole.totals[key] = whole.totals.get(key, 0.0) + total
-        for lag, rows in part.rows.items():
-            whole.rows[lag] = whole.rows.get(lag, 0) + rows
+        for key, rows in part.rows.items():
+            whole.rows[key] = whole.rows.get(key, 0) + rows
     return whole
 
 
@@ -163,19 +172,16 @@ class ErrorMeter:
         found.cost = found.cost or prober.cost()
         if tick.pass_index == 0:
             self.steps.append(tick.step)
-        lags = 0
         for site, slots in enumerate(prober.state.slots):
-            fresh, *earlier = (slot for slot in slots if slot is not None)  # newest first
-            lags = len(earlier)
-            if not earlier:
+            known = [slot for slot in slots if slot is not None]  # newest first
+            if len(known) < 2:  # the pass begins, or leaves the site out
                 continue
+            fresh, *earlier = known
             errors = torch.stack([relative_l1(stale, fresh) for stale in earlier]).tolist()
             for lag, error in enumerate(errors, 1):
                 key = (site, lag, tick.step - lag)
                 found.totals[key] = found.totals.get(key, 0.0) + error * prober.batch_size
-        for lag in range(1, lags + 1):
-            key = (lag, tick.step - lag)
-            found.rows[key] = found.rows.get(key, 0) + prober.batch_size
+                found.rows[key] = found.rows.get(key, 0) + prober.batch_size
         return output
 
 

@@ -15,7 +15,7 @@ from sostenuto.calibrations.base import Settings
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError
-from sostenuto.features import leaves
+from sostenuto.features import as_rows
 from sostenuto.methods.base import Method
 from sostenuto.probe import Prober
 
@@ -88,7 +88,7 @@ def generate(
                 norm = prober.noise(output).float().flatten(1).square().mean(1).sqrt().mean()
                 run.norms.setdefault(tick.step, []).append(float(norm))
             if tick.step == tick.num_steps - 1 and tick.pass_index == 0:
-                latents = next(leaves(prober.call.latents))
+                latents = as_rows(prober.call.latents)
                 run.latents.append(latents.detach().float().cpu().flatten(1))
                 run.rows, run.num_steps = run.rows + prober.batch_size, tick.num_steps
             left[:] = [time.perf_counter()]

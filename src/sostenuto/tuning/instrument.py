@@ -233,9 +233,13 @@ class Instrument:
         seconds = {name: float(np.median(times)) for name, times in self._seconds.items()}
         seconds["pause"] = pause
         little, more = self._nudge_errors
-        # In proportion to the change the squared errors would be as 1 to 4; noise adds the same to both.
+        # In proportion to the change the squared errors would be as 1 to 4; noise adds the same to both, and to a real reuse's.
         ratio = (NUDGES[1] / NUDGES[0]) ** 2
-        roughness = (ratio * little - more) / ((ratio - 1) * np.maximum(little, 1e-30))
+        noise = (ratio * little - more) / (ratio - 1)
+        roughness = np.full(len(noise), np.nan)
+        if self._whole in self._reach:
+            next_step = self._runs[self._whole][0, 0, :-1, 0, 0]  # squared error of reuse one step after a computed one
+            roughness[1:] = noise[1:] / np.maximum(next_step, 1e-30)
         return Measurement(
             self._reach,
             self._runs,

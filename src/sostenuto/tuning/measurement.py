@@ -94,7 +94,7 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     return found
 
 
-_VERSION = 2  # of the file: the first didn't tell the times of forecasts from those of last values
+_VERSION = 3  # of the file: the first had no times of forecasts, the second another roughness
 NUDGES = (0.25, 0.5)
 """How far the network's input is moved towards that of the step before, to see whether its features answer in proportion."""
 
@@ -117,7 +117,9 @@ def instrumented_share(reach: Mapping[Kind, Reach], macs: Mapping[str, float], n
         macs: of a step of each kind, of a computed one's.
         num_steps: steps of the generation.
     """
-    spent = num_steps + len(NUDGES) * len(nudged_steps(num_steps)) * (1 + macs[whole_of(reach).value])
+    spent, whole = float(num_steps), whole_of(reach)
+    if whole in reach:  # else the input is not moved: another process measures the kind that reuses all of a step
+        spent += len(NUDGES) * len(nudged_steps(num_steps)) * (1 + macs[whole.value])
     for kind, of_kind in reach.items():
         backs = [order * gap for order, gaps in enumerate(of_kind.gaps) for gap in gaps]
         calls = sum(min(of_kind.max_run, max(0, step - back)) for back in backs for step in range(num_steps))
@@ -142,8 +144,9 @@ class Measurement:
         made_for: identity of model and scheduler, ``{"model": …, "scheduler": …}``.
         sites: of every branch by its id the kind that it belongs to, and its share of the multiply-accumulates that this kind
             spares; ``"branches"`` are those that belong to no other kind.
-        roughness: of the squared error of reusing everything from an input that was moved a little, the share that is out of
-            proportion to the move, at some steps; not a number at the others. 0: the network is smooth, 1: features are noise.
+        roughness: the part of the squared error of reusing everything from an input that was moved a little that is out of
+            proportion to the move, of the squared error of reuse one step later, at some steps; not a number at the others. 0:
+            the network is smooth, 1: features are noise.
     """
 
     reach: Mapping[Kind, Reach]
@@ -205,8 +208,8 @@ class Measurement:
         Two things bound it, and the smaller counts. Features answer a small change of the network's input in proportion, all
         but their noise: that is the ``roughness``. And noise of variance σ² adds 2σ² to the squared error of the last value,
         6σ² to that of a linear forecast, so that it is no more than a third of what the forecast is off. The first excludes
-        smooth paths that turn from step to step, the second noise that is small against what a step changes. Median over the
-        steps, 0 to 1.
+        smooth paths that turn from step to step, the second what a network answers out of proportion, but alike from one step
+        to the next. Median over the steps, 0 to 1.
         """
         room = self.relative(self.whole, 1, 1, 1) ** 2 / (3 * self.relative(self.whole, 0, 0, 1) ** 2 + 1e-30)
         # Where no forecast can be measured (the first steps) roughness alone tells.
