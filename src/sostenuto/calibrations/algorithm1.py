@@ -48,6 +48,8 @@ class Algorithm1Options:
         last_computed: how many of the last steps are always computed; the paper: 1.
         kappa_start: where the bisection of κ begins.
         max_rounds: most values of κ that are tried; the cost changes in leaps, so that none may bring it within a hundredth.
+        allow_dearer: whether the nearest may cost more than ``target_fraction``; else it is the nearest of those that don't,
+            where there are any.
         eps_scale: b during calibration, and the result where nothing else decides it.
         eps_scale_rule: ``"search"`` chooses one b from the grid by the quality of images, where a ``score`` is given;
             ``"match_norm"`` gives every step the factor that restores the norm of the uncached sampler's prediction, of passes
@@ -78,6 +80,7 @@ class Algorithm1Options:
     eps_scale_rule: Literal["search", "match_norm", "fixed"] = "search"
     eps_scale_grid: tuple[float, ...] = (0.97, 0.98, 0.99, 1.0, 1.01)
     max_rounds: int = field(default=8, kw_only=True)
+    allow_dearer: bool = field(default=True, kw_only=True)
     guidance_scale: float | None = field(default=None, kw_only=True)
     conditional_half: ConditionalHalf | None = field(default=None, kw_only=True)
 
@@ -107,6 +110,7 @@ class Algorithm1Options:
             ("fill", ("branches", "stack")),
             ("aggregation", ("batch_mean", "vote")),
             ("advance", ("selected", "no_cache")),
+            ("allow_dearer", (True, False)),
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
         ):
             check_choice(name, getattr(self, name), known)

@@ -123,7 +123,7 @@ def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable])
     return table
 
 
-_FAR = 0.05  # of the multiply-accumulates
+_NEAR, _FAR = 0.01, 0.05  # of the multiply-accumulates
 
 
 def _bisect(run: Callable[[float], CacheTable], options: Algorithm1Options, done: Callable[[], Any]) -> CacheTable:
@@ -138,11 +138,16 @@ def _bisect(run: Callable[[float], CacheTable], options: Algorithm1Options, done
         tables.append(run(kappa))
         done()
         excess = _fraction(tables[-1]) - target
-        if abs(excess) < 0.01:
+        if abs(excess) < _NEAR:
             break
         low, high = (kappa, high) if excess > 0 else (low, kappa)
         kappa = 2 * kappa if high is None else (low + high) / 2
-    best = min(tables, key=lambda table: abs(_fraction(table) - target))
+
+    def distance(table: CacheTable) -> tuple[bool, float]:
+        excess = _fraction(table) - target
+        return not options.allow_dearer and excess > _NEAR, abs(excess)
+
+    best = min(tables, key=distance)
     if abs(_fraction(best) - target) > _FAR:
         warnings.warn(
             f"no threshold brings the cost to {target:g} of the multiply-accumulates, the nearest is {_fraction(best):.2f}: "

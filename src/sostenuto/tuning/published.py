@@ -46,12 +46,13 @@ def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> d
         "eb": EBCalibration(
             target_fraction=target,
             max_rounds=_ROUNDS,
+            allow_dearer=False,
             fill="stack" if Kind.STACK in kinds else "branches",
             candidates=(both, attention) if Kind.ATTENTION in kinds else (both,),
         )
     }
     if {Kind.BRANCHES, Kind.ATTENTION, Kind.MLP} <= set(kinds):
-        able["feb"] = FEBCalibration(target_fraction=target, max_rounds=_ROUNDS)
+        able["feb"] = FEBCalibration(target_fraction=target, max_rounds=_ROUNDS, allow_dearer=False)
         for name, group in (("smoothcache", "type"), ("smoothcache-site", "site")):
             able[name] = SmoothCacheCalibration(
                 target_fraction=target,

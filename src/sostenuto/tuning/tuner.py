@@ -183,7 +183,7 @@ class _Tuner:
             lab.prepare("scored", list(itertools.compress(tables, lab.affordable("scored", tables))))
         for target, plan in plans:
             lab.reserve -= later[others.index(target)]
-            points.append(self._point(target, plan, scale))
+            points.append(self._point(target, plan, scale) or self._point(target, plan, 1.0))  # which was tried
         if lab.was_short:
             self.notes.append(
                 f"the work of {self.options.max_work:.0f} uncached generations was used up: fewer changes, scores and targets "
