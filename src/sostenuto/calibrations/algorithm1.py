@@ -16,7 +16,7 @@ from sostenuto.cost import Cost
 from sostenuto.engine import Handle
 from sostenuto.errors import MethodError
 from sostenuto.forecast import check_forecast_order
-from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
+from sostenuto.methods.checks import check_choice, check_flag, check_number, check_whole, is_number
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.table import StepActions, StepState, check_include_cross
@@ -91,6 +91,7 @@ class Algorithm1Options:
             raise MethodError(f"delta must be (intercept, slope), not {self.delta!r}")
         check_number("kappa_start", self.kappa_start, above=0)
         check_whole("max_rounds", self.max_rounds, least=1)
+        check_flag("allow_dearer", self.allow_dearer)
         if self.max_consecutive_reuse is not None:
             check_whole("max_consecutive_reuse", self.max_consecutive_reuse, least=1)
         check_whole("last_computed", self.last_computed, least=1)
@@ -110,7 +111,6 @@ class Algorithm1Options:
             ("fill", ("branches", "stack")),
             ("aggregation", ("batch_mean", "vote")),
             ("advance", ("selected", "no_cache")),
-            ("allow_dearer", (True, False)),
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
         ):
             check_choice(name, getattr(self, name), known)
