@@ -12,13 +12,14 @@ from sostenuto.clock import normalized_times
 from sostenuto.distributed.world import world
 from sostenuto.methods.feb import noise_scale_curve
 from sostenuto.table import CacheTable, StepState
-from sostenuto.tuning.lab import AGAIN, Lab, Trial, key_of
+from sostenuto.tuning.lab import AGAIN, CLOSER, Lab, Trial, key_of
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
 _BELOW = 1e6  # puts scores that are not above 0 below the logarithms of those that are
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
 _SHORTLIST = 9  # plans that are scored
+_CLOSEST = 5  # plans that are compared on more samples, where nearness decides
 _RUN_OFF = 3  # of those that are scored, how many are scored once more
 _LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
 
@@ -78,7 +79,9 @@ class Chooser:
         may be farther off and yet score better.
         """
         nearest = self.nearest([candidate for group in groups for candidate in group])
-        if not self._by_score or len(nearest) == 1:
+        if not self._by_score:
+            return self._closest(nearest[:_CLOSEST])
+        if len(nearest) == 1:
             return nearest[0]
         made = [set(map(_key, group)) for group in groups]
         ranked = [[candidate for candidate in nearest if _key(candidate) in keys] for keys in made]
@@ -104,6 +107,15 @@ class Chooser:
         able = able or [one for one in first if self._lab.fits(self._lab.price("paired", one.table))]
         self._lab.prepare("paired", [candidate.table for candidate in able])
         return sorted(able, key=lambda candidate: self._lab.trial(candidate.table).error)
+
+    def _closest(self, nearest: Sequence[Candidate]) -> Candidate:
+        """The nearest of some by more samples, where the work suffices; else the first."""
+        lab, tables = self._lab, [None, *(candidate.table for candidate in nearest)]
+        if len(nearest) < 2 or not all(lab.affordable(CLOSER, tables)):
+            return nearest[0]
+        lab.prepare(CLOSER, tables)
+        lab.closer(None)  # counts
+        return min(nearest, key=lambda candidate: lab.closer(candidate.table).error)
 
     def _affordable(self, bench: str, candidates: Sequence[Candidate], keep: float = 0.0) -> list[Candidate]:
         able = self._lab.affordable(bench, [candidate.table for candidate in candidates], keep)
@@ -161,11 +173,11 @@ class Chooser:
         table, lab = candidate.table, self._lab
         if not lab.trial(table).norms:
             return 1.0
-        if not self._by_score:
-            matched = self.scaled(table, "matched")
-            if not lab.can_spend(lab.price("paired", matched)):
-                return 1.0
-            return 1.0 if lab.trial(table).error <= lab.trial(matched).error else "matched"
+        bench = "scored" if self._by_score else "paired"
+
+        def value(one: CacheTable) -> float:
+            return merit(lab.scored(one)) if self._by_score else lab.trial(one).error
+
         grid = sorted({*map(float, self._options.eps_scale_grid), 1.0})
         scores: dict[Scale, float] = {}
 
@@ -173,10 +185,10 @@ class Chooser:
             """Score those that weren't yet; whether there were any, and all could be."""
             fresh = [scale for scale in scales if scale not in scores]
             tables = [self.scaled(table, scale) for scale in fresh]
-            able = lab.affordable("scored", tables)
-            lab.prepare("scored", list(itertools.compress(tables, able)))
+            able = lab.affordable(bench, tables)
+            lab.prepare(bench, list(itertools.compress(tables, able)))
             for scale, one in itertools.compress(zip(fresh, tables, strict=True), able):
-                scores[scale] = merit(lab.scored(one))
+                scores[scale] = value(one)
             return bool(fresh) and all(able)
 
         def best(scales: Iterable[Scale]) -> Scale:
@@ -196,6 +208,8 @@ class Chooser:
         b_computed = computed[best(computed)]
         hear(_apart(b_computed, b) for b in near(constant) if b != b_computed)
         hear(["matched"])
+        if not self._by_score:
+            return best(scores)
         heard = list(scores)
         return heard[self._leading([self.scaled(table, scale) for scale in heard])[0]] if heard else 1.0
 

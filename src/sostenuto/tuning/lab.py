@@ -37,6 +37,9 @@ R = TypeVar("R")
 
 AGAIN = "again"
 """The bench on which what was scored is scored once more, with noise of its own."""
+CLOSER = "closer"
+"""The bench on which what is nearest is compared once more, on other and more samples."""
+_CLOSER = 4  # times the samples of a trial
 _WORST = 1e29  # error and score of a plan that makes what is not finite: no other is worse
 
 
@@ -45,8 +48,9 @@ class Trial:
     """What some generations with a table were like, against uncached ones with the same noise.
 
     Attributes:
-        error: mean square difference of the latents that the last step is given, over the variance of the uncached ones;
-            0 where a score was all that was asked for.
+        error: of the latents that the last step is given the mean square difference of each sample, over the variance of all
+            uncached ones; the geometric mean over the samples, as PSNR is averaged: few that became another picture say
+            little of how near the others are. Nothing where a score was all that was asked for.
         score: what ``score`` says of the results, lower is better; ``None`` where it was not asked.
         norms: mean over samples of the root mean square of the predicted noise at every step, before it is scaled; empty where
             what the network predicts has no known noise.
@@ -115,7 +119,7 @@ class Lab:
 
     def rows(self, num_samples: int, bench: str = "paired") -> int:
         """Rows that so many samples are generated in: whole calls of the sample, once it was rehearsed."""
-        rehearsal = self.rehearsals.get("scored" if bench == AGAIN else bench)
+        rehearsal = self.rehearsals.get({AGAIN: "scored", CLOSER: "paired"}.get(bench, bench))
         size = 1 if rehearsal is None else rehearsal.rows
         return math.ceil(num_samples / size) * size
 
@@ -127,7 +131,7 @@ class Lab:
         """What a trial costs, in uncached generations of one row; nothing once it was counted."""
         return 0.0 if _name(bench, table) in self._counted else self.size(bench) * _share(table)
 
-    def affordable(self, bench: str, tables: Sequence[CacheTable], keep: float = 0.0) -> list[bool]:
+    def affordable(self, bench: str, tables: Sequence[CacheTable | None], keep: float = 0.0) -> list[bool]:
         """Which of some trials may be made, the first ones first, when so much is kept for what comes after them."""
         able, work = [], keep
         for table in tables:
@@ -165,11 +169,15 @@ class Lab:
         """A second score, of other noise: of the plans that scored best on the first some were lucky."""
         return self._try(AGAIN, table)
 
+    def closer(self, table: CacheTable | None) -> Trial:
+        """What more generations are like: of the plans that were nearest on few samples some were lucky."""
+        return self._try(CLOSER, table)
+
     def prepare(self, bench: str, tables: Sequence[CacheTable | None]) -> None:
         """Make trials that will be asked for; they count when they are.
 
         Args:
-            bench: ``"paired"``, ``"scored"`` or :data:`AGAIN`.
+            bench: ``"paired"``, ``"scored"``, :data:`AGAIN` or :data:`CLOSER`.
             tables: of the trials.
         """
         wanted = {_name(bench, table): table for table in tables}
@@ -196,8 +204,9 @@ class Lab:
         run = self._run(bench, NoCache() if table is None else EBCache(table))
         latents, settings = torch.cat(run.latents), self.settings
         final = latents if table is None else self._final.get(bench, latents)
-        error = float((latents - final).square().mean() / final.var().clamp_min(1e-30))
-        score = float(settings.score(run.result)) if bench != "paired" and settings.score is not None else None
+        differences = (latents - final).square().mean(1)
+        error = float(differences.clamp_min(1e-30).log().mean().exp() / final.var().clamp_min(1e-30))
+        score = float(settings.score(run.result)) if bench in ("scored", AGAIN) and settings.score is not None else None
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
         if not all(abs(value) < _WORST for value in (error, *norms, *(() if score is None else (score,)))):
             if table is None:
@@ -219,7 +228,8 @@ class Lab:
         if bench in ("scored", AGAIN):
             stream = 2 if bench == "scored" else 3
             return replace(settings, sample=settings.score_sample or settings.sample, num_samples=1), stream
-        return replace(settings, num_samples=self._trial_samples, score=None), 1
+        more, stream = (_CLOSER, 4) if bench == CLOSER else (1, 1)
+        return replace(settings, num_samples=more * self._trial_samples, score=None), stream
 
     # --- what is kept --------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ class Point:
         ideal_speedup: the same by multiply-accumulates.
         time_speedup: the same by the time that each kind of step took in the instrumented run; what a kind spares is divided
             among its branches by their multiply-accumulates.
-        error: mean square difference of the final latents to the uncached ones', over their variance.
+        error: mean square difference of a sample's final latents to the uncached ones', over the variance of all; the
+            geometric mean over the samples.
         score: what ``score`` says of the images, lower is better; ``None`` where no score was given.
         table: the plan, the forecasts and the noise scale.
         measured_speedup: time of the uncached trial over that of this plan's, with all that the sample does; one run of each,

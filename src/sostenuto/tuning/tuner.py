@@ -25,7 +25,7 @@ from sostenuto.table import CacheTable
 from sostenuto.tuning.advice import notes_on
 from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
 from sostenuto.tuning.instrument import ops_of
-from sostenuto.tuning.lab import Lab, Trial, shared
+from sostenuto.tuning.lab import CLOSER, Lab, Trial, shared
 from sostenuto.tuning.measurement import WHOLES, Kind, instrumented_share, reaches
 from sostenuto.tuning.options import TuneOptions, check_speedup
 from sostenuto.tuning.published import calibrated, calibrations, work_of
@@ -248,12 +248,11 @@ class _Tuner:
         """What competes for a target, every way of making plans by itself, in the order in which they are heard."""
         early, late = self.options.tilts[:2], self.options.tilts[2:]
         searched, forecast = [self._searched(target, tilt) for tilt in early], []
-        if self.by_score:
-            # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last
-            # values all point back along the path: images may forgive the first sooner. And of what long runs of reuse do
-            # to images the model knows least. Only a score can tell.
-            for longest in (self._even_run(target), None):
-                forecast += [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
+        # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last values
+        # all point back along the path: images may forgive the first sooner. And of what long runs of reuse do the model
+        # knows least. Only real generations can tell.
+        for longest in (self._even_run(target), None):
+            forecast += [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
         turns = [group for pair in itertools.zip_longest(forecast[:2], searched) for group in pair if group is not None]
         return [*turns, self._published(target), *forecast[2:], *(self._searched(target, tilt) for tilt in late)]
 
@@ -412,6 +411,8 @@ class _Tuner:
         work += sum(work_of(one, macs, lab.rows) for one in published)
         if self.scored:
             work += lab.size("scored") * (1 + sum(shares) + 27 / self.speedup * self.by_score)
+        if not self.by_score:
+            work += lab.size(CLOSER) * (1 + 5 / self.speedup) + lab.size("paired") * 9 / self.speedup
         if not world().is_main:
             return
         work = min(work, options.max_work)
