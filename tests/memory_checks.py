@@ -109,7 +109,9 @@ def peaks(separate: bool = False) -> dict[str, dict[str, Any]]:
         network = build_wide()
         seen, (stated, predicted) = kept_bytes(network, make(), separate)
         # Of calls that are spared nothing is seen; the others are the first, the second, … whatever the method.
-        counted = max(seen) - min(plain[2:])  # from the second step on, when the arguments of the first are held besides
+        counted = max(seen) - min(
+            plain[2:]
+        )  # from the second step on, when the arguments of the first are held besides
         rows[name] = {"counted": counted, "stated": stated, "predicted": predicted, "ratio": counted / stated}
     return rows
 
