@@ -76,7 +76,8 @@ class Chooser:
         """The best plan: the nearest to the uncached images, or of a shortlist that with the best score.
 
         On the shortlist are the nearest of every group first, then the next ones of each: plans that were made in another way
-        may be farther off and yet score better.
+        may be farther off and yet score better. Those that lead are compared once more on other samples, where the work
+        suffices: of many, the best on a few samples is also a lucky one.
         """
         nearest = self.nearest([candidate for group in groups for candidate in group])
         if not self._by_score:
