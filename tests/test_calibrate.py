@@ -264,7 +264,7 @@ def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model
     algorithm._run = lambda *args, **kwargs: torch.zeros(2, 1)
     algorithm._gap = lambda *args: torch.tensor([0.5, -0.5])
     tick = SimpleNamespace(step=1, num_steps=4, tau=0.5, pass_index=0)
-    prober = SimpleNamespace(state=SimpleNamespace(last_step=0))
+    prober = SimpleNamespace(state=SimpleNamespace(begins=False))
     state, _ = algorithm._choose(tick, prober)
     assert state is B
     voting = Algorithm1(SimpleNamespace(sites=()), replace(options, aggregation="vote"), 1.0)

@@ -295,6 +295,7 @@ class _Shared(NamedTuple):
 
 
 def _shared(prediction: torch.Tensor, latents: torch.Tensor, noisy_last: bool) -> _Shared:
+    """What both hold; they may differ in one dimension."""
     pairs = enumerate(zip(prediction.shape, latents.shape, strict=False))
     differing = [dim for dim, (ours, theirs) in pairs if ours != theirs] or [1]
     if prediction.ndim != latents.ndim or len(differing) > 1:

@@ -98,7 +98,7 @@ def spec(value: Any) -> Any:
 def with_parts(change: Callable[[Any], Any], arguments: Any) -> Any:
     """Arguments with their leaves changed, also what an object holds, such as a key-value cache of the network's own.
 
-    An object in which something changes is copied.
+    Such objects are copied.
     """
     known: dict[int, Any] = {}
 

@@ -91,7 +91,7 @@ class Executor:
         """
         ops, taps = row.ops, self._taps
         # The first call of a pass tells which sites are reached, so there everything is watched.
-        if row.is_plain and state.last_step >= 0 and self._finite is None and not self.in_graph:
+        if row.is_plain and not state.begins and self._finite is None and not self.in_graph:
             return self._run_plain(state, call, ops, note)
         self.step_in()
         if row.shares_guidance:
@@ -291,13 +291,12 @@ class Executor:
         if not odd:
             return
         skipped = [tap.site for tap in self._taps if Op(tap.op).is_filled]
-        begins = state.last_step < 0
         for index, tap in odd:
             if any(site is not tap.site and site.meets(tap.site) for site in skipped):
                 continue
             if tap.reached:
                 raise tap.miscounted()
-            if begins and (tap.site.optional or state.is_further):
+            if state.begins and (tap.site.optional or state.is_further):
                 state.absent.add(index)
             elif index not in state.absent:
                 raise never_reached(tap.site)

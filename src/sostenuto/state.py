@@ -107,6 +107,11 @@ class PassState:
         self.template: Any = None  # the last computed output of the denoiser, without its prediction
 
     @property
+    def begins(self) -> bool:
+        """Whether no call of the pass is done yet; also where it begins anew, as after a gap: nothing is kept of it."""
+        return self.last_step < 0
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of kept features and signals."""
         kept = sum(num_bytes(slots) for slots in self.slots + self.residuals)

@@ -174,7 +174,7 @@ class Algorithm1:
 
     def _choose(self, tick: Tick, prober: Prober) -> tuple[StepState, Any]:
         options, last = self.options, tick.num_steps - self.options.last_computed
-        if prober.state.last_step < 0 or tick.step >= last:
+        if prober.state.begins or tick.step >= last:
             self.trace.norms.append({})
             self.trace.cost = self.trace.cost or prober.cost()
             return StepState.COMPUTE, self._run(tick, prober, StepState.COMPUTE)
@@ -209,7 +209,7 @@ class Algorithm1:
 
     def _run(self, tick: Tick, prober: Prober, state: StepState, keep: bool = True) -> Any:
         """The denoiser's output in one state; with ``keep`` the features of computed branches are stored."""
-        if prober.state.last_step < 0:  # the pass begins, or begins anew after a gap: nothing is kept of it
+        if prober.state.begins:
             self.history = {key: steps for key, steps in self.history.items() if key[0] != tick.pass_index}
             state = StepState.COMPUTE
         sites = self.handle.sites

@@ -178,7 +178,7 @@ class GreedySearch:
             self._choose(prober)
             self._bar.update(prober.batch_size)
         actions = self.actions[-1]
-        if prober.state.last_step < 0:  # the pass begins, or begins anew after a gap: there is nothing to share yet
+        if prober.state.begins:  # there is nothing to share yet
             actions = [Action.COMPUTE] * len(actions)
         return prober.run([_kept(_OPS[action]) for action in actions])
 
@@ -196,7 +196,7 @@ class GreedySearch:
         losses: list[float | None] = [None] * depth
         self.actions.append(actions)
         self.losses.append(losses)
-        if prober.state.last_step < 0:  # nothing is kept yet
+        if prober.state.begins:
             self._candidates = self._worthwhile(is_guided(prober.call.latents))
             return
         fresh = self._output(prober, actions)

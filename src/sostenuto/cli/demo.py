@@ -51,7 +51,8 @@ class Demo:
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.fresh:
-            shutil.rmtree(self.output / "batches", ignore_errors=True)
+            if (self.output / "batches").is_dir():
+                shutil.rmtree(self.output / "batches")
             for made in (*self.output.glob("table-*.json"), self.output / "run.json"):
                 made.unlink(missing_ok=True)
         results = compare(self.output, settings)

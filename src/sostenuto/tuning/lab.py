@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from sostenuto.errors import InputError, MethodError
 from sostenuto.files import publish_json
 from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
-from sostenuto.methods.base import Method
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.table import CacheTable, StepState
-from sostenuto.tuning.generate import Generated, generate
+from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import filled_call, ops_of, tapped_for
 from sostenuto.tuning.instrumented import forget_begun, instrumented_run
 from sostenuto.tuning.measurement import Kind, Measurement, instrumented_share, joined_kinds, reaches
@@ -39,7 +38,30 @@ AGAIN = "again"
 """The bench on which what was scored is scored once more, with noise of its own."""
 CLOSER = "closer"
 """The bench on which what is nearest is compared once more, on other and more samples."""
-_CLOSER = 4  # times the samples of a trial
+
+
+class _Bench(NamedTuple):
+    """What a trial runs.
+
+    Attributes:
+        like: the bench whose sample it takes, and that was rehearsed.
+        stream: what is added to the seed.
+        times: samples, times those of a trial; where images are scored the sample says how many.
+        alone: whether nothing uncached stands beside it.
+    """
+
+    like: str
+    stream: int
+    times: int = 1
+    alone: bool = False
+
+
+_BENCHES = {
+    "paired": _Bench("paired", 1),
+    "scored": _Bench("scored", 2),
+    AGAIN: _Bench("scored", 3, alone=True),
+    CLOSER: _Bench("paired", 4, times=4),
+}
 _WORST = 1e29  # error and score of a plan that makes what is not finite: no other is worse
 
 
@@ -119,7 +141,7 @@ class Lab:
 
     def rows(self, num_samples: int, bench: str = "paired") -> int:
         """Rows that so many samples are generated in: whole calls of the sample, once it was rehearsed."""
-        rehearsal = self.rehearsals.get({AGAIN: "scored", CLOSER: "paired"}.get(bench, bench))
+        rehearsal = self.rehearsals.get(_BENCHES[bench].like)
         size = 1 if rehearsal is None else rehearsal.rows
         return math.ceil(num_samples / size) * size
 
@@ -182,7 +204,7 @@ class Lab:
         """
         wanted = {_name(bench, table): table for table in tables}
         fresh = [table for key, table in wanted.items() if key not in self._trials]
-        if bench not in self._final and bench != AGAIN and fresh not in ([], [None]):
+        if bench not in self._final and not _BENCHES[bench].alone and fresh not in ([], [None]):
             # Nothing is tried before the uncached one; an earlier run of this folder noted what it found, not the latents.
             self._final[bench] = shared(lambda table: self._made(bench, table)[1], [None])[0]
         for part in _rounds(fresh):
@@ -201,12 +223,13 @@ class Lab:
 
     def _made(self, bench: str, table: CacheTable | None) -> tuple[Trial, torch.Tensor]:
         """A trial, and the latents of an uncached one."""
-        run = self._run(bench, NoCache() if table is None else EBCache(table))
-        latents, settings = torch.cat(run.latents), self.settings
+        settings, stream = self._bench(bench)
+        run = generate(settings, stream, NoCache() if table is None else EBCache(table))
+        latents = torch.cat(run.latents)
         final = latents if table is None else self._final.get(bench, latents)
         differences = (latents - final).square().mean(1)
         error = float(differences.clamp_min(1e-30).log().mean().exp() / final.var().clamp_min(1e-30))
-        score = float(settings.score(run.result)) if bench in ("scored", AGAIN) and settings.score is not None else None
+        score = None if settings.score is None else float(settings.score(run.result))
         norms = tuple(float(np.mean(run.norms[step])) for step in sorted(run.norms))
         if not all(abs(value) < _WORST for value in (error, *norms, *(() if score is None else (score,)))):
             if table is None:
@@ -218,18 +241,12 @@ class Lab:
         work = run.rows * _share(table)
         return Trial(error, score, norms, work, run.seconds / run.rows), latents if table is None else latents[:0]
 
-    def _run(self, bench: str, method: Method) -> Generated:
-        settings, stream = self._bench(bench)
-        return generate(settings, stream, method)
-
     def _bench(self, bench: str) -> tuple[Settings, int]:
         """What is generated in a trial, and what is added to the seed."""
-        settings = self.settings
-        if bench in ("scored", AGAIN):
-            stream = 2 if bench == "scored" else 3
+        settings, (like, stream, times, _) = self.settings, _BENCHES[bench]
+        if like == "scored":
             return replace(settings, sample=settings.score_sample or settings.sample, num_samples=1), stream
-        more, stream = (_CLOSER, 4) if bench == CLOSER else (1, 1)
-        return replace(settings, num_samples=more * self._trial_samples, score=None), stream
+        return replace(settings, num_samples=times * self._trial_samples, score=None), stream
 
     # --- what is kept --------------------------------------------------------------------------------------------
 

@@ -247,14 +247,16 @@ class _Tuner:
     def _groups(self, target: float) -> list[list[Candidate]]:
         """What competes for a target, every way of making plans by itself, in the order in which they are heard."""
         early, late = self.options.tilts[:2], self.options.tilts[2:]
-        searched, forecast = [self._searched(target, tilt) for tilt in early], []
+        searched = [self._searched(target, tilt) for tilt in early]
         # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last values
         # all point back along the path: images may forgive the first sooner. And of what long runs of reuse do the model
         # knows least. Only real generations can tell.
-        for longest in (self._even_run(target), None):
-            forecast += [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
-        turns = [group for pair in itertools.zip_longest(forecast[:2], searched) for group in pair if group is not None]
-        return [*turns, self._published(target), *forecast[2:], *(self._searched(target, tilt) for tilt in late)]
+        even, free = (
+            [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
+            for longest in (self._even_run(target), None)
+        )
+        turns = itertools.chain.from_iterable(zip(even, searched, strict=True))
+        return [*turns, self._published(target), *free, *(self._searched(target, tilt) for tilt in late)]
 
     def _even_run(self, target: float) -> int:
         """One more than the steps in a row that a plan reuses which gets to a target by runs of one length."""
