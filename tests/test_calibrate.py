@@ -246,7 +246,7 @@ def test_of_latents_in_a_list_every_sample_has_a_gap(criterion):
         return values.square().mean().sqrt().item()
 
     inputs = []
-    with attach(network, Tapped("branches"), scheduler=scheduler) as handle:
+    with attach(network, Tapped(("branches",)), scheduler=scheduler) as handle:
         handle.driver = drive
         sample(network, torch.Generator().manual_seed(0), 2)
     pairs = list(zip(*(output.sample for output in outputs), strict=True))

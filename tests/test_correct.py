@@ -63,8 +63,8 @@ def test_the_noise_in_a_prediction_is_found_and_put_back(kind):
     for alpha, sigma in levels_of(kind):
         latents, prediction = alpha * x0 + sigma * noise, predict(kind, x0, noise, alpha, sigma)
         conversion = Conversion.of(kind, alpha, sigma)
-        torch.testing.assert_close(conversion.to_noise(prediction, latents), noise)
-        torch.testing.assert_close(conversion.from_noise(noise, latents), prediction)
+        torch.testing.assert_close(conversion.read(prediction, latents), noise)
+        torch.testing.assert_close(conversion.write(noise, latents), prediction)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +150,7 @@ def test_a_solver_goes_the_same_way_with_the_scaled_noise_in_either_form(solver,
         for step, t in enumerate(scheduler.timesteps):
             latents = scheduler.scale_model_input(x, t)
             noise = torch.tanh(latents) + 0.1
-            prediction = steps[step].from_noise(noise, latents)
+            prediction = steps[step].write(noise, latents)
             x = scheduler.step(scale_noise(prediction, 0.98, latents, steps[step]), t, x, **extra).prev_sample
         return x
 
@@ -194,7 +194,7 @@ def test_the_noise_is_found_behind_edms_preconditioning(solver, kind):
         x = x0 + sigma * noise
         c_skip, c_out = (scheduler.precondition_outputs(*one, sigma) for one in ((1.0, 0.0), (0.0, 1.0)))
         latents, prediction = scheduler.precondition_inputs(x, sigma), (x0 - c_skip * x) / c_out
-        torch.testing.assert_close(conversion.to_noise(prediction, latents), noise, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(conversion.read(prediction, latents), noise, rtol=1e-5, atol=1e-5)
         scaled = scale_noise(prediction, 0.95, latents, conversion)
         torch.testing.assert_close(
             scheduler.precondition_outputs(x, scaled, sigma), x - 0.95 * sigma * noise, rtol=1e-5, atol=1e-4
@@ -209,7 +209,7 @@ def test_a_rising_flow_counts_the_share_of_data():
     x0, noise = draw(0), draw(1)
     for share, conversion in zip((0.25, 0.5, 0.75), steps[1:], strict=True):
         latents = share * x0 + (1 - share) * noise
-        torch.testing.assert_close(conversion.to_noise(x0 - noise, latents), noise)
+        torch.testing.assert_close(conversion.read(x0 - noise, latents), noise)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def guided(scale, labels=0, batch=2):
 
 def sketch_of(model, sample):
     settings = Settings(model, sample, STEPS, 1, scheduler=model.scheduler_for_test)
-    return rehearse(settings, 0, Tapped("stack"), (Kind.STACK,)).sketch
+    return rehearse(settings, 0, Tapped(("stack",)), (Kind.STACK,)).sketch
 
 
 def test_a_rehearsal_knows_a_sample_again_and_hardly_runs_the_network(model):

@@ -11,7 +11,7 @@ from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import CacheTable, EBCache, InputError
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import attach
-from sostenuto.table import StepState
+from sostenuto.table import FILLS, StepState
 from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import Instrument
 from sostenuto.tuning.lab import Lab
@@ -22,25 +22,25 @@ from tunings import STEPS
 
 def test_an_instrumented_run_is_the_uncached_one(model):
     wanted, _ = sample_loop(model, model.scheduler_for_test, STEPS)
-    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+    with attach(model, Tapped(FILLS), scheduler=model.scheduler_for_test) as handle:
         instrument = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
         handle.driver = instrument
         made, _ = sample_loop(model, model.scheduler_for_test, STEPS)
     assert torch.equal(made, wanted)
     measured = instrument.result(2, 0.0)
     assert measured.macs["compute"] == 1.0
-    assert measured.macs["stack"] < measured.macs["mlp"] < 1
+    assert 0 == measured.macs["sample"] < measured.macs["stack"] < measured.macs["mlp"] < 1
 
 
 def test_the_measured_error_is_that_of_a_real_step_of_reuse(model):
     """Against a plan with one reuse: up to its step all is uncached, so its output differs by just the measured error."""
     _, fresh = sample_loop(model, model.scheduler_for_test, STEPS)
-    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+    with attach(model, Tapped(FILLS), scheduler=model.scheduler_for_test) as handle:
         instrument = handle.driver = Instrument(handle, reaches(tuple(Kind), STEPS), STEPS)
         sample_loop(model, model.scheduler_for_test, STEPS)
     measured = instrument.result(2, 0.0)
     c, b = StepState.COMPUTE, StepState.REUSE_BOTH
-    for kind, fill in ((Kind.STACK, "stack"), (Kind.BRANCHES, "branches")):
+    for kind, fill in ((Kind.STACK, "stack"), (Kind.BRANCHES, "branches"), (Kind.SAMPLE, "sample")):
         for order, actions in ((0, (c, c, b)), (1, (c, c, b)), (2, (c, c, c, b))):
             step = len(actions) - 1
             table = CacheTable(actions + (c,) * (STEPS - step - 1), forecast_order=order, fill=fill)
@@ -73,7 +73,7 @@ def test_of_latents_in_a_list_every_sample_counts(shapes):
     def mean_squares(samples):
         return [x.square().mean().item() for x in samples]
 
-    run = generate(settings, 0, Tapped("branches"), measure)
+    run = generate(settings, 0, Tapped(("branches",)), measure)
     inputs, fresh = zip(*seen, strict=True)
     measured = instruments[0].result(run.rows, 0.0)
     assert len(run.latents[0]) == run.rows == 2
@@ -94,7 +94,7 @@ def test_of_latents_in_a_list_every_sample_counts(shapes):
 def test_the_roughness_is_the_share_of_noise_in_the_error_of_reuse_one_step_later(model):
     """Features d·p + noise: reuse at lag l, also below 1, is off by d²l² + 2n²."""
     drift, noise = 1.0, 0.2
-    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+    with attach(model, Tapped(("stack",)), scheduler=model.scheduler_for_test) as handle:
         instrument = Instrument(handle, {Kind.STACK: Reach(1, ((0,),))}, STEPS)
     instrument._runs[Kind.STACK][...] = drift**2 + 2 * noise**2
     for place, lag in enumerate(NUDGES):
@@ -133,7 +133,7 @@ def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):
 
 def test_only_what_may_be_reused_is_kept_while_measuring(model):
     kept = set()
-    with attach(model, Tapped("stack"), scheduler=model.scheduler_for_test) as handle:
+    with attach(model, Tapped(("stack",)), scheduler=model.scheduler_for_test) as handle:
         instrument = Instrument(handle, reaches((Kind.STACK,), STEPS), STEPS)
 
         def driver(tick, prober):
@@ -178,7 +178,7 @@ def test_an_interrupted_run_goes_on_after_the_last_generation_that_was_done(mode
 
 
 def test_a_damaged_file_of_a_begun_run_is_named(model, tmp_path):
-    (tmp_path / "measuring-stack-branches-attention-mlp.pt").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "measuring-stack-sample-branches-attention-mlp.pt").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(InputError, match=r"measuring-stack.*delete it, or use another folder"):
         measured_in(tmp_path, model, [1, 2, 3])
 

@@ -230,7 +230,7 @@ def test_a_partial_step_computes_all_but_what_it_reuses():
     assert gap_after((Kind.MLP, 0), Kind.MLP) == 1
     assert {gap_after((Kind.STACK, 3), kind) for kind in Kind} == {4}
     gaps = {kind: gap_after((Kind.MLP, 3), kind) for kind in Kind}
-    assert gaps == {Kind.STACK: 1, Kind.ATTENTION: 1, Kind.MLP: 4, Kind.BRANCHES: 4}
+    assert gaps == {Kind.STACK: 1, Kind.SAMPLE: 1, Kind.ATTENTION: 1, Kind.MLP: 4, Kind.BRANCHES: 4}
 
 
 def test_a_measurement_survives_its_file(tmp_path):

@@ -73,7 +73,7 @@ def executed(monkeypatch):
 def test_a_calibration_costs_no_more_than_is_said_before(small, name, executed):
     settings = Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test)
     kinds = (Kind.BRANCHES, Kind.ATTENTION, Kind.MLP)
-    rehearsal = rehearse(settings, 0, Tapped("branches"), kinds)
+    rehearsal = rehearse(settings, 0, Tapped(("branches",)), kinds)
     executed[0] = 0.0
 
     def rows(samples):

@@ -1,8 +1,8 @@
-"""What is corrected: the predicted noise is scaled, whatever the network predicts; the timestep it is given is shifted."""
+"""The noise and the clean sample in a prediction, whatever the network predicts; scaling the one, keeping the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +12,7 @@ import torch
 from sostenuto.errors import MethodError
 from sostenuto.schedulers import FLOWS, is_preconditioned, noise_levels, preconditioning, predicts
 
+_MOST_AMPLIFIED = 1e6  # between a prediction and the clean sample
 _PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
 
 
@@ -99,19 +100,19 @@ class NoiseScale:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How the noise follows from a network's prediction y at one step: ``ε = weight · y + latent_weight · x_t``.
+    """How the noise, or the clean sample, follows from a network's prediction y at one step: ``weight·y + latent_weight·x_t``.
 
     With ``x_t = α·x₀ + σ·ε``, and ``α² + σ² = 1`` for diffusion, ``α + σ = 1`` for flow matching:
 
-    ============  ==============  ========  ===============
-    prediction    y               weight    latent_weight
-    ============  ==============  ========  ===============
-    epsilon       ε               1         0
-    v_prediction  α·ε − σ·x₀      α         σ
-    sample        x₀              −α / σ    1 / σ
-    flow          ε − x₀          α         1
-    reverse-flow  x₀ − ε          −α        1
-    ============  ==============  ========  ===============
+    ============  ==============  ==============  ===================  ===============  ====================
+    prediction    y               weight (of ε)   latent_weight (ε)    weight (of x₀)   latent_weight (x₀)
+    ============  ==============  ==============  ===================  ===============  ====================
+    epsilon       ε               1               0                    −σ / α           1 / α
+    v_prediction  α·ε − σ·x₀      α               σ                    −σ               α
+    sample        x₀              −α / σ          1 / σ                1                0
+    flow          ε − x₀          α               1                    −σ               1
+    reverse-flow  x₀ − ε          −α              1                    σ                1
+    ============  ==============  ==============  ===================  ===============  ====================
     """
 
     weight: float = 1.0
@@ -119,7 +120,7 @@ class Conversion:
 
     @classmethod
     def of(cls, prediction: str, alpha: float, sigma: float) -> Conversion:
-        """The conversion of a kind of prediction (a row of the table) at one noise level."""
+        """The conversion of a kind of prediction (a row of the table) to noise, at one noise level."""
         if prediction == "v_prediction":
             return cls(alpha, sigma)
         if prediction == "sample":
@@ -129,29 +130,38 @@ class Conversion:
         return cls()
 
     @classmethod
+    def clean_of(cls, prediction: str, alpha: float, sigma: float) -> Conversion:
+        """The conversion of a kind of prediction to the clean sample, at one noise level."""
+        if prediction == "v_prediction":
+            return cls(-sigma, alpha)
+        if prediction in FLOWS:
+            return cls(-sigma if prediction == "flow" else sigma, 1.0)
+        return cls() if prediction == "sample" else cls(-sigma / alpha, 1 / alpha)
+
+    @classmethod
     def preconditioned(cls, sigma: float, c_in: float, c_skip: float, c_out: float) -> Conversion:
-        """The conversion for EDM's preconditioning, where the network is given ``c_in·x`` for ``x = x₀ + σ·ε``.
+        """The conversion to noise for EDM's preconditioning, where the network is given ``c_in·x`` for ``x = x₀ + σ·ε``.
 
         ``ε = (x − x₀) / σ`` with ``x₀ = c_skip·x + c_out·y``.
         """
         return cls(-c_out / sigma, (1 - c_skip) / (c_in * sigma))
 
-    def to_noise(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The noise ε in a prediction; ``latents`` is x_t."""
+    def read(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The noise (the clean sample) in a prediction; ``latents`` is x_t."""
         if self.latent_weight == 0:
             return prediction if self.weight == 1 else self.weight * prediction
         return self.weight * prediction + self.latent_weight * latents
 
-    def from_noise(self, noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The prediction that says the noise is ε; where x_t holds no clean sample there is none, and it divides by 0."""
+    def write(self, value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The prediction that says the noise is this; where x_t holds no clean sample there is none, and it divides by 0."""
         if self.latent_weight == 0:
-            return noise if self.weight == 1 else noise / self.weight
-        return (noise - self.latent_weight * latents) / self.weight
+            return value if self.weight == 1 else value / self.weight
+        return (value - self.latent_weight * latents) / self.weight
 
     def scale(self, prediction: torch.Tensor, latents: torch.Tensor, factor: float) -> torch.Tensor:
         """The prediction with its noise multiplied by ``factor`` and its x₀ rebuilt from that.
 
-        ``from_noise(factor · to_noise(y))`` in one: ``b·y − (1 − b)·(latent_weight / weight)·x_t``. Where x_t is nothing but
+        ``write(factor · read(y))`` in one: ``b·y − (1 − b)·(latent_weight / weight)·x_t``. Where x_t is nothing but
         noise, as at the first step of a flow, ε is x_t whatever the network says: the prediction is left as it is.
         """
         if self.latent_weight == 0:
@@ -188,7 +198,82 @@ def conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = Fals
         raise MethodError(
             f"this {type(scheduler).__name__} expects {kind}, whose noise is not known: use eps_scale=1 (no scaling)"
         )
+    return _as_returned(steps, negated)
+
+
+def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool = False) -> tuple[Conversion, ...]:
+    """As :func:`conversions`, to the clean sample.
+
+    Raises:
+        MethodError: the noise levels are not known, or a step has no noise to tell a prediction from.
+    """
+    kind, levels = predicts(scheduler), noise_levels(scheduler, timesteps, instead="forecast what the network predicts")
+    if is_preconditioned(scheduler):
+        known = [(c_in, *preconditioning(scheduler, sigma / c_in)[1:]) for c_in, sigma in levels]
+        steps = [Conversion(c_out, c_skip / c_in) for c_in, c_skip, c_out in known]
+    else:
+        # The floor keeps a step of pure noise finite; it is refused below.
+        steps = [Conversion.clean_of(kind, max(alpha, _LEAST_SCALE), sigma) for alpha, sigma in levels]
+    for step, conversion in enumerate(steps):
+        if not 1 / _MOST_AMPLIFIED <= abs(conversion.weight) <= _MOST_AMPLIFIED:
+            raise MethodError(
+                f"at step {step} of this {type(scheduler).__name__} the clean sample doesn't follow from the {kind}, or says "
+                "nothing of it: forecast what the network predicts"
+            )
+    return _as_returned(steps, negated)
+
+
+def tells_clean_samples(scheduler: Any) -> bool:
+    """Whether the clean sample follows from what a scheduler is given, at the timesteps that it lists now."""
+    try:
+        clean_conversions(scheduler, [float(t) for t in scheduler.timesteps])
+    except (MethodError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _as_returned(steps: Sequence[Conversion], negated: bool) -> tuple[Conversion, ...]:
     return tuple(replace(step, weight=-step.weight) for step in steps) if negated else tuple(steps)
+
+
+# --- the clean sample --------------------------------------------------------------------------------------------
+
+
+def to_clean(
+    prediction: torch.Tensor, latents: torch.Tensor, conversion: Conversion, noisy_last: bool = False
+) -> torch.Tensor:
+    """A prediction with the clean sample in its place; what it holds besides (a learned variance) is left alone.
+
+    Args:
+        prediction: what the denoiser returned.
+        latents: what it was given.
+        conversion: to the clean sample.
+        noisy_last: see :func:`scale_noise`.
+
+    Raises:
+        MethodError: the shapes differ in more than one dimension.
+    """
+    return _mapped(prediction, latents, conversion.read, noisy_last)
+
+
+def from_clean(
+    clean: torch.Tensor, latents: torch.Tensor, conversion: Conversion, noisy_last: bool = False
+) -> torch.Tensor:
+    """What :func:`to_clean` makes such a clean sample of, for these latents: they say how much of them is noise."""
+    return _mapped(clean, latents, conversion.write, noisy_last)
+
+
+def _mapped(
+    values: torch.Tensor,
+    latents: torch.Tensor,
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noisy_last: bool,
+) -> torch.Tensor:
+    """The part that both share, mapped in float32 at least: near its end sampling subtracts almost equal numbers."""
+    shared = _shared(values, latents, noisy_last)
+    exact = torch.promote_types(values.dtype, torch.float32)
+    mapped = function(shared.of(values).to(exact), shared.of(latents).to(exact))
+    return shared.put(mapped.to(values.dtype), values)
 
 
 # --- scaling -----------------------------------------------------------------------------------------------------
@@ -223,7 +308,7 @@ def predicted_noise(
         MethodError: the shapes differ in more than one dimension.
     """
     shared = _shared(prediction, latents, noisy_last)
-    return conversion.to_noise(shared.of(prediction), shared.of(latents))
+    return conversion.read(shared.of(prediction), shared.of(latents))
 
 
 def keep_variance(

@@ -17,7 +17,7 @@ from sostenuto.attachment import not_copied
 from sostenuto.budget import Budget
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
-from sostenuto.correct import Conversion, NoiseScale, TimeShifter, conversions, scale_noise
+from sostenuto.correct import Conversion, NoiseScale, TimeShifter, clean_conversions, conversions, scale_noise
 from sostenuto.cost import Carried, signature
 from sostenuto.distributed import lockstep
 from sostenuto.dry_runs import DryRuns
@@ -34,6 +34,9 @@ from sostenuto.sites import Site
 from sostenuto.state import Call, PassState
 from sostenuto.stats import Record, Statistics
 from sostenuto.telemetry import Generation, Reporter
+
+Conversions = Callable[[Any, Sequence[float], bool], tuple[Conversion, ...]]
+"""Of a scheduler, its timesteps, and whether it is given the negative of the prediction."""
 
 
 class Handle:
@@ -70,7 +73,7 @@ class Handle:
         self._shifter: TimeShifter | None = None
         self._noise_scale: NoiseScale | None = None
         self._reused = False  # whether the call under way filled anything in
-        self._conversions: tuple[Conversion, ...] | None = None  # of this generation, once something asks for them
+        self._conversions: dict[Conversions, tuple[Conversion, ...]] = {}  # of this generation, once they are asked for
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
         self._dry_runs = DryRuns(self._denoiser, self._mount, self._in_place)
@@ -299,7 +302,8 @@ class Handle:
             self._record = Record(self._clock.source, num_steps=tick.num_steps)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         number = self._dry_runs.number(args, kwargs)
-        call = Call(inner, args, kwargs, number, given.latents, self._reader.noisy_last)
+        clean = self._conversion(tick, clean_conversions) if self._keeps_clean else None
+        call = Call(inner, args, kwargs, number, given.latents, self._reader.noisy_last, clean)
         output = self._step(tick, call)
         if self._noise_scale is not None:
             output = self._scaled(tick, call, output, self._noise_scale.at(tick.step, self._reused))
@@ -327,15 +331,19 @@ class Handle:
 
         return compat.map_prediction(output, scaled, call.latents)
 
-    def _conversion(self, tick: Tick) -> Conversion:
-        """How the noise follows from what the network predicts at this step."""
-        if self._conversions is None:
-            self._conversions = conversions(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
-        return self._conversions[tick.step]
+    def _conversion(self, tick: Tick, kind: Conversions = conversions) -> Conversion:
+        """How the noise, or the clean sample, follows from what the network predicts at this step."""
+        if kind not in self._conversions:
+            self._conversions[kind] = kind(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
+        return self._conversions[kind][tick.step]
+
+    @property
+    def _keeps_clean(self) -> bool:
+        return any(site.clean for site in self.sites)
 
     def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
-        self._passes, self._conversions = {}, None
+        self._passes, self._conversions = {}, {}
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler(), tick.step)
         plan = self.method.plan(facts)
         if plan is not None:
@@ -345,6 +353,8 @@ class Handle:
         scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
         if scale is not None and not scale.is_idle:
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
+        if self._keeps_clean:
+            self._conversion(tick, clean_conversions)
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = scale
 

@@ -13,7 +13,7 @@ from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import check_guidance_halves
 from sostenuto.block_tap import BlocksTap
-from sostenuto.correct import keep_variance
+from sostenuto.correct import from_clean, keep_variance, to_clean
 from sostenuto.cost import Carried, Cost
 from sostenuto.distributed.lockstep import groups_of, over
 from sostenuto.errors import EngineError, MethodError
@@ -261,7 +261,7 @@ class Executor:
         if not Op(tap.op).is_filled:
             output = self._network(call)
             if tap.op == Op.STORE:
-                tap.store(compat.values_of(output))
+                tap.store(_converted(compat.values_of(output), call, to_clean))
                 hollow = mapped(
                     lambda tensor: tensor.new_empty(0), compat.values_of(output)
                 )  # a view would keep it all
@@ -272,7 +272,7 @@ class Executor:
         values = compat.map_prediction(tap.filled(tap.op), with_variance, compat.prediction_of(newest), call.latents)
         if tap.op == Op.EXTEND:
             tap.store(values)
-        return compat.with_values(state.template, mapped(torch.clone, values))
+        return compat.with_values(state.template, mapped(torch.clone, _converted(values, call, from_clean)))
 
     def _network(self, call: Call) -> Any:
         self._shared.begin()
@@ -300,6 +300,14 @@ class Executor:
                 state.absent.add(index)
             elif index not in state.absent:
                 raise never_reached(tap.site)
+
+
+def _converted(values: Any, call: Call, function: Callable[..., torch.Tensor]) -> Any:
+    """An output's values with the clean sample in place of the prediction, or the other way round, where that is kept."""
+    if call.clean is None:
+        return values
+    convert = partial(function, conversion=call.clean, noisy_last=call.noisy_last)
+    return compat.map_prediction(values, convert, call.latents)
 
 
 class NeverReachedError(EngineError):

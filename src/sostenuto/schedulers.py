@@ -52,7 +52,9 @@ def is_flow(scheduler: Any) -> bool:
     return predicts(scheduler) in FLOWS or bool(getattr(getattr(scheduler, "config", None), "use_flow_sigmas", False))
 
 
-def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[float, float], ...]:
+def noise_levels(
+    scheduler: Any, timesteps: Sequence[float], instead: str = "eps_scale=1 (no scaling)"
+) -> tuple[tuple[float, float], ...]:
     """α and σ of every step in ``x_t = α·x₀ + σ·ε``, where x_t is what the denoiser is given.
 
     Schedulers that keep ``x₀ + σ·ε`` (such as Euler) scale it before the denoiser sees it: to unit variance, or, in EDM's
@@ -65,7 +67,7 @@ def noise_levels(scheduler: Any, timesteps: Sequence[float]) -> tuple[tuple[floa
     if levels is None:
         raise MethodError(
             f"the noise levels of a {type(scheduler).__name__} set up like this are not known: use another scheduler, or "
-            "eps_scale=1 (no scaling)"
+            f"{instead}"
         )
     return levels
 

@@ -22,7 +22,7 @@ class Site:
 
     Attributes:
         id: stable name: the tapped submodule's path, such as ``transformer_blocks.3.attn1``; of a range of blocks
-            ``transformer_blocks.2-5``; of the denoiser's output ``output``.
+            ``transformer_blocks.2-5``; of the denoiser's output ``output`` or ``output:sample``.
         kind: what is tapped.
         block: position of its block among all blocks of the network, in running order; of a range that of its first one; of the
             deep part of a U-Net the number of its skip connection; −1 for the output.
@@ -35,6 +35,7 @@ class Site:
         last_block: position of the last block of a range, or of the block itself where that is the branch.
         residual: whether what a range adds to its input is kept, instead of its output.
         in_list: position of its block within its own list of blocks; of a network's only list that is ``block``.
+        clean: whether of the denoiser's output the clean sample that follows from it is kept, instead of the prediction.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Site:
     last_block: int | None = None
     residual: bool = False
     in_list: int | None = None
+    clean: bool = False
 
     @property
     def takes_some_tokens(self) -> bool:
@@ -79,6 +81,8 @@ class Site:
 
 OUTPUT = Site("output", SiteKind.OUTPUT, -1, 0)
 """The site of the denoiser's output."""
+CLEAN_SAMPLE = replace(OUTPUT, id="output:sample", clean=True)
+"""The same, kept as the clean sample: a prediction made of it follows the noise that the sampler put in since."""
 
 
 @dataclass(frozen=True)

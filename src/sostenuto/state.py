@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sostenuto.attended import Attended
+from sostenuto.correct import Conversion
 from sostenuto.cost import empty
 from sostenuto.features import Feature, Slots, leaves, num_bytes
 from sostenuto.plan import Program, Weights
@@ -18,7 +19,8 @@ from sostenuto.plan import Program, Weights
 class Call:
     """One denoiser call as it came in; ``inner`` is what runs it, hooks and compilation included.
 
-    ``noisy_last`` tells where in latents and output the noisy sample is, where one of them holds more besides.
+    ``noisy_last`` tells where in latents and output the noisy sample is, where one of them holds more besides; ``clean`` how
+    the clean sample follows from the prediction, where a site keeps that.
     """
 
     inner: Callable[..., Any]
@@ -27,6 +29,7 @@ class Call:
     signature: int
     latents: Feature
     noisy_last: bool = False
+    clean: Conversion | None = None
 
 
 class Policy(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -18,7 +18,7 @@ from sostenuto.files import publish_json
 from sostenuto.forecast import check_forecast_order
 from sostenuto.measured import check_made_for, check_timesteps, is_number, read_json, table_file
 from sostenuto.plan import Action, Plan
-from sostenuto.sites import Site, inspect, stack
+from sostenuto.sites import CLEAN_SAMPLE, Site, inspect, stack
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
 _MAX_STEPS = 10_000
@@ -48,6 +48,10 @@ class StepState(Enum):
         return ("attention" if kind.is_attention else "mlp") in self.groups
 
 
+Fill = Literal["branches", "stack", "sample"]
+"""What is kept for a step that reuses everything, see :class:`CacheTable`."""
+FILLS: tuple[Fill, ...] = get_args(Fill)
+
 _GROUPS = {
     StepState.COMPUTE: frozenset(),
     StepState.REUSE_ATTENTION: frozenset({"attention"}),
@@ -72,21 +76,23 @@ class CacheTable:
         method: name of the method that made it.
         eps_scale: factor of the predicted noise, one per step.
         forecast_order: how reused branches are filled: 0 last value, 1 linear extrapolation, …; one number or one per step.
-        fill: what is kept for a step that reuses everything: the outputs of its ``"branches"``, as in the papers, or one
-            tensor, what the whole ``"stack"`` of blocks adds to its input: the step then costs next to nothing.
+        fill: what is kept for a step that reuses everything: the outputs of its ``"branches"``, as in the papers; or one
+            tensor, what the whole ``"stack"`` of blocks adds to its input: the step then costs next to nothing; or the clean
+            ``"sample"`` that follows from what the network predicts: the step spares the whole call, and its prediction
+            follows the noise that an ancestral sampler has put in since.
         model: ``class``, ``num_blocks`` and ``fingerprint`` of the network it was made for; empty: any.
         scheduler: ``class``, ``prediction_type`` and ``timesteps`` of the scheduler it was made for; empty: any.
         calibration: how it was made.
         macs_fraction: multiply-accumulates of a generation with it, of one without.
         include_cross: whether a :class:`StepState` that reuses attention reuses cross-attention too; else that is computed at
-            every step, which ``fill="stack"`` can't do. The papers don't say.
+            every step, which only ``fill="branches"`` can do. The papers don't say.
     """
 
     actions: tuple[StepActions, ...]
     method: str = "eb"
     eps_scale: tuple[float, ...] = ()
     forecast_order: int | tuple[int, ...] = 0
-    fill: Literal["branches", "stack"] = "branches"
+    fill: Fill = "branches"
     model: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -111,8 +117,8 @@ class CacheTable:
             raise TableError(
                 "step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)"
             )
-        if self.fill not in ("branches", "stack"):
-            raise TableError(f"fill must be 'branches' or 'stack', not {self.fill!r}")
+        if self.fill not in FILLS:
+            raise TableError(f"fill must be {', '.join(map(repr, FILLS[:-1]))} or {FILLS[-1]!r}, not {self.fill!r}")
         try:
             check_include_cross(self.include_cross, self.fill)
             for order in self.forecast_orders:
@@ -138,11 +144,14 @@ class CacheTable:
         return order if isinstance(order, tuple) else (order,) * self.num_inference_steps
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
-        """The sites that the table is about: all branches, and after them the whole stack where it is kept as one."""
-        sites = inspect(denoiser)
-        if self.fill == "stack" and StepState.REUSE_BOTH in self.actions:
-            sites.append(stack(denoiser))
-        return sites
+        """The sites that the table is about: all branches, and after them the whole stack or the sample where that is kept.
+
+        A table that reuses whole samples and nothing else is about no branch, and fits any denoiser.
+        """
+        wholes = whole_sites(denoiser, self.fill) if StepState.REUSE_BOTH in self.actions else []
+        if self.fill == "sample" and set(self.actions) == {StepState.COMPUTE, StepState.REUSE_BOTH}:
+            return wholes
+        return inspect(denoiser) + wholes
 
     def plan(self, sites: Sequence[Site]) -> Plan:
         """The plan for a network with these sites, see :meth:`sites`.
@@ -150,7 +159,7 @@ class CacheTable:
         Raises:
             TableError: a step names a site that the network lacks, or leaves one out.
         """
-        whole = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
+        whole = next((site for site in sites if site.kind in (SiteKind.BLOCKS, SiteKind.OUTPUT)), None)
         ids = {site.id for site in sites if site is not whole}
         rows = []
         for step, (state, order) in enumerate(zip(self.actions, self.forecast_orders, strict=True)):
@@ -305,6 +314,13 @@ class CacheTable:
             raise TableError(f"{path}: {error}") from None
 
 
+def whole_sites(denoiser: nn.Module, fill: Fill) -> list[Site]:
+    """The site of a step that reuses everything at once; none where every branch is kept by itself."""
+    if fill == "branches":
+        return []
+    return [stack(denoiser) if fill == "stack" else CLEAN_SAMPLE]
+
+
 def check_include_cross(include_cross: object, fill: str) -> None:
     """Refuse cross-attention that is computed at every step where the whole stack is kept as one.
 
@@ -313,9 +329,9 @@ def check_include_cross(include_cross: object, fill: str) -> None:
     """
     if not isinstance(include_cross, bool):
         raise MethodError(f"include_cross must be true or false, not {include_cross!r}")
-    if fill == "stack" and not include_cross:
+    if fill != "branches" and not include_cross:
         raise MethodError(
-            "include_cross=False computes cross-attention at every step, but fill='stack' skips it with its block: use "
+            f"include_cross=False computes cross-attention at every step, but fill={fill!r} skips it with its block: use "
             "fill='branches'"
         )
 

@@ -303,7 +303,7 @@ class _Teacher:
         alpha, sigma = self.levels[tick.step]
         kind = predicts(scheduler)
         if is_preconditioned(scheduler):
-            return self.handle._conversion(tick).from_noise(noise, latents)
+            return self.handle._conversion(tick).write(noise, latents)
         known = {
             "epsilon": noise,
             "v_prediction": alpha * noise - sigma * clean,

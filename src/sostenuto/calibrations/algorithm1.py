@@ -19,7 +19,7 @@ from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_flag, check_number, check_whole, is_number
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
-from sostenuto.table import StepActions, StepState, check_include_cross
+from sostenuto.table import FILLS, Fill, StepActions, StepState, check_include_cross
 
 CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
 
@@ -41,8 +41,8 @@ class Algorithm1Options:
             own decisions, ties to less reuse.
         advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
-        fill: what is kept for the steps that reuse everything: ``"branches"``, as in the paper, or the whole ``"stack"`` as one
-            tensor, which makes these steps nearly free; see :class:`~sostenuto.table.CacheTable`.
+        fill: what is kept for the steps that reuse everything: ``"branches"``, as in the paper, the whole ``"stack"`` as one
+            tensor, which makes these steps nearly free, or the clean ``"sample"``; see :class:`~sostenuto.table.CacheTable`.
         include_cross: whether cross-attention is reused with attention, or else computed at every step; kept in the table.
         candidates: the states that are tried at a step, deepest reuse first; EB-Cache's two by default.
         last_computed: how many of the last steps are always computed; the paper: 1.
@@ -71,7 +71,7 @@ class Algorithm1Options:
     aggregation: Literal["batch_mean", "vote"] = "batch_mean"
     advance: Literal["selected", "no_cache"] = "selected"
     forecast_order: int = 1
-    fill: Literal["branches", "stack"] = "branches"
+    fill: Fill = "branches"
     include_cross: bool = field(default=True, kw_only=True)
     candidates: tuple[StepState, ...] = CANDIDATES
     last_computed: int = 1
@@ -108,7 +108,7 @@ class Algorithm1Options:
         for name, known in (
             ("norm", ("rms", "mean_abs", "raw")),
             ("criterion", ("vector_gap", "norm_gap")),
-            ("fill", ("branches", "stack")),
+            ("fill", FILLS),
             ("aggregation", ("batch_mean", "vote")),
             ("advance", ("selected", "no_cache")),
             ("eps_scale_rule", ("search", "match_norm", "fixed")),
@@ -214,15 +214,15 @@ class Algorithm1:
             state = StepState.COMPUTE
         sites = self.handle.sites
         depth = self.options.forecast_order + 1
-        whole = self.options.fill == "stack" and state is StepState.REUSE_BOTH
+        whole = self.options.fill != "branches" and state is StepState.REUSE_BOTH
         ops, histories = [], []
         for index, site in enumerate(sites):
             computed = self.history.get((tick.pass_index, index), [])
-            is_stack = site.kind is SiteKind.BLOCKS
-            if whole and not is_stack:
+            is_whole = site.kind in (SiteKind.BLOCKS, SiteKind.OUTPUT)
+            if whole and not is_whole:
                 histories.append(())
                 ops.append(Op.SKIP)
-            elif whole or (not is_stack and state.skips(site, self.options.include_cross)):
+            elif whole or (not is_whole and state.skips(site, self.options.include_cross)):
                 histories.append(tuple(computed[:depth]))
                 ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -21,8 +21,8 @@ from sostenuto.methods.none import NoCache
 from sostenuto.plan import Action
 from sostenuto.progress import progress
 from sostenuto.seeds import noise_seed
-from sostenuto.sites import Site
-from sostenuto.table import CacheTable, StepState
+from sostenuto.sites import Site, inspect
+from sostenuto.table import CacheTable, Fill, whole_sites
 
 Sample = Callable[..., Any]
 Score = Callable[[Any], float]
@@ -123,13 +123,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Tapped(NoCache):
-    """Computes everything, with the sites of a table that is filled like this."""
+    """Computes everything, with the sites of tables that are filled like this."""
 
-    fill: Literal["branches", "stack"]
+    fills: tuple[Fill, ...]
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
-        """All branches, and after them the whole stack where it is kept as one."""
-        return CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH), fill=self.fill).sites(denoiser)
+        """All branches, and after them the whole stack and the clean sample where those are kept."""
+        return inspect(denoiser) + [site for fill in self.fills for site in whole_sites(denoiser, fill)]
 
 
 def made_for(handle: Handle) -> dict[str, dict[str, Any]]:

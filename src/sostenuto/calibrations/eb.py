@@ -35,7 +35,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
     facts: dict[str, Any] = {}
 
     def run(kappa: float) -> CacheTable:
-        with attach(target, Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, Tapped((options.fill,)), scheduler=scheduler) as handle:
 
             def generation(call: int) -> Trace:
                 algorithm = Algorithm1(handle, options, kappa)
@@ -71,7 +71,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         return replace(table, macs_fraction=macs_fraction(table, facts["sites"], facts["cost"]))
 
     def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> NormMatch:
-        with attach(target, Tapped(options.fill), scheduler=scheduler) as handle:
+        with attach(target, Tapped((options.fill,)), scheduler=scheduler) as handle:
             matching = NormMatch(handle, options, states, wanted)
             handle.driver, handle.driver_slots = matching, options.forecast_order + 1
             settings.generate(settings.fresh_generator())

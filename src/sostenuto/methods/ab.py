@@ -15,7 +15,7 @@ from sostenuto.methods.base import Facts, Method, whole_steps
 from sostenuto.methods.checks import check_choice, check_flag, check_whole
 from sostenuto.plan import Plan
 from sostenuto.schedulers import is_flow, noise_levels
-from sostenuto.sites import OUTPUT, Site
+from sostenuto.sites import CLEAN_SAMPLE, OUTPUT, Site
 
 Abscissa = Literal["auto", "step", "sigma", "lambda"]
 
@@ -49,6 +49,10 @@ class ABCache(Method):
             signal-to-noise ratio. ``"auto"``: σ for flow matching, λ for the DPM-Solver family, the step number otherwise, and
             wherever two steps share a noise level (second-order schedulers call the network twice at one).
         compute_last: whether the last step is computed in any case.
+        extrapolates: ``"prediction"``, what the network predicts, as in the paper; or ``"sample"``, the clean sample that
+            follows from it, of which every skipped step makes the prediction for its own x_t. With a sampler that adds noise
+            of its own (DDPM, the ancestral ones) that is the one to choose: an old prediction doesn't know the noise that
+            came since, which piles up until the next computed step. Ours, no paper's.
     """
 
     order: int = 2
@@ -57,6 +61,7 @@ class ABCache(Method):
     mode: Literal["lagrange", "literal", "recursive"] = "lagrange"
     abscissa: Abscissa = "auto"
     compute_last: bool = False
+    extrapolates: Literal["prediction", "sample"] = "prediction"
 
     name: ClassVar[str] = "ab"
     paper: ClassVar[str] = "arXiv 2504.10540"
@@ -71,6 +76,7 @@ class ABCache(Method):
         check_whole("ABCache's interval", self.interval, least=1)
         check_choice("ABCache's mode", self.mode, ("lagrange", "literal", "recursive"))
         check_flag("ABCache's compute_last", self.compute_last)
+        check_choice("ABCache's extrapolates", self.extrapolates, ("prediction", "sample"))
         check_choice("ABCache's abscissa", self.abscissa, ("auto", "step", "sigma", "lambda"))
 
     @classmethod
@@ -80,7 +86,7 @@ class ABCache(Method):
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The denoiser's output."""
-        return [OUTPUT]
+        return [CLEAN_SAMPLE if self.extrapolates == "sample" else OUTPUT]
 
     def plan(self, facts: Facts) -> Plan:
         """Compute the warm-up and every ``interval``-th step, counted from the first of the generation."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sostenuto import compat
-from sostenuto.calibrations.base import Sample, Settings, Tapped, made_for
+from sostenuto.calibrations.base import Sample, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
@@ -21,7 +21,7 @@ from sostenuto.probe import Prober
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
 from sostenuto.tuning.generate import generate
-from sostenuto.tuning.instrument import Instrument
+from sostenuto.tuning.instrument import Instrument, tapped_for
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
 from sostenuto.tuning.search import Schedule, Segment, table_of
 from sostenuto.unet import is_unet
@@ -185,7 +185,7 @@ def _measure(settings: Settings, kind: Kind) -> Measurement:
             identity.update(made_for(handle))
         return instruments[0](tick, prober)
 
-    run = generate(settings, 0, Tapped("stack" if kind is Kind.STACK else "branches"), drive)
+    run = generate(settings, 0, tapped_for((kind,)), drive)
     return replace(instruments[0].result(run.rows, 0.0), made_for=identity)
 
 

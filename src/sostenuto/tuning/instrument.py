@@ -21,22 +21,28 @@ from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
 from sostenuto.state import PassState
+from sostenuto.table import FILLS
 from sostenuto.tuning.measurement import NUDGES, Kind, Measurement, Reach, filled_name, nudged_steps, whole_of
 
 _NUM_VALUES = 4096  # of a sample's output that errors are compared in, chosen at random where it has more
 
 
+_WHOLE = {SiteKind.BLOCKS: Kind.STACK, SiteKind.OUTPUT: Kind.SAMPLE}
+"""The kinds that have a site of their own."""
+
+
 def ops_of(sites: Sequence[Site], kind: Kind, filled: Op) -> list[Op]:
     """The op of every site of a step of this kind, ``filled`` where something is reused."""
-    whole = next((site for site in sites if site.kind is SiteKind.BLOCKS), None)
-    if kind is Kind.STACK:
+    wholes = {_WHOLE[site.kind]: site for site in sites if site.kind in _WHOLE}
+    if kind in _WHOLE.values():
+        whole = wholes.get(kind)
         return [filled if site is whole else Op.SKIP if whole and whole.covers(site) else Op.COMPUTE for site in sites]
-    return [filled if site is not whole and kind.state.skips(site) else Op.COMPUTE for site in sites]
+    return [filled if site.kind not in _WHOLE and kind.state.skips(site) else Op.COMPUTE for site in sites]
 
 
 def tapped_for(kinds: Sequence[Kind]) -> Tapped:
     """The method whose sites all these kinds have what they reuse at."""
-    return Tapped("stack" if Kind.STACK in kinds else "branches")
+    return Tapped(tuple(fill for fill in FILLS if Kind(fill) in kinds))
 
 
 def filled_call(prober: Prober, kind: Kind, lags: Sequence[int]) -> Any:

@@ -21,6 +21,8 @@ class Kind(Enum):
 
     STACK = "stack"
     """What all blocks add to their input, kept as one tensor."""
+    SAMPLE = "sample"
+    """The clean sample that follows from the network's output."""
     BRANCHES = "branches"
     """Every branch by itself."""
     ATTENTION = "attention"
@@ -57,8 +59,8 @@ class Reach:
         return min(range(len(gaps)), key=lambda index: abs(gaps[index] - gap))
 
 
-WHOLES = (Kind.STACK, Kind.BRANCHES)
-"""The kinds that reuse all of a step."""
+WHOLES = (Kind.STACK, Kind.BRANCHES, Kind.SAMPLE)
+"""The kinds that reuse all of a step; each is what a cache table's ``fill`` of that name keeps."""
 
 
 def filled_name(kind: Kind, order: int) -> str:
@@ -87,21 +89,24 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     found = {}
     for kind in kinds:
         whole = kind in WHOLES
-        most = {Kind.STACK: 10, Kind.BRANCHES: 5}.get(kind, 3)
+        most = {Kind.STACK: 10, Kind.SAMPLE: 10, Kind.BRANCHES: 5}.get(kind, 3)
         run = max(1, min(most, num_steps // 3))
         linear = tuple(gap for gap in near if gap <= run + 1) if whole else (2,)
         found[kind] = Reach(run, ((0,), linear, tuple(gap for gap in linear if gap <= 4)) if whole else ((0,), linear))
     return found
 
 
-_VERSION = 3  # of the file: the first had no times of forecasts, the second another roughness
+_VERSION = (
+    4  # of the file: the first had no times of forecasts, the second another roughness, the third no clean samples
+)
 NUDGES = (0.25, 0.5)
 """How far the network's input is moved towards that of the step before, to see whether its features answer in proportion."""
 
 
 def whole_of(kinds: Iterable[Kind]) -> Kind:
-    """The kind among these that reuses all of a step, every branch by itself where it can be."""
-    return Kind.BRANCHES if Kind.BRANCHES in kinds else Kind.STACK
+    """The kind among these that reuses all of a step, every branch by itself where it can be, and features before samples."""
+    known = set(kinds)
+    return next((kind for kind in (Kind.BRANCHES, Kind.STACK) if kind in known), Kind.SAMPLE)
 
 
 def nudged_steps(num_steps: int) -> list[int]:

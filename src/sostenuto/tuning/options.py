@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import InputError
 from sostenuto.methods.checks import check_choice, check_number, check_whole, is_number
-from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.measurement import WHOLES, Kind
 from sostenuto.tuning.published import PUBLISHED
 
 MAX_WORK = 50_000 / 30
@@ -37,8 +37,9 @@ class TuneOptions:
         published: the calibrations whose plans compete at the speed-up that is asked for: ``"eb"``, ``"feb"``,
             ``"smoothcache"``, and ``"smoothcache-site"``, which plans every branch of every block by itself; those that
             ``kinds`` leave out don't.
-        kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``; by default all that the network
-            can. With ``"stack"`` alone the instrumented run keeps one tensor for a step, else every branch.
+        kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``, and the clean ``"sample"`` that
+            follows from the network's output; by default all that network and scheduler can. With ``"stack"`` and
+            ``"sample"`` alone the instrumented run keeps a tensor each for a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.
     """
 
@@ -65,9 +66,9 @@ class TuneOptions:
             raise InputError(f"tilts must be one finite number at least, not {self.tilts!r}")
         for kind in self.kinds or ():
             check_choice("kinds", kind, tuple(known.value for known in Kind))
-        if self.kinds is not None and not {"stack", "branches"} & set(self.kinds):
+        if self.kinds is not None and not {kind.value for kind in WHOLES} & set(self.kinds):
             raise InputError(
-                "kinds must hold 'stack' or 'branches': without a step that reuses everything little is gained"
+                "kinds must hold 'stack', 'branches' or 'sample': without a step that reuses everything little is gained"
             )
         for name in self.published:
             check_choice("published", name, PUBLISHED)

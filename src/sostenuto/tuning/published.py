@@ -79,7 +79,7 @@ def work_of(
         return float(rows(_NUM_SAMPLES))
     rounds = _ROUNDS if table is None else table.calibration.get("rounds", _ROUNDS)
     generated = rounds * rows(_NUM_SAMPLES)
-    whole = Kind.STACK if calibration.fill == "stack" else Kind.BRANCHES
+    whole = Kind(calibration.fill)
     names = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
     tried = [sum(macs[names[state].value] for state in calibration.candidates_at(tau)) for tau in (0.0, 1.0)]
     return generated * (2 + max(tried))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sostenuto.plan import Action
-from sostenuto.table import CacheTable, StepState
-from sostenuto.tuning.measurement import Kind, Measurement, filled_name
+from sostenuto.table import FILLS, CacheTable, Fill, StepState
+from sostenuto.tuning.measurement import WHOLES, Kind, Measurement, filled_name
 
 ANY_ORDER = (0, 1, 2)
 """Degrees of the forecasts that a run of reuse may be filled with; 0 is the last value."""
@@ -71,7 +71,7 @@ def cost_of_table(
         sites: where a step lists its sites, their kinds and shares (:attr:`Measurement.sites`): what a kind spares is divided
             among its branches.
     """
-    whole = Kind.STACK if table.fill == "stack" else Kind.BRANCHES
+    whole = Kind(table.fill)
     kinds = {StepState.REUSE_ATTENTION: Kind.ATTENTION, StepState.REUSE_MLP: Kind.MLP, StepState.REUSE_BOTH: whole}
     spent = 0.0
     for state, order in zip(table.actions, table.forecast_orders, strict=True):
@@ -95,6 +95,9 @@ def _spared(costs: Mapping[str, float], order: int) -> dict[str, float]:
     return spared
 
 
+_FILL: dict[Kind, Fill] = {Kind(fill): fill for fill in FILLS}
+
+
 def table_of(schedule: Schedule) -> CacheTable:
     """The schedule as a cache table."""
     states: list[StepState] = []
@@ -102,9 +105,11 @@ def table_of(schedule: Schedule) -> CacheTable:
     for segment in schedule:
         states += [StepState.COMPUTE, *[segment.kind.state] * segment.length]
         orders += [0, *[segment.order] * segment.length]
-    stacked = any(segment.length and segment.kind is Kind.STACK for segment in schedule)
+    wholes = {segment.kind for segment in schedule if segment.length and segment.kind in WHOLES}
     order = orders[1] if len(set(orders)) == 1 else tuple(orders)
-    return CacheTable(tuple(states), method="tuned", forecast_order=order, fill="stack" if stacked else "branches")
+    return CacheTable(
+        tuple(states), method="tuned", forecast_order=order, fill=_FILL[next(iter(wholes), Kind.BRANCHES)]
+    )
 
 
 Weight = Callable[[Kind, int, int], float]

@@ -16,7 +16,9 @@ import torch
 
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
+from sostenuto.correct import tells_clean_samples
 from sostenuto.distributed.world import world
+from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.plan import Op
 from sostenuto.progress import progress
@@ -139,7 +141,8 @@ class _Tuner:
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
         lab = self.lab
-        kinds = _kinds(lab.settings.target, self.options)
+        sampler = scheduler_of(lab.settings.target, lab.settings.scheduler)
+        kinds = _kinds(lab.settings.target, sampler, self.options)
         self._check_work(kinds)  # what is too much whatever the samples are is refused before anything runs
         lab.rehearse(kinds)
         if lab.folder is not None:
@@ -251,31 +254,36 @@ class _Tuner:
         # Errors of forecasts are larger where features are noisy, but they differ from run to run, while those of last values
         # all point back along the path: images may forgive the first sooner. And of what long runs of reuse do the model
         # knows least. Only real generations can tell.
-        even, free = (
-            [self._searched(target, tilt, FORECASTS, longest) for tilt in early]
-            for longest in (self._even_run(target), None)
-        )
+        even, free = ([self._searched(target, tilt, FORECASTS, is_even) for tilt in early] for is_even in (True, False))
         turns = itertools.chain.from_iterable(zip(even, searched, strict=True))
         return [*turns, self._published(target), *free, *(self._searched(target, tilt) for tilt in late)]
 
-    def _even_run(self, target: float) -> int:
+    def _even_run(self, target: float, whole_kind: Kind) -> int:
         """One more than the steps in a row that a plan reuses which gets to a target by runs of one length."""
-        whole = min(self.costs[family[0].value] for family in self._families) / self.costs["compute"]
+        whole = self.costs[whole_kind.value] / self.costs["compute"]
         computed = max(1 / self.measured.num_steps, (1 / target - whole) / (1 - whole))
         return math.ceil((1 - computed) / computed) + 1
 
     def _searched(
-        self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER, longest: int | None = None
+        self, target: float, tilt: float, orders: tuple[int, ...] = ANY_ORDER, is_even: bool = False
     ) -> list[Candidate]:
-        """The families' best plans for a target, and the uniform ones, which need no model to be tried."""
+        """The families' best plans for a target, and the uniform ones, which need no model to be tried.
+
+        Args:
+            target: the speed-up.
+            tilt: of the weights.
+            orders: degrees of the forecasts that may be used.
+            is_even: whether runs of reuse are as short as the target allows.
+        """
         found: dict[Schedule, Candidate] = {}
 
         def keeps_budget(plan: Schedule) -> bool:
             return cost_of(plan, self.costs) <= 1 / target + 1e-9
 
         fill = "" if orders == ANY_ORDER else f", order {orders[-1]}"
-        fill += "" if longest is None else f", runs up to {longest}"
         for family in self._families:
+            longest = self._even_run(target, family[0]) if is_even else None
+            runs = "" if longest is None else f", runs up to {longest}"
             model, frontier = self._frontier(family, tilt, orders, longest)
             plans = {
                 "searched": frontier.schedule(1 / target),
@@ -284,7 +292,7 @@ class _Tuner:
             for name, plan in plans.items():
                 if plan is not None:
                     planned = Planned(plan, model, tilt, keeps_budget)
-                    found.setdefault(plan, Candidate(name + fill, self._table(plan), planned))
+                    found.setdefault(plan, Candidate(name + fill + runs, self._table(plan), planned))
         return list(found.values())
 
     def _published(self, target: float) -> list[Candidate]:
@@ -434,11 +442,13 @@ def _too_few(score: Any, rehearsal: Rehearsal) -> str | None:
     return judge.too_few(rehearsal.num_results)
 
 
-def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
+def _kinds(target: Any, scheduler: Any, options: TuneOptions) -> tuple[Kind, ...]:
     denoiser = compat.unwrapped(compat.find_denoiser(target))
     sites = inspect(denoiser)
 
     def is_able(kind: Kind) -> bool:
+        if kind is Kind.SAMPLE:
+            return tells_clean_samples(scheduler)
         return has_stack(denoiser) if kind is Kind.STACK else Op.REUSE in ops_of(sites, kind, Op.REUSE)
 
     able = tuple(filter(is_able, Kind))
@@ -446,5 +456,7 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
         return able
     kinds = tuple(kind for kind in able if kind.value in options.kinds)
     if not set(WHOLES) & set(kinds):
-        raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
+        raise InputError(
+            f"this network and scheduler can't reuse a whole step as {' or '.join(options.kinds)}: let kinds hold 'branches'"
+        )
     return kinds

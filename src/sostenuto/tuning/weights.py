@@ -51,8 +51,8 @@ def probed_steps(num_steps: int) -> list[int]:
 
 
 def probed_reuses(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
-    """The kinds and orders that are probed: of those that reuse a whole step, which make like errors, the first."""
-    whole = [kind for kind in kinds if kind in WHOLES][:1]
+    """The kinds and orders that are probed: of those that reuse all features of a step, which make like errors, the first."""
+    whole = [kind for kind in kinds if kind in (Kind.STACK, Kind.BRANCHES)][:1] + [Kind.SAMPLE] * (Kind.SAMPLE in kinds)
     partial = [kind for kind in kinds if kind not in WHOLES]
     return [(kind, order) for kind in whole for order in (0, 1, 2)] + [(kind, 1) for kind in partial]
 
