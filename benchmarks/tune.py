@@ -8,7 +8,8 @@ so that ``--shard`` may then share the sampling); then every row is sampled on t
 searches has seen. What an interrupted run has done is kept. ``--cost time`` compares at equal measured time, ``macs`` at equal
 multiply-accumulates: EB-Cache, FEB-Cache and SmoothCache are calibrated until their speed in that unit is the target's within
 5 %; of a method with a choice of settings each target takes the nearest one, if it is within 15 %, slower ones too; what gets
-to none is named. EB and FEB are the papers' methods, with the last value for a gap; "EB, linear" is what we recommend. L2C
+to none is named. EB, FEB and AB are the papers' methods, EB and FEB with the last value for a gap; "EB, linear" and "AB,
+clean sample" are what we recommend beside them. L2C
 runs a router that was trained for DDIM with as many steps: that of the demo ships, for another model pass one.
 """
 
@@ -117,6 +118,7 @@ def intervals() -> Iterator[Named]:
             yield f"TaylorSeer, order {order}", sostenuto.TaylorSeer(interval, order, 2)
         for warmup in (2, 5, 10, 20):
             yield "AB", sostenuto.ABCache(2, warmup, interval)
+            yield "AB, clean sample", sostenuto.ABCache(2, warmup, interval, extrapolates="sample")
 
 
 def extent(speeds: Sequence[float], nearest: float) -> str:
