@@ -42,6 +42,7 @@ C, A, M, B = StepState
 ALL_COMPUTED = CacheTable((C,) * 6)
 TABLE = CacheTable((C, B, A, C, B, C), eps_scale=(0.98,) * 6)
 STACK = CacheTable((C, C, B, A, B, C), eps_scale=(0.98,) * 6, forecast_order=1, fill="stack")
+SAMPLE = CacheTable((C, C, B, A, B, C), eps_scale=(0.98,) * 6, forecast_order=1, fill="sample")
 SITES = tuple(f"transformer_blocks.{block}.{branch}" for block in range(3) for branch in ("attn1", "ff"))
 
 
@@ -86,6 +87,12 @@ CASES = [
     Case("feb", lambda: FEBCache(CacheTable((C, M, B, C, A, C))), lambda: FEBCache(ALL_COMPUTED, eps_scale=1.0)),
     Case("ab", lambda: ABCache(warmup=2, interval=2), lambda: ABCache(warmup=6)),
     Case("ab, recursive", lambda: ABCache(3, 3, 3, "recursive"), lambda: ABCache(3, 6, 3, "recursive")),
+    Case(
+        "ab, sample",
+        lambda: ABCache(warmup=2, interval=2, extrapolates="sample"),
+        lambda: ABCache(warmup=6, extrapolates="sample"),
+    ),
+    Case("eb, sample", lambda: EBCache(SAMPLE), lambda: EBCache(ALL_COMPUTED)),
     Case("fora", lambda: FORA(2), lambda: FORA(1)),
     Case("toca", lambda: ToCa(fresh_ratio=0.2, middle_interval=None), lambda: ToCa(interval=1)),
     Case("duca", lambda: DuCa(fresh_ratio=0.2, middle_interval=None), lambda: DuCa(interval=1)),
