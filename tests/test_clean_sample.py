@@ -73,6 +73,25 @@ def test_of_a_network_that_knows_the_clean_sample_one_call_is_enough(kind):
         assert (stale - wanted).square().mean() > 100 * (made - wanted).square().mean()
 
 
+def test_holding_the_clean_sample_is_the_sampler_with_the_skipped_steps_left_out(tiny):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    sigmas = scheduler.sigmas[:-1]
+
+    @torch.no_grad()
+    def images():
+        x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            velocity = tiny(x, timestep.expand(2), torch.tensor([1, 4])).sample
+            x = scheduler.step(velocity, timestep, x).prev_sample
+        return x
+
+    with sostenuto.enable(tiny, ABCache(1, 1, 2, extrapolates="sample"), scheduler=scheduler):
+        held = images()
+    scheduler.set_timesteps(sigmas=sigmas[::2].numpy())
+    torch.testing.assert_close(held, images(), rtol=1e-4, atol=1e-4)
+
+
 SAMPLERS = {
     "ddpm": lambda: DDPMScheduler(beta_schedule="linear"),
     "ddpm, v": lambda: DDPMScheduler(prediction_type="v_prediction"),
