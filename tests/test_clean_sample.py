@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
-    DDIMInverseScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
@@ -33,7 +33,10 @@ def ids(value):
     return getattr(value, "id", value)
 
 
-LEVELLESS = ("DDIMInverseScheduler", "DDPMWuerstchenScheduler")  # what they are given is the noise, at levels of their own
+LEVELLESS = (
+    "DDIMInverseScheduler",
+    "DDPMWuerstchenScheduler",
+)  # what they are given is the noise, at levels of their own
 
 
 @pytest.mark.parametrize(("row", "kind"), [case for case in cases("yes") if case[0].name not in LEVELLESS], ids=ids)
@@ -48,7 +51,9 @@ def test_the_clean_sample_is_found_in_what_every_scheduler_is_given(row, kind):
         clean = (x - sigma * noise) / alpha
         off = (conversion.read(output, given) - clean).abs().max() / clean.abs().max()
         assert off < 2e-3
-        torch.testing.assert_close(conversion.write(conversion.read(output, given), given), output, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            conversion.write(conversion.read(output, given), given), output, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", gaussian.SAMPLERS)
@@ -110,9 +115,9 @@ def by_hand(name, scheduler, step, y, x):
         sigma, data = scheduler.sigmas[step], scheduler.config.sigma_data
         total = (sigma**2 + data**2).sqrt()
         sample = x * total  # the network is given it over this
-        return sample * (data / total) ** 2 + y * sigma * data / total, lambda x0: (
-            (x0 - sample * (data / total) ** 2) * total / (sigma * data)
-        )
+        return sample * (
+            data / total
+        ) ** 2 + y * sigma * data / total, lambda x0: (x0 - sample * (data / total) ** 2) * total / (sigma * data)
     share = scheduler.alphas_cumprod[int(scheduler.timesteps[step])]
     alpha, sigma = share.sqrt(), (1 - share).sqrt()
     if name == "ddpm":
@@ -192,9 +197,12 @@ def test_latents_in_a_list_are_converted_one_by_one():
 def test_a_scheduler_that_does_not_tell_is_refused_before_anything_runs(tiny):
     scheduler = DDIMInverseScheduler()
     scheduler.set_timesteps(4)
-    with sostenuto.enable(tiny, ABCache(extrapolates="sample"), scheduler=scheduler):
-        with pytest.raises(MethodError, match="not known: use another scheduler, or forecast what the network predicts"):
-            tiny(torch.randn(1, 2, 8, 8), scheduler.timesteps[:1], torch.tensor([1]))
+    words = "not known: use another scheduler, or forecast what the network predicts"
+    with (
+        sostenuto.enable(tiny, ABCache(extrapolates="sample"), scheduler=scheduler),
+        pytest.raises(MethodError, match=words),
+    ):
+        tiny(torch.randn(1, 2, 8, 8), scheduler.timesteps[:1], torch.tensor([1]))
     with pytest.raises(MethodError, match="extrapolates must be one of prediction, sample, not 'noise'"):
         ABCache(extrapolates="noise")
 
