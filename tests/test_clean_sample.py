@@ -292,3 +292,22 @@ def test_where_the_scheduler_does_not_tell_the_tuner_leaves_it_out(model):
     only = sostenuto.TuneOptions(kinds=("sample",))
     with pytest.raises(sostenuto.InputError, match="can't reuse a whole step as sample"):
         _kinds(model, DDIMInverseScheduler(), only)
+
+
+def test_a_score_may_choose_a_faster_plan_of_every_nth_step(model):
+    """One that likes images the better the farther they are from the uncached ones, as no distance to them would."""
+    uncached, _ = sample_loop(model, model.scheduler_for_test, STEPS, seed=0)
+
+    def far(images):
+        return 1 / (1e-6 + float((images - uncached).square().mean()))
+
+    options = sostenuto.TuneOptions(**{**vars(QUICK), "kinds": ("sample",), "speedups": (2.0,)})
+    found = tuned(model, options=options, score=far, score_sample=from_the_start).point
+    assert found.origin.startswith("sample every ")
+    assert found.ideal_speedup > 2.5
+    assert found.table.actions[:2] == (C, C)
+    assert found.table.forecast_order == 1
+
+
+def from_the_start(target, generator, num_inference_steps):
+    return sample_loop(target, target.scheduler_for_test, num_inference_steps, seed=0)[0]

@@ -18,9 +18,11 @@ from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
 _BELOW = 1e6  # puts scores that are not above 0 below the logarithms of those that are
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
-_SHORTLIST = 9  # plans that are scored
-_CLOSEST = 5  # plans that are compared on more samples, where nearness decides
+_SHORTLIST = 11  # plans that are scored
+CLOSEST = 5  # plans that are compared on more samples, where nearness decides
 _RUN_OFF = 3  # of those that are scored, how many are scored once more
+SCALES = 12  # noise scales that are tried, about
+MOST_SCORED = _SHORTLIST + SCALES + 2 * _RUN_OFF
 _LEFT_FOR_SCALE = 6  # scored generations that the choice of the noise scale may need
 
 Scale = float | str
@@ -81,7 +83,7 @@ class Chooser:
         """
         nearest = self.nearest([candidate for group in groups for candidate in group])
         if not self._by_score:
-            return self._closest(nearest[:_CLOSEST])
+            return self._closest(nearest[:CLOSEST])
         if len(nearest) == 1:
             return nearest[0]
         made = [set(map(_key, group)) for group in groups]

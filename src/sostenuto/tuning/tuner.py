@@ -23,9 +23,9 @@ from sostenuto.errors import InputError
 from sostenuto.plan import Op
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack, inspect
-from sostenuto.table import CacheTable
+from sostenuto.table import CacheTable, StepState
 from sostenuto.tuning.advice import notes_on
-from sostenuto.tuning.choice import Candidate, Chooser, Planned, Scale
+from sostenuto.tuning.choice import CLOSEST, MOST_SCORED, SCALES, Candidate, Chooser, Planned, Scale
 from sostenuto.tuning.instrument import ops_of
 from sostenuto.tuning.lab import CLOSER, Lab, Trial, shared
 from sostenuto.tuning.measurement import WHOLES, Kind, instrumented_share, reaches
@@ -47,6 +47,7 @@ from sostenuto.tuning.search import (
 )
 from sostenuto.tuning.weights import probe, probed
 
+_SAMPLED = 3  # intervals that are tried for the clean sample
 _TOO_FEW = 8  # samples, below which the errors of single steps are mostly chance
 
 
@@ -256,7 +257,25 @@ class _Tuner:
         # knows least. Only real generations can tell.
         even, free = ([self._searched(target, tilt, FORECASTS, is_even) for tilt in early] for is_even in (True, False))
         turns = itertools.chain.from_iterable(zip(even, searched, strict=True))
-        return [*turns, self._published(target), *free, *(self._searched(target, tilt) for tilt in late)]
+        sampled = [[plan] for plan in self._sampled(target)]
+        return [*turns, self._published(target), *sampled, *free, *(self._searched(target, tilt) for tilt in late)]
+
+    def _sampled(self, target: float) -> list[Candidate]:
+        """Plans that compute every N-th step, the last one or not, and forecast the clean sample in between.
+
+        Each is heard by itself, those that cost less than asked too: with an ancestral sampler long runs of it are farther from
+        the uncached images, and no worse.
+        """
+        if Kind.SAMPLE not in self.measured.runs:
+            return []
+        steps, found = self.measured.num_steps, []
+        for interval in range(2, steps):
+            states = [StepState.COMPUTE if p < 2 or p % interval == 0 else StepState.REUSE_BOTH for p in range(steps)]
+            table = CacheTable(tuple(states), method="tuned", forecast_order=1, fill="sample")
+            table = replace(table, **self.measured.made_for, macs_fraction=self._cost(table, self.measured.macs))
+            if self._cost(table, self.costs) <= 1 / target + 1e-9:
+                found.append(Candidate(f"sample every {interval}", table))
+        return found[:_SAMPLED]
 
     def _even_run(self, target: float, whole_kind: Kind) -> int:
         """One more than the steps in a row that a plan reuses which gets to a target by runs of one length."""
@@ -420,9 +439,9 @@ class _Tuner:
         published = calibrations(options.published, 1 / self.speedup, kinds).values()
         work += sum(work_of(one, macs, lab.rows) for one in published)
         if self.scored:
-            work += lab.size("scored") * (1 + sum(shares) + 27 / self.speedup * self.by_score)
+            work += lab.size("scored") * (1 + sum(shares) + MOST_SCORED / self.speedup * self.by_score)
         if not self.by_score:
-            work += lab.size(CLOSER) * (1 + 5 / self.speedup) + lab.size("paired") * 9 / self.speedup
+            work += lab.size(CLOSER) * (1 + CLOSEST / self.speedup) + lab.size("paired") * SCALES / self.speedup
         if not world().is_main:
             return
         work = min(work, options.max_work)
