@@ -156,6 +156,10 @@ def notes_on(measured: Measurement) -> list[str]:
             f"forecasts hurt one step ahead: a linear one is off {gain:.2f} times as far as the last value, because {why}; "
             "reuse, don't forecast"
         )
+        if not of_noise:
+            notes.append(
+                'where the sampler adds noise of its own, forecast the clean sample: ABCache(2, 2, 3, extrapolates="sample")'
+            )
     else:
         notes.append(f"forecasts help: a linear one is off {gain:.2f} times as far as the last value")
     return notes
