@@ -29,12 +29,12 @@ def rows(lab: Lab) -> list[Entry]:
     return [
         lab.uncached(),
         *(lab.fewer(steps / 50) for steps in (25, 17, 12, 8)),
-        *(lab.row(f"x̂₀ linear, N={interval}", sampled(interval)) for interval in (2, 3, 4, 5, 6, 8, 10)),
-        lab.row("x̂₀ held, N=5", sampled(5, order=1)),
-        *(lab.row(f"x̂₀ linear, N={interval}, b = 0.985", sampled(interval) | b) for interval in (3, 5, 8)),
+        *(lab.row(f"clean sample, N={interval}", sampled(interval)) for interval in (2, 3, 4, 5, 6, 8, 10)),
+        lab.row("clean sample held, N=5", sampled(5, order=1)),
+        *(lab.row(f"clean sample, N={interval}, b = 0.985", sampled(interval) | b) for interval in (3, 5, 8)),
         lab.row("prediction linear, N=2", ABCache(2, warmup=2, interval=2)),
         *(Entry(f"DPM-Solver++ {steps}", NoCache(), steps, SOLVER, reference=None) for steps in (20, 12, 8)),
-        Entry("DPM-Solver++ 20, x̂₀ linear, N=2", sampled(2), 20, SOLVER, reference="DPM-Solver++ 20"),
+        Entry("DPM-Solver++ 20, clean sample, N=2", sampled(2), 20, SOLVER, reference="DPM-Solver++ 20"),
     ]
 
 

@@ -389,5 +389,5 @@ def test_the_comparison_of_noise_scales_runs(monkeypatch, tmp_path):
 def test_the_comparison_of_clean_samples_runs(monkeypatch, tmp_path, small):
     found = run(monkeypatch, tmp_path, "clean_sample", model=small)
     speeds = {row["name"]: row["ideal_speedup"] for row in found["rows"]}
-    assert speeds["x̂₀ linear, N=2"] == pytest.approx(4 / 3)  # steps 0, 1 and 2 of four
+    assert speeds["clean sample, N=2"] == pytest.approx(4 / 3)  # steps 0, 1 and 2 of four
     assert quality(found)

@@ -1,4 +1,4 @@
-"""The demo's own comparison: EB-Cache's tables for about 1.5x and 2.5x, their parts, fewer steps, FORA and another solver."""
+"""The demo's own comparison: EB-Cache's tables for about 1.5x and 2.5x, their parts, AB-Cache, fewer steps, FORA, another solver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.demo.rows import NUM_STEPS, Entry, Settings, demo_sample
 from sostenuto.demo.run import run_entries
-from sostenuto.methods import FORA, EBCache, EpsilonScaling, NoCache
+from sostenuto.methods import FORA, ABCache, EBCache, EpsilonScaling, NoCache
 from sostenuto.table import CacheTable, StepState
 
 SHIPPED = Path(sostenuto.__file__).parent / "tables"
@@ -77,6 +77,7 @@ def entries(light: CacheTable, strong: CacheTable) -> list[Entry]:
         Entry("2.5× table alone", EBCache(strong, eps_scale=1.0)),
         Entry("EB-Cache 1.5×", EBCache(light)),
         Entry("EB-Cache 2.5×", EBCache(strong)),
+        Entry("AB-Cache 4.5×, clean sample", ABCache(2, warmup=2, interval=5, extrapolates="sample")),
         Entry("DPM-Solver++ 20", NoCache(), 20, "dpm-solver++", reference=None),
         Entry("DPM-Solver++ 13", NoCache(), 13, "dpm-solver++", reference=None),
         Entry("DPM-Solver++ 20, cached", CACHED_SOLVER, 20, "dpm-solver++", reference="DPM-Solver++ 20"),
