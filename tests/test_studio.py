@@ -145,7 +145,7 @@ def test_a_second_generation_at_the_same_time_is_refused(session):
     first.close()
 
 
-@pytest.mark.parametrize("name", ["fora", "fora-linear", "taylorseer", "ab", "eb"])
+@pytest.mark.parametrize("name", ["fora", "fora-linear", "taylorseer", "ab", "ab-sample", "eb"])
 @pytest.mark.parametrize("speedup", [1.5, 2.5])
 def test_the_settings_nearest_to_the_budget_are_chosen(pipe, name, speedup):
     steps = timesteps(pipe, 50)

@@ -1,4 +1,4 @@
-"""The demo's own comparison: EB-Cache's tables for about 1.5x and 2.5x, their parts, AB-Cache, fewer steps, FORA, another solver."""
+"""The demo's own comparison: EB-Cache's tables for about 1.5x and 2.5x, their parts, fewer steps, and its rivals."""
 
 from __future__ import annotations
 

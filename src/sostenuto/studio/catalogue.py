@@ -24,6 +24,7 @@ _CANDIDATES: dict[str, Callable[[], Iterable[Method]]] = {
     "fora-linear": lambda: [methods.FORA(n, forecast_order=1) for n in _INTERVALS],
     "taylorseer": lambda: [methods.TaylorSeer(interval=n, order=2) for n in _INTERVALS],
     "ab": lambda: [methods.ABCache(order=2, interval=n) for n in _INTERVALS],
+    "ab-sample": lambda: [methods.ABCache(order=2, warmup=2, interval=n, extrapolates="sample") for n in _INTERVALS],
     "duca": lambda: [methods.DuCa(interval=n) for n in _INTERVALS],
     "toca": lambda: [methods.ToCa(interval=n) for n in _INTERVALS],
     "dbcache": lambda: [methods.DBCache.first_block_cache(threshold) for threshold in (0.02, 0.05, 0.1, 0.2, 0.4)],
@@ -32,7 +33,7 @@ _RUN_TIME_BUDGETS = (1.2, 1.5, 2.0, 3.0, 4.0)  # a first guess: what a threshold
 
 
 def names() -> list[str]:
-    """The methods that can be chosen; ``fora-linear`` is FORA with linear forecasts."""
+    """The methods that can be chosen; ``fora-linear`` is FORA with linear forecasts, ``ab-sample`` AB-Cache of x₀."""
     return list(_CANDIDATES)
 
 

@@ -228,7 +228,7 @@ class Session:
     # --- plans ---------------------------------------------------------------------------------------------------
 
     def table_of(self, plan: Mapping[str, Any], num_steps: int | None = None) -> CacheTable:
-        """The cache table of an edited plan: ``states``, ``eps_scale`` and ``forecast_order``.
+        """The cache table of an edited plan: ``states``, ``eps_scale``, ``forecast_order`` and ``fill``.
 
         Raises:
             TableError: it is no valid plan.
@@ -247,7 +247,7 @@ class Session:
             "num_inference_steps": len(states),
             "eps_scale": plan.get("eps_scale", 1.0),
             "forecast_order": plan.get("forecast_order", 0),
-            "fill": "stack" if has_stack(self._denoiser) else "branches",
+            "fill": plan.get("fill") or ("stack" if has_stack(self._denoiser) else "branches"),
             "actions": states,
         }
         return CacheTable.from_dict(content)
@@ -291,6 +291,7 @@ class Session:
             "states": [state.value for state in table.actions if isinstance(state, StepState)],
             "eps_scale": list(table.eps_scale),
             "forecast_order": table.forecast_order,
+            "fill": table.fill,
         }
 
     def _path(self, name: str) -> Path:
@@ -349,6 +350,7 @@ def _filling(handle: Any) -> dict[str, Any]:
         factors = [scale.at(step, skips) for step, skips in enumerate(reused)]
     return {
         "forecast_order": plan.forecast_order if plan is not None and forecasts else 0,
+        "fill": "sample" if any(site.clean for site in getattr(handle, "sites", ())) else None,
         "eps_scale": factors,
     }
 

@@ -228,9 +228,14 @@ class _Tuner:
 
     @cached_property
     def _families(self) -> list[tuple[Kind, ...]]:
-        """The kinds of reuse that a plan may be made of; the first of each family reuses all of a step."""
+        """The kinds of reuse that a plan may be made of; the first of each family reuses all of a step.
+
+        Where the stack is kept as one, branches one by one are off as far and cost more.
+        """
         partial = tuple(kind for kind in self.measured.runs if kind not in WHOLES)
         wholes = [kind for kind in WHOLES if kind in self.measured.runs]
+        if Kind.STACK in wholes:
+            wholes = [kind for kind in wholes if kind is not Kind.BRANCHES]
         return [family for whole in wholes for family in {(whole,): 0, (whole, *partial): 0}]
 
     def _frontier(

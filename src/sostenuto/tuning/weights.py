@@ -11,7 +11,7 @@ import numpy as np
 from sostenuto.tuning.lab import Lab
 from sostenuto.tuning.measurement import WHOLES, Kind, Measurement
 
-_NUM_STEPS = 7  # steps that are probed, evenly spread
+_NUM_STEPS = 5  # steps that are probed, evenly spread
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def probed_reuses(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
     """The kinds and orders that are probed: of those that reuse all features of a step, which make like errors, the first."""
     whole = [kind for kind in kinds if kind in (Kind.STACK, Kind.BRANCHES)][:1] + [Kind.SAMPLE] * (Kind.SAMPLE in kinds)
     partial = [kind for kind in kinds if kind not in WHOLES]
-    return [(kind, order) for kind in whole for order in (0, 1, 2)] + [(kind, 1) for kind in partial]
+    return [(kind, order) for kind in whole for order in (0, 1)] + [(kind, 1) for kind in partial]
 
 
 def probed(kinds: tuple[Kind, ...], num_steps: int) -> list[tuple[Kind, int, int]]:
