@@ -21,7 +21,7 @@ from conftest import build_tiny, sample_loop, sampler_of_lists
 from scheduler_cases import cases, draw, given_to_network, levels, listed, prediction
 from sostenuto import ABCache, CacheTable, EBCache, MethodError, TableError
 from sostenuto.calibrations import EBCalibration
-from sostenuto.correct import clean_conversions
+from sostenuto.prediction import clean_conversions
 from sostenuto.table import StepState
 from sostenuto.tuning.measurement import Kind
 from tunings import QUICK, STEPS, tuned

@@ -22,15 +22,9 @@ import gaussian
 import sostenuto
 from conftest import build_tiny
 from sostenuto import FORA, EpsilonScaling, MethodError
-from sostenuto.correct import (
-    Conversion,
-    conversions,
-    keep_variance,
-    noise_levels,
-    predicted_noise,
-    scale_noise,
-    without_variance,
-)
+from sostenuto.correct import scale_noise
+from sostenuto.prediction import Conversion, conversions, keep_variance, predicted_noise, without_variance
+from sostenuto.schedulers import noise_levels
 
 LEVELS = [(math.cos(a), math.sin(a)) for a in (0.05, 0.7, 1.4, 1.55)]
 
@@ -120,7 +114,7 @@ def test_what_a_prediction_or_its_input_holds_besides_is_left_out_in_any_dimensi
     assert torch.equal(scaled[:, :3], with_text[:, :3])
     assert torch.equal(keep_variance(0 * with_text, with_text, tokens, True)[:, :5], with_text[:, :5])
     assert without_variance(draw(0, 2, 8, 4, 4), draw(0, 2, 4, 4, 4)).shape == (2, 4, 4, 4)
-    with pytest.raises(MethodError, match="can't be scaled"):
+    with pytest.raises(MethodError, match="neither be scaled nor told its clean sample: use eps_scale=1"):
         scale_noise(draw(0, 2, 3, 4, 4), 0.9, draw(0, 2, 3, 5, 6), conversion)
 
 

@@ -24,7 +24,8 @@ from scheduler_cases import (
     step,
 )
 from sostenuto import EpsilonScaling, MethodError
-from sostenuto.correct import Conversion, conversions, scale_noise
+from sostenuto.correct import scale_noise
+from sostenuto.prediction import Conversion, conversions
 from sostenuto.schedulers import noise_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -75,6 +75,18 @@ def test_an_edited_plan_runs_as_it_is_drawn_is_saved_and_loaded(session):
         session.pipe([3], 6, generator=torch.Generator().manual_seed(1))
 
 
+def test_what_a_plan_keeps_is_part_of_it(session):
+    event = next(e for e in session.generate(wish({"method": "ab-sample", "speedup": 2})) if e["event"] == "image")
+    table = session.table_of(event)
+    assert table.fill == "sample"
+    assert table.forecast_order == 1
+    session.save("taken", event)
+    assert session.load("taken")["fill"] == "sample"
+    again = [e for e in session.generate(wish({"method": EDITED, "plan": session.load("taken")})) if "image" in e]
+    assert again[0]["macs"] == event["macs"]
+    assert again[0]["image"] == event["image"]
+
+
 @pytest.mark.parametrize(
     "table",
     [

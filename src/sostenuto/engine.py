@@ -17,7 +17,7 @@ from sostenuto.attachment import not_copied
 from sostenuto.budget import Budget
 from sostenuto.clock import Clock, Schedulers, Tick
 from sostenuto.config import check_max_cache_bytes
-from sostenuto.correct import Conversion, NoiseScale, TimeShifter, clean_conversions, conversions, scale_noise
+from sostenuto.correct import NoiseScale, TimeShifter, scale_noise
 from sostenuto.cost import Carried, signature
 from sostenuto.distributed import lockstep
 from sostenuto.dry_runs import DryRuns
@@ -29,6 +29,7 @@ from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, check_steps
 from sostenuto.mount import Mount
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
+from sostenuto.prediction import Conversion, clean_conversions, conversions
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
 from sostenuto.state import Call, PassState
@@ -302,7 +303,7 @@ class Handle:
             self._record = Record(self._clock.source, num_steps=tick.num_steps)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         number = self._dry_runs.number(args, kwargs)
-        clean = self._conversion(tick, clean_conversions) if self._keeps_clean else None
+        clean = self._conversion(tick, clean_conversions) if self._mount.keeps_clean else None
         call = Call(inner, args, kwargs, number, given.latents, self._reader.noisy_last, clean)
         output = self._step(tick, call)
         if self._noise_scale is not None:
@@ -337,10 +338,6 @@ class Handle:
             self._conversions[kind] = kind(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
         return self._conversions[kind][tick.step]
 
-    @property
-    def _keeps_clean(self) -> bool:
-        return any(site.clean for site in self.sites)
-
     def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
         self._passes, self._conversions = {}, {}
@@ -353,7 +350,7 @@ class Handle:
         scale = None if factors is None else NoiseScale.of(factors, tick.num_steps)
         if scale is not None and not scale.is_idle:
             self._conversion(tick)  # refuses what can't be scaled before anything is computed
-        if self._keeps_clean:
+        if self._mount.keeps_clean:
             self._conversion(tick, clean_conversions)
         self._facts, self._plan, self._shifter = facts, plan, self.method.time_shifter(facts)
         self._noise_scale = scale

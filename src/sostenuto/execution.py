@@ -13,7 +13,6 @@ from sostenuto import compat
 from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import check_guidance_halves
 from sostenuto.block_tap import BlocksTap
-from sostenuto.correct import from_clean, keep_variance, to_clean
 from sostenuto.cost import Carried, Cost
 from sostenuto.distributed.lockstep import groups_of, over
 from sostenuto.errors import EngineError, MethodError
@@ -21,6 +20,7 @@ from sostenuto.features import kept, leaves, mapped, versions
 from sostenuto.finite import FiniteCheck
 from sostenuto.forecast import lagrange_weights
 from sostenuto.plan import Action, Op, Plan, Row
+from sostenuto.prediction import from_clean, keep_variance, to_clean
 from sostenuto.shared import SharedTimesteps
 from sostenuto.sites import Site
 from sostenuto.state import Call, ForecastWeights, PassState, Wanted, allocate

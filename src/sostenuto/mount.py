@@ -30,6 +30,7 @@ class Mount:
         self._denoiser, self._method, self._checks_finite = denoiser, method, checks_finite
         self.compiled = compiled
         self.sites = method.sites(denoiser)
+        self.keeps_clean = any(site.clean for site in self.sites)
         self._make()
 
     def _make(self) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from sostenuto import compat
 from sostenuto.clock import Tick
-from sostenuto.correct import predicted_noise, without_variance
 from sostenuto.cost import Cost
 from sostenuto.features import as_rows, mapped
 from sostenuto.plan import Op, Row
+from sostenuto.prediction import predicted_noise, without_variance
 from sostenuto.state import Call, PassState
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sostenuto.attended import Attended
-from sostenuto.correct import Conversion
 from sostenuto.cost import empty
 from sostenuto.features import Feature, Slots, leaves, num_bytes
 from sostenuto.plan import Program, Weights
+from sostenuto.prediction import Conversion
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from sostenuto import compat
 from sostenuto.analysis.trajectory import Trajectory, one_tensor, record
 from sostenuto.clock import Tick
-from sostenuto.correct import keep_variance
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import InputError, MethodError
 from sostenuto.methods.base import Method
 from sostenuto.plan import Op
+from sostenuto.prediction import keep_variance
 from sostenuto.probe import Prober
 from sostenuto.schedulers import FLOWS, is_preconditioned, noise_levels, predicts
 

@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_map
 from sostenuto import compat
 from sostenuto.attachment import replace_forward, runs
 from sostenuto.calibrations.base import Calibration, Settings, made_for
-from sostenuto.correct import without_variance
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError, TableError
 from sostenuto.files import publish
 from sostenuto.methods import NoCache
 from sostenuto.methods.checks import check_number, check_whole
+from sostenuto.prediction import without_variance
 from sostenuto.progress import progress
 from sostenuto.router import Router, cache_steps
 from sostenuto.sites import anatomy_of

@@ -16,11 +16,11 @@ import torch
 
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
-from sostenuto.correct import tells_clean_samples
 from sostenuto.distributed.world import world
 from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.plan import Op
+from sostenuto.prediction import tells_clean_samples
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack, inspect
 from sostenuto.table import CacheTable, StepState

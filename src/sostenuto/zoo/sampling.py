@@ -10,8 +10,8 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.arguments import Reader
-from sostenuto.correct import without_variance
 from sostenuto.errors import InputError
+from sostenuto.prediction import without_variance
 from sostenuto.zoo.tiny import TinyModel
 
 
