@@ -11,7 +11,7 @@ import numpy as np
 from sostenuto.tuning.lab import Lab
 from sostenuto.tuning.measurement import WHOLES, Kind, Measurement
 
-_NUM_STEPS = 5  # steps that are probed, evenly spread
+_NUM_STEPS = 7  # steps that are probed, evenly spread
 
 
 @dataclass(frozen=True)
