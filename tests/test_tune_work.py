@@ -32,9 +32,9 @@ def ten_rows(model, generator, num_inference_steps):
 def test_max_work_is_a_bound_on_scores_too_and_too_little_is_refused_with_the_numbers(model, begun):
     given = dict(folder=begun, score=norm, score_sample=ten_rows)
     with pytest.raises(
-        InputError, match=r"at least \((\d+) to measure, 24 to try.*max_work = 50.*score_sample"
+        InputError, match=r"at least \((\d+) to measure, 24 to try.*max_work = 60.*score_sample"
     ) as refused:
-        tuned(model, replace(QUICK, max_work=50), **given)
+        tuned(model, replace(QUICK, max_work=60), **given)
     least = int(re.search(r"needs about (\d+)", str(refused.value))[1])
     works = []
     for more in (1, 10, 45):
