@@ -75,6 +75,13 @@ def test_an_edited_plan_runs_as_it_is_drawn_is_saved_and_loaded(session):
         session.pipe([3], 6, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("fill", ["branches", "stack"])
+def test_a_plan_that_is_taken_keeps_what_it_kept(session, fill):
+    plan = {"states": ["compute", "compute", "reuse-both"], "fill": fill}
+    events = session.generate(wish({"method": EDITED, "plan": plan}, steps=3))
+    assert session.table_of(next(e for e in events if e["event"] == "image")).fill == fill
+
+
 def test_what_a_plan_keeps_is_part_of_it(session):
     event = next(e for e in session.generate(wish({"method": "ab-sample", "speedup": 2})) if e["event"] == "image")
     table = session.table_of(event)

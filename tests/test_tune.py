@@ -105,7 +105,7 @@ def test_options_without_meaning_are_refused(wrong):
 def test_kinds_that_no_branch_belongs_to_are_not_measured(model, monkeypatch):
     fused = [replace(site, kind=SiteKind.FUSED) for site in sostenuto.inspect(model)]
     monkeypatch.setattr("sostenuto.tuning.tuner.inspect", lambda _: fused)
-    assert _kinds(model, DDIMScheduler(), TuneOptions()) == (Kind.STACK, Kind.SAMPLE, Kind.BRANCHES)
+    assert _kinds(model, TuneOptions()) == (Kind.STACK, Kind.SAMPLE, Kind.BRANCHES)
 
 
 class Judge:

@@ -296,7 +296,8 @@ class Handle:
             refusals.check_neighbours(self._denoiser)
             with lockstep.deciding(self._denoiser, next(leaves(given.latents)).device) as agree:
                 self._decide(tick)
-                agree(self.method, self._plan, self._mount.observes, tick.timesteps, tick.step, self._noise_scale)
+                decided = tick.timesteps, tick.step, self._noise_scale, [site.id for site in self.sites]
+                agree(self.method, self._plan, self._mount.observes, *decided)
             if self._dry_runs.too_many:  # nothing is read of generations before this one
                 self._forget_counts()
             self._dry_runs.let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from sostenuto.errors import MethodError
 from sostenuto.schedulers import FLOWS, is_preconditioned, noise_levels, preconditioning, predicts
 
 _LEAST = 1e-30  # its reciprocal is a number of float32 too
-_MOST_AMPLIFIED = 1e6  # between a prediction and the clean sample
 _PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
+_LEAST_NOISE = 1e-6  # share of the noise below which no prediction follows from the clean sample
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Conversion:
 
     weight: float = 1.0
     latent_weight: float = 0.0
+    bound: float = math.inf
+    """What is written lies within ± this: where a scheduler clips the clean sample, what is kept of it is what it goes by."""
 
     @classmethod
     def of(cls, prediction: str, alpha: float, sigma: float) -> Conversion:
@@ -71,7 +74,9 @@ class Conversion:
         return self.weight * prediction + self.latent_weight * latents
 
     def write(self, value: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The prediction that says the noise is this; where x_t holds no clean sample there is none, and it divides by 0."""
+        """The prediction that says so; where x_t holds nothing but noise, or none, there may be none, and it divides by 0."""
+        if self.bound < math.inf:
+            value = value.clamp(-self.bound, self.bound)
         if self.latent_weight == 0:
             return value if self.weight == 1 else value / self.weight
         return (value - self.latent_weight * latents) / self.weight
@@ -126,6 +131,8 @@ def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool 
         MethodError: the noise levels are not known, or a step has no noise to tell a prediction from.
     """
     kind, levels = predicts(scheduler), noise_levels(scheduler, timesteps, instead="forecast what the network predicts")
+    config: Any = getattr(scheduler, "config", None)
+    bound = float(config.clip_sample_range) if getattr(config, "clip_sample", False) else math.inf
     if is_preconditioned(scheduler):
         known = [(c_in, *preconditioning(scheduler, sigma / c_in)[1:]) for c_in, sigma in levels]
         steps = [Conversion(c_out, c_skip / c_in) for c_in, c_skip, c_out in known]
@@ -133,16 +140,16 @@ def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool 
         # The floor keeps a step of pure noise finite; it is refused below.
         steps = [Conversion.clean_of(kind, max(alpha, _LEAST), sigma) for alpha, sigma in levels]
     for step, conversion in enumerate(steps):
-        if not 1 / _MOST_AMPLIFIED <= abs(conversion.weight) <= _MOST_AMPLIFIED:
+        if not _LEAST_NOISE <= abs(conversion.weight) <= 1 / _PURE_NOISE:
             raise MethodError(
                 f"at step {step} of this {type(scheduler).__name__} the clean sample doesn't follow from the {kind}, or says "
                 "nothing of it: forecast what the network predicts"
             )
-    return _as_returned(steps, negated)
+    return _as_returned([replace(step, bound=bound) for step in steps], negated)
 
 
 def tells_clean_samples(scheduler: Any) -> bool:
-    """Whether the clean sample follows from what a scheduler is given, at the timesteps that it lists now."""
+    """Whether the clean sample follows from what a scheduler is given, at the timesteps that it was set up for."""
     try:
         clean_conversions(scheduler, [float(t) for t in scheduler.timesteps])
     except (MethodError, AttributeError, TypeError):
@@ -166,7 +173,7 @@ def to_clean(
         prediction: what the denoiser returned.
         latents: what it was given.
         conversion: to the clean sample.
-        noisy_last: see :func:`scale_noise`.
+        noisy_last: see :func:`sostenuto.correct.scale_noise`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.
@@ -203,7 +210,7 @@ def without_variance(prediction: torch.Tensor, latents: torch.Tensor, noisy_last
     Args:
         prediction: what the denoiser returned.
         latents: what it was given.
-        noisy_last: see :func:`scale_noise`.
+        noisy_last: see :func:`sostenuto.correct.scale_noise`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.
@@ -220,7 +227,7 @@ def predicted_noise(
         prediction: what the denoiser returned.
         latents: what it was given.
         conversion: how the noise follows from the prediction.
-        noisy_last: see :func:`scale_noise`.
+        noisy_last: see :func:`sostenuto.correct.scale_noise`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.

@@ -149,7 +149,11 @@ class CacheTable:
         A table that reuses whole samples and nothing else is about no branch, and fits any denoiser.
         """
         wholes = whole_sites(denoiser, self.fill) if StepState.REUSE_BOTH in self.actions else []
-        if self.fill == "sample" and set(self.actions) == {StepState.COMPUTE, StepState.REUSE_BOTH}:
+        if (
+            self.fill == "sample"
+            and wholes
+            and all(a in (StepState.COMPUTE, StepState.REUSE_BOTH) for a in self.actions)
+        ):
             return wholes
         return inspect(denoiser) + wholes
 

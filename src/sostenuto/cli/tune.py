@@ -37,7 +37,7 @@ class Tune:
     refinements: int = 4
     """Local changes that are tried at each point."""
     kinds: tuple[str, ...] | None = None
-    """What may be reused: stack, branches, attention, mlp; by default all. The stack alone takes the least memory."""
+    """What may be reused: sample, stack, branches, attention, mlp; by default all. Sample and stack take the least memory."""
     published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
     max_work: float | None = None

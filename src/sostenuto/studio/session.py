@@ -9,7 +9,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import sostenuto
+from sostenuto.anatomy import SiteKind
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.measured import identity
@@ -350,9 +351,16 @@ def _filling(handle: Any) -> dict[str, Any]:
         factors = [scale.at(step, skips) for step, skips in enumerate(reused)]
     return {
         "forecast_order": plan.forecast_order if plan is not None and forecasts else 0,
-        "fill": "sample" if any(site.clean for site in getattr(handle, "sites", ())) else None,
+        "fill": _fill(getattr(handle, "sites", ())),
         "eps_scale": factors,
     }
+
+
+def _fill(sites: Sequence[Any]) -> str:
+    """What of these sites is kept for a step that reuses everything."""
+    if any(site.clean for site in sites):
+        return "sample"
+    return "stack" if any(site.kind is SiteKind.BLOCKS for site in sites) else "branches"
 
 
 def _group(kind: str) -> str:

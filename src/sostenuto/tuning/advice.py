@@ -11,12 +11,13 @@ import torch
 from sostenuto import compat
 from sostenuto.calibrations.base import Sample, Settings, made_for
 from sostenuto.clock import Tick
-from sostenuto.engine import Handle
+from sostenuto.engine import Handle, scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.methods import DeepCache, EBCache
 from sostenuto.methods.base import Method
 from sostenuto.pipelines import pipeline_sample, suited
 from sostenuto.plan import Action, Op
+from sostenuto.prediction import tells_clean_samples
 from sostenuto.probe import Prober
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
@@ -122,7 +123,7 @@ def advise(
     errors = measured.relative(measured.whole, 0, 0, 1)
     worth = speedup >= _WORTH
     notes = [f"reusing the whole step before changes the output by {np.nanmedian(errors):.1%} (median over the steps)"]
-    notes += notes_on(measured)
+    notes += notes_on(measured, tells_clean_samples(scheduler_of(target, scheduler)))
     notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search" if worth else _NOT_WORTH)
     return Advice(
         worth=worth,
@@ -138,8 +139,13 @@ def advise(
     )
 
 
-def notes_on(measured: Measurement) -> list[str]:
-    """What the features say of forecasts."""
+def notes_on(measured: Measurement, clean_samples: bool = False) -> list[str]:
+    """What the features say of forecasts.
+
+    Args:
+        measured: the instrumented run.
+        clean_samples: whether the scheduler tells the clean sample in a prediction.
+    """
     gain, noise = measured.forecast_gain, measured.noise_share
     noisy = (
         f"noise floor of the features: {noise:.0%} of the squared error of reuse one step later is noise of the network, which "
@@ -156,7 +162,7 @@ def notes_on(measured: Measurement) -> list[str]:
             f"forecasts hurt one step ahead: a linear one is off {gain:.2f} times as far as the last value, because {why}; "
             "reuse, don't forecast"
         )
-        if not of_noise:
+        if not of_noise and clean_samples and Kind.SAMPLE not in measured.runs:
             notes.append(
                 'where the sampler adds noise of its own, forecast the clean sample: ABCache(2, 2, 3, extrapolates="sample")'
             )

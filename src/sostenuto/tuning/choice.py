@@ -18,7 +18,7 @@ from sostenuto.tuning.search import ErrorModel, Schedule, neighbours
 
 _BELOW = 1e6  # puts scores that are not above 0 below the logarithms of those that are
 _NEARNESS = 0.04  # what nearness counts beside the score, in logarithms
-_SHORTLIST = 11  # plans that are scored
+_SHORTLIST = 12  # plans that are scored
 CLOSEST = 5  # plans that are compared on more samples, where nearness decides
 _RUN_OFF = 3  # of those that are scored, how many are scored once more
 SCALES = 12  # noise scales that are tried, about

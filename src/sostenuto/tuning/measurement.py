@@ -88,6 +88,11 @@ def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
     near = (1, 2, 3, 4, 6, 8)
     found = {}
     for kind in kinds:
+        if (
+            kind is Kind.BRANCHES and Kind.STACK in kinds
+        ):  # no plan is made of them: what they tell of noise is one step's
+            found[kind] = Reach(1, ((0,), (1,)))
+            continue
         whole = kind in WHOLES
         most = {Kind.STACK: 10, Kind.SAMPLE: 10, Kind.BRANCHES: 5}.get(kind, 3)
         run = max(1, min(most, num_steps // 3))

@@ -18,7 +18,7 @@ from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.plan import Action
 from sostenuto.sites import Site, inspect
-from sostenuto.table import CacheTable, StepState
+from sostenuto.table import CacheTable, Fill, StepState
 from sostenuto.tuning.measurement import Kind
 
 PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")
@@ -28,6 +28,7 @@ _NUM_SAMPLES = 8
 _ROUNDS = 5  # of EB-Cache's bisection, at most: its plans are some of many
 _MARGIN = 0.01  # a bisection ends within so much of its target
 _LONGEST = 5  # run of reuse
+_FILLS: tuple[Fill, ...] = ("stack", "branches", "sample")  # the first of these that may be reused
 
 
 def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> dict[str, Calibration]:
@@ -47,7 +48,7 @@ def calibrations(names: Sequence[str], share: float, kinds: Sequence[Kind]) -> d
             target_fraction=target,
             max_rounds=_ROUNDS,
             allow_dearer=False,
-            fill="stack" if Kind.STACK in kinds else "branches",
+            fill=next(fill for fill in _FILLS if Kind(fill) in kinds),
             candidates=(both, attention) if Kind.ATTENTION in kinds else (both,),
         )
     }

@@ -15,8 +15,9 @@ from sostenuto import compat
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.clock import Tick
 from sostenuto.cost import signature
-from sostenuto.engine import Handle
+from sostenuto.engine import Handle, scheduler_of
 from sostenuto.plan import Op
+from sostenuto.prediction import tells_clean_samples
 from sostenuto.probe import Prober
 from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import macs_of
@@ -41,6 +42,7 @@ class Rehearsal:
         macs: multiply-accumulates of a step of each kind, ``"compute"`` being 1.
         sketch: of what the network is given first, and of the final latents of the first rows.
         num_results: images, or what else the sample returned; ``None`` where that has no length.
+        clean_samples: whether the scheduler, as it is set up for these steps, tells the clean sample in a prediction.
         score: what a score says of what came out; ``None`` without one, and where it has nothing to say of noise.
     """
 
@@ -51,6 +53,7 @@ class Rehearsal:
     sketch: Sketch = ()
     score: float | None = None
     num_results: int | None = None
+    clean_samples: bool = False
 
 
 def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Kind]) -> Rehearsal:
@@ -80,7 +83,7 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             sketch.extend(_sketched(value) for value in given if isinstance(value, (torch.Tensor, int, float)))
             rows.append(prober.batch_size)
             if not macs:
-                macs.update(macs_of(prober, kinds))
+                macs.update(macs_of(prober, kinds) | {Kind.SAMPLE.value: 0.0})
         noise = torch.Generator().manual_seed(1000 * tick.step + tick.pass_index)
         return compat.map_prediction(outputs[what], lambda values: _noise_like(values, noise))
 
@@ -92,7 +95,8 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             said = float(settings.score(run.result))
     said = said if said is not None and math.isfinite(said) else None
     made = len(run.result) if hasattr(run.result, "__len__") else None
-    return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made)
+    tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler))
+    return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made, tells)
 
 
 def same(one: Sketch, other: Sketch) -> bool:

@@ -17,10 +17,8 @@ import torch
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
-from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.plan import Op
-from sostenuto.prediction import tells_clean_samples
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack, inspect
 from sostenuto.table import CacheTable, StepState
@@ -142,10 +140,10 @@ class _Tuner:
     def run(self) -> Tuned:
         """Measure, search, try, and put together."""
         lab = self.lab
-        sampler = scheduler_of(lab.settings.target, lab.settings.scheduler)
-        kinds = _kinds(lab.settings.target, sampler, self.options)
+        kinds = _kinds(lab.settings.target, self.options)
         self._check_work(kinds)  # what is too much whatever the samples are is refused before anything runs
-        lab.rehearse(kinds)
+        lab.rehearse([kind for kind in kinds if kind is not Kind.SAMPLE])
+        kinds = _told(kinds, lab.rehearsals["paired"])
         if lab.folder is not None:
             samples = lab.rehearsals["paired"], lab.rehearsals.get("scored")
             claim(lab.folder, rehearsed(lab.settings, *samples), begun=True)
@@ -154,7 +152,7 @@ class _Tuner:
             self._warn(few)
         self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
-        self.notes += notes_on(self.measured)
+        self.notes += notes_on(self.measured, lab.rehearsals["paired"].clean_samples)
         self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
         self.weights = probe(lab, self.measured)
         uncached_score = lab.scored(None).score if self.scored else None
@@ -466,21 +464,28 @@ def _too_few(score: Any, rehearsal: Rehearsal) -> str | None:
     return judge.too_few(rehearsal.num_results)
 
 
-def _kinds(target: Any, scheduler: Any, options: TuneOptions) -> tuple[Kind, ...]:
+def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
+    """What may be reused, as far as the network tells."""
     denoiser = compat.unwrapped(compat.find_denoiser(target))
     sites = inspect(denoiser)
 
     def is_able(kind: Kind) -> bool:
-        if kind is Kind.SAMPLE:
-            return tells_clean_samples(scheduler)
-        return has_stack(denoiser) if kind is Kind.STACK else Op.REUSE in ops_of(sites, kind, Op.REUSE)
+        if kind in (Kind.STACK, Kind.SAMPLE):
+            return kind is Kind.SAMPLE or has_stack(denoiser)
+        return Op.REUSE in ops_of(sites, kind, Op.REUSE)
 
     able = tuple(filter(is_able, Kind))
     if options.kinds is None:
         return able
     kinds = tuple(kind for kind in able if kind.value in options.kinds)
     if not set(WHOLES) & set(kinds):
-        raise InputError(
-            f"this network and scheduler can't reuse a whole step as {' or '.join(options.kinds)}: let kinds hold 'branches'"
-        )
+        raise InputError("the blocks of this network can't be kept as one stack: let kinds hold 'branches'")
     return kinds
+
+
+def _told(kinds: tuple[Kind, ...], rehearsal: Rehearsal) -> tuple[Kind, ...]:
+    """Those that the scheduler doesn't rule out, as it is once it was set up."""
+    told = tuple(kind for kind in kinds if kind is not Kind.SAMPLE or rehearsal.clean_samples)
+    if not set(WHOLES) & set(told):
+        raise InputError("the noise levels of this scheduler don't tell the clean sample: let kinds hold 'branches'")
+    return told
