@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -217,6 +219,18 @@ def test_a_scheduler_that_does_not_tell_is_refused_before_anything_runs(tiny):
         tiny(torch.randn(1, 2, 8, 8), scheduler.timesteps[:1], torch.tensor([1]))
     with pytest.raises(MethodError, match="extrapolates must be one of prediction, sample, not 'noise'"):
         ABCache(extrapolates="noise")
+
+
+def test_only_a_scheduler_that_clips_itself_has_its_clean_samples_clipped():
+    """diffusers keeps what one class was set up with in the configuration of the next."""
+    clipping = DDIMScheduler(clip_sample=True, clip_sample_range=2.0)
+    solver = DPMSolverMultistepScheduler.from_config(clipping.config)
+    bounds = []
+    video = CogVideoXDDIMScheduler(clip_sample=True)  # takes the argument, and its step never looks at it
+    for scheduler in (clipping, solver, video, DDIMScheduler(clip_sample=True, thresholding=True)):
+        scheduler.set_timesteps(3)
+        bounds.append({step.bound for step in clean_conversions(scheduler, scheduler.timesteps.tolist())})
+    assert bounds == [{2.0}, {math.inf}, {math.inf}, {math.inf}]
 
 
 def test_a_step_without_noise_says_nothing_of_a_prediction():

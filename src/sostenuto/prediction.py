@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sostenuto.errors import MethodError
-from sostenuto.schedulers import FLOWS, is_preconditioned, noise_levels, preconditioning, predicts
+from sostenuto.schedulers import FLOWS, clipped_to, is_preconditioned, noise_levels, preconditioning, predicts
 
 _LEAST = 1e-30  # its reciprocal is a number of float32 too
 _PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
@@ -131,8 +131,7 @@ def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool 
         MethodError: the noise levels are not known, or a step has no noise to tell a prediction from.
     """
     kind, levels = predicts(scheduler), noise_levels(scheduler, timesteps, instead="forecast what the network predicts")
-    config: Any = getattr(scheduler, "config", None)
-    bound = float(config.clip_sample_range) if getattr(config, "clip_sample", False) else math.inf
+    bound = clipped_to(scheduler)
     if is_preconditioned(scheduler):
         known = [(c_in, *preconditioning(scheduler, sigma / c_in)[1:]) for c_in, sigma in levels]
         steps = [Conversion(c_out, c_skip / c_in) for c_in, c_skip, c_out in known]

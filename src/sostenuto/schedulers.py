@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ _UNNAMED = {
 # Classes whose lists don't tell how noisy the sample is: it is a step ahead of its timestep (inversion), each stage of the
 # sampling has a scale of its own, the pipeline decides, or the second half of a step does as it goes.
 _OWN_LEVELS = ("DDIMInverseScheduler", "DPMSolverSDEScheduler", "HeliosScheduler", "HeliosDMDScheduler")
+
+# They take clip_sample and never look at it.
+_UNCLIPPED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "TCDScheduler")
 
 _FLOW_TOLERANCE = 1e-6
 
@@ -109,6 +113,21 @@ def direction_shares(scheduler: Any, timesteps: Sequence[float]) -> tuple[float,
         following = tuple((math.sqrt(share), math.sqrt(1 - share)) for share in shares)
     pairs = zip(levels, following, strict=False)
     return tuple(alpha * next_sigma / (sigma * next_alpha) for (alpha, sigma), (next_alpha, next_sigma) in pairs)
+
+
+def clipped_to(scheduler: Any) -> float:
+    """The largest value of a clean sample that the scheduler goes by; infinite where it clips none.
+
+    A configuration may hold what another class was set up with: that a scheduler has the argument tells that it clips. With
+    dynamic thresholds it goes by those.
+    """
+    config: Any = getattr(scheduler, "config", None)
+    takes = (
+        "clip_sample" in signature(type(scheduler).__init__).parameters and type(scheduler).__name__ not in _UNCLIPPED
+    )
+    if takes and getattr(config, "clip_sample", False) and not getattr(config, "thresholding", False):
+        return float(getattr(config, "clip_sample_range", 1.0))
+    return math.inf
 
 
 def preconditioning(scheduler: Any, sigma: float) -> tuple[float, float, float]:
