@@ -193,5 +193,5 @@ def test_a_begun_run_of_another_setting_is_not_taken(model, tmp_path):
 
 def test_forecasts_are_timed_apart_from_last_values(model):
     times = measured_in(None, model, [1, 2, 3]).times
-    assert {"compute", "stack", "stack 1", "stack 2", "branches 2", "attention 1", "mlp 1"} <= set(times)
+    assert {"compute", "stack", "stack 1", "stack 2", "branches 1", "sample 1", "attention 1", "mlp 1"} <= set(times)
     assert "mlp 2" not in times  # it isn't measured, and costs what its last value does
