@@ -38,8 +38,9 @@ class TuneOptions:
             ``"smoothcache"``, and ``"smoothcache-site"``, which plans every branch of every block by itself; those that
             ``kinds`` leave out don't.
         kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``, and the clean ``"sample"`` that
-            follows from the network's output; by default all that network and scheduler can. With ``"stack"`` and
-            ``"sample"`` alone the instrumented run keeps a tensor each for a step, else every branch.
+            follows from the network's output; by default all that network and scheduler can. Beside ``"stack"``
+            ``"branches"`` are measured for what they tell of noise, and no plan is made of them: they are off as far and cost
+            more. With ``"stack"`` and ``"sample"`` alone the instrumented run keeps a tensor each for a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.
     """
 
