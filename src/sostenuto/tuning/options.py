@@ -40,7 +40,7 @@ class TuneOptions:
         kinds: what may be reused: ``"stack"``, ``"branches"``, ``"attention"``, ``"mlp"``, and the clean ``"sample"`` that
             follows from the network's output; by default all that network and scheduler can. Beside ``"stack"``
             ``"branches"`` are measured for what they tell of noise, and no plan is made of them: they are off as far and cost
-            more. With ``"stack"`` and ``"sample"`` alone the instrumented run keeps a tensor each for a step, else every branch.
+            more. With ``"stack"`` and ``"sample"`` alone the instrumented run keeps a tensor each a step, else every branch.
         max_work: the most that tuning may cost, in uncached generations of one row.
     """
 
