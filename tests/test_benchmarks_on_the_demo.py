@@ -198,7 +198,8 @@ def test_rivals_that_do_not_get_to_a_speed_are_named():
     shipped = tune.SHIPPED / "demo-ddim50-l2c.safetensors"
     there, absent = Timed(shares([]), "time", 1, shipped).of(2.0)
     assert {"EB", "EB, linear", "FEB", "SmoothCache", "FORA"} <= {name for name, _ in there}
-    assert sorted(absent) == ["AB: refused by this model", "L2C: at most 1.36×"]
+    refused = ["AB, clean sample: refused by this model", "AB: refused by this model"]
+    assert sorted(absent) == [*refused, "L2C: at most 1.36×"]
     _, absent = Timed(shares([]), "time", 1, None).of(2.0)
     assert "L2C: no router for this model and so many steps" in absent
     _, absent = Timed(shares([]), "time", 1, shipped).of(3.0)
