@@ -77,7 +77,7 @@ def entries(light: CacheTable, strong: CacheTable) -> list[Entry]:
         Entry("2.5× table alone", EBCache(strong, eps_scale=1.0)),
         Entry("EB-Cache 1.5×", EBCache(light)),
         Entry("EB-Cache 2.5×", EBCache(strong)),
-        Entry("AB-Cache 4.5×, clean sample", ABCache(2, warmup=2, interval=5, extrapolates="sample")),
+        Entry("AB-Cache 4.5×", ABCache(2, warmup=2, interval=5, extrapolates="sample")),
         Entry("DPM-Solver++ 20", NoCache(), 20, "dpm-solver++", reference=None),
         Entry("DPM-Solver++ 13", NoCache(), 13, "dpm-solver++", reference=None),
         Entry("DPM-Solver++ 20, cached", CACHED_SOLVER, 20, "dpm-solver++", reference="DPM-Solver++ 20"),

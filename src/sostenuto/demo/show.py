@@ -14,7 +14,7 @@ from sostenuto.report.figures import headline_figure, png, poster
 from sostenuto.report.page import render
 
 GRID_COLUMNS = 20
-HEADLINE = ("uncached", "EB-Cache 1.5×", "EB-Cache 2.5×", "AB-Cache 4.5×, clean sample", "FORA N=3")
+HEADLINE = ("uncached", "EB-Cache 1.5×", "EB-Cache 2.5×", "AB-Cache 4.5×", "FORA N=3")
 _HEADINGS = ("row", "steps", "speed-up", "ideal", "distance", "score", "accuracy", "precision", "recall", "PSNR")
 
 
