@@ -33,6 +33,11 @@ class SiteKind(Enum):
         """Whether methods that cache "attention" mean this branch."""
         return self in _ATTENTIONS
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it stands for all branches of a step at once."""
+        return self in (SiteKind.BLOCKS, SiteKind.OUTPUT)
+
 
 _ATTENTIONS = (
     SiteKind.SELF_ATTENTION,

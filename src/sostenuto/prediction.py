@@ -172,7 +172,7 @@ def to_clean(
         prediction: what the denoiser returned.
         latents: what it was given.
         conversion: to the clean sample.
-        noisy_last: see :func:`sostenuto.correct.scale_noise`.
+        noisy_last: see :class:`SharedPart`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.
@@ -209,7 +209,7 @@ def without_variance(prediction: torch.Tensor, latents: torch.Tensor, noisy_last
     Args:
         prediction: what the denoiser returned.
         latents: what it was given.
-        noisy_last: see :func:`sostenuto.correct.scale_noise`.
+        noisy_last: see :class:`SharedPart`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.
@@ -226,7 +226,7 @@ def predicted_noise(
         prediction: what the denoiser returned.
         latents: what it was given.
         conversion: how the noise follows from the prediction.
-        noisy_last: see :func:`sostenuto.correct.scale_noise`.
+        noisy_last: see :class:`SharedPart`.
 
     Raises:
         MethodError: the shapes differ in more than one dimension.

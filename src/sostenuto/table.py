@@ -163,7 +163,7 @@ class CacheTable:
         Raises:
             TableError: a step names a site that the network lacks, or leaves one out.
         """
-        whole = next((site for site in sites if site.kind in (SiteKind.BLOCKS, SiteKind.OUTPUT)), None)
+        whole = next((site for site in sites if site.kind.is_whole), None)
         ids = {site.id for site in sites if site is not whole}
         rows = []
         for step, (state, order) in enumerate(zip(self.actions, self.forecast_orders, strict=True)):

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from sostenuto.anatomy import SiteKind
 from sostenuto.attention_tap import ConditionalHalf, is_guided, usual_half
 from sostenuto.clock import Tick, normalized_times
 from sostenuto.correct import check_noise_scale
@@ -218,11 +217,10 @@ class Algorithm1:
         ops, histories = [], []
         for index, site in enumerate(sites):
             computed = self.history.get((tick.pass_index, index), [])
-            is_whole = site.kind in (SiteKind.BLOCKS, SiteKind.OUTPUT)
-            if whole and not is_whole:
+            if whole and not site.kind.is_whole:
                 histories.append(())
                 ops.append(Op.SKIP)
-            elif whole or (not is_whole and state.skips(site, self.options.include_cross)):
+            elif whole or (not site.kind.is_whole and state.skips(site, self.options.include_cross)):
                 histories.append(tuple(computed[:depth]))
                 ops.append(Op.REUSE if len(histories[-1]) == 1 else Op.FORECAST)
             else:

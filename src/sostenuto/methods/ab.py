@@ -88,12 +88,13 @@ class ABCache(Method):
         """The denoiser's output."""
         return [CLEAN_SAMPLE if self.extrapolates == "sample" else OUTPUT]
 
+    def is_skipped(self, step: int) -> bool:
+        """Whether a step is skipped, counted from the first of the generation; whatever ``compute_last`` says."""
+        return step >= self.warmup and step % self.interval != 0
+
     def plan(self, facts: Facts) -> Plan:
         """Compute the warm-up and every ``interval``-th step, counted from the first of the generation."""
-        skip = [
-            p - facts.first_step >= self.warmup and (p - facts.first_step) % self.interval != 0
-            for p in range(facts.num_steps)
-        ]
+        skip = [self.is_skipped(p - facts.first_step) for p in range(facts.num_steps)]
         if self.compute_last:
             skip[-1] = False
         plan = whole_steps(facts, skip, self.order - 1)

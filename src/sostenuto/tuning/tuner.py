@@ -18,6 +18,7 @@ from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
+from sostenuto.methods import ABCache
 from sostenuto.plan import Op
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack, inspect
@@ -264,7 +265,7 @@ class _Tuner:
         return [*turns, self._published(target), *sampled, *free, *(self._searched(target, tilt) for tilt in late)]
 
     def _sampled(self, target: float) -> list[Candidate]:
-        """Plans that compute every N-th step, the last one or not, and forecast the clean sample in between.
+        """The plans of AB-Cache of the clean sample.
 
         Each is heard by itself, those that cost less than asked too: with an ancestral sampler long runs of it are farther from
         the uncached images, and no worse.
@@ -273,7 +274,8 @@ class _Tuner:
             return []
         steps, found = self.measured.num_steps, []
         for interval in range(2, steps):
-            states = [StepState.COMPUTE if p < 2 or p % interval == 0 else StepState.REUSE_BOTH for p in range(steps)]
+            method = ABCache(2, warmup=2, interval=interval)
+            states = [StepState.REUSE_BOTH if method.is_skipped(step) else StepState.COMPUTE for step in range(steps)]
             table = CacheTable(tuple(states), method="tuned", forecast_order=1, fill="sample")
             table = replace(table, **self.measured.made_for, macs_fraction=self._cost(table, self.measured.macs))
             if self._cost(table, self.costs) <= 1 / target + 1e-9:
@@ -470,9 +472,9 @@ def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
     sites = inspect(denoiser)
 
     def is_able(kind: Kind) -> bool:
-        if kind in (Kind.STACK, Kind.SAMPLE):
-            return kind is Kind.SAMPLE or has_stack(denoiser)
-        return Op.REUSE in ops_of(sites, kind, Op.REUSE)
+        if kind is Kind.STACK:
+            return has_stack(denoiser)
+        return kind is Kind.SAMPLE or Op.REUSE in ops_of(sites, kind, Op.REUSE)
 
     able = tuple(filter(is_able, Kind))
     if options.kinds is None:
