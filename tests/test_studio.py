@@ -173,6 +173,13 @@ def test_the_settings_nearest_to_the_budget_are_chosen(pipe, name, speedup):
     assert predicted == pytest.approx(speedup, rel=0.35)
 
 
+@pytest.mark.parametrize("fill", ["branches", "stack", "sample"])
+def test_what_is_kept_for_a_whole_step_is_not_counted_as_one_more_branch(pipe, fill):
+    states = (StepState.COMPUTE, StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH)
+    method = EBCache(CacheTable(states, fill=fill))
+    assert predicted_speedup(method, pipe.transformer, pipe.scheduler, timesteps(pipe, 4)) == 4 / 2.5
+
+
 def test_points_of_the_frontier_bring_their_plans(session):
     points = {point["name"]: point for point in session.frontier()}
     states = points["EB-Cache 2.5×"]["states"]

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from sostenuto import methods
-from sostenuto.anatomy import SiteKind
 from sostenuto.errors import InputError, SostenutoError
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Action
@@ -80,9 +79,7 @@ def predicted_speedup(
     plan = ready.plan(facts)
     if plan is None:
         return None if ready.policy(facts) is not None else 1.0
-    branches = [index for index, site in enumerate(sites) if site.kind is not SiteKind.BLOCKS] or list(
-        range(len(sites))
-    )
+    branches = [index for index, site in enumerate(sites) if not site.kind.is_whole] or list(range(len(sites)))
     spent = 0.0
     for step, row in enumerate(plan.actions):
         for index in branches:
