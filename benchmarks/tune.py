@@ -52,6 +52,11 @@ class Rivals:
     cost: str
     pairs: int
     router: Path | None
+    only: Sequence[str] | None = None
+    """Names of those that are asked for; by default all."""
+
+    def _asked(self, name: str) -> bool:
+        return self.only is None or name in self.only
 
     def _speed(self, method: Method) -> float | None:
         return self.lab.speed(method, self.cost, self.pairs)
@@ -60,8 +65,11 @@ class Rivals:
         """The methods at this speed-up, and in words those that don't get there."""
         settings: dict[str, list[Method]] = {}
         for name, method in [*self.calibrated(target), *intervals(), *self.learned()]:
-            settings.setdefault(name, []).append(method)
-        there, absent = [], [] if "L2C" in settings else ["L2C: no router for this model and so many steps"]
+            if self._asked(name):
+                settings.setdefault(name, []).append(method)
+        there, absent = [], []
+        if self._asked("L2C") and "L2C" not in settings:
+            absent.append("L2C: no router for this model and so many steps")
         for name, methods in settings.items():
             timed = [(speed, method) for method in methods if (speed := self._speed(method)) is not None]
             if not timed:
@@ -90,6 +98,8 @@ class Rivals:
             ),
         ]
         for name, calibration, method in ways:
+            if not self._asked(name):
+                continue
             share = 1 / target
             for _ in range(TRIES):
                 file = name.lower().replace(", ", "-")
@@ -158,11 +168,11 @@ def tuned(lab: Lab, target: float, prefer: str, cost: str, score_images: int) ->
 def rows(options: argparse.Namespace, lab: Lab) -> tuple[list[Entry], list[str]]:
     """What is compared, and in words what could not be."""
     shipped = SHIPPED / f"demo-ddim{options.steps}-l2c.safetensors" if options.model is None else None
-    rivals = Rivals(lab, options.cost, options.pairs, options.router or shipped)
+    rivals = Rivals(lab, options.cost, options.pairs, options.router or shipped, options.rivals)
     entries, absent = [lab.uncached()], []
     for target in tqdm(options.speedups, desc="searches"):
         fewer = lab.fewer(1 / target)
-        named = [(f"tuned by {p}", tuned(lab, target, p, options.cost, options.score_images)) for p in PREFERENCES]
+        named = [(f"tuned by {p}", tuned(lab, target, p, options.cost, options.score_images)) for p in options.prefer]
         there, missing = rivals.of(target)
         entries.append(replace(fewer, name=f"{target:g}x: {fewer.name}"))
         entries += [lab.row(f"{target:g}x: {name}", method) for name, method in [*named, *there]]
@@ -180,6 +190,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0])
     parser.add_argument("--cost", choices=("macs", "time"), default="time")
+    parser.add_argument("--prefer", choices=PREFERENCES, nargs="+", default=PREFERENCES, help="what to tune by")
+    parser.add_argument(
+        "--rivals", nargs="+", metavar="NAME", help='these alone, such as FEB "EB, linear"; by default all'
+    )
     parser.add_argument("--search-images", type=int, default=128, help="for each value of b; 0: not searched")
     parser.add_argument("--score-images", type=int, default=128, help="images that the tuner takes a distance of")
     parser.add_argument("--router", type=Path, help="of L2C, for another model than the demo's")

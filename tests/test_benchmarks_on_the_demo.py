@@ -204,6 +204,11 @@ def test_rivals_that_do_not_get_to_a_speed_are_named():
     assert "L2C: no router for this model and so many steps" in absent
     _, absent = Timed(shares([]), "time", 1, shipped).of(3.0)
     assert "FORA: at most 2.00×" in absent
+    asked = []
+    there, absent = Timed(shares(asked), "time", 1, shipped, ["EB, linear", "AB"]).of(2.0)
+    assert [name for name, _ in there] == ["EB, linear"]
+    assert absent == ["AB: refused by this model"]
+    assert {name for name, _ in asked} == {"eb-linear-2"}
     assert tune.extent([1.2, 2.0], 2.0) == "at most 2.00×"
     assert tune.extent([2.0, 3.0], 2.0) == "2.00× at least"
     assert tune.extent([1.2, 2.0, 3.0], 2.0) == "2.00× is the nearest"
