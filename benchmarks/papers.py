@@ -40,7 +40,8 @@ from sostenuto.methods import (
 )
 from sostenuto.methods.token_cycle import StepKind
 from sostenuto.router import Router
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 LIGHT, STRONG = 0.66, 0.4  # of the multiply-accumulates: 33 and 20 of 50 steps, as in the paper
 

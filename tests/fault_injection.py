@@ -23,7 +23,8 @@ import processes
 import sostenuto
 from conftest import build_tiny
 from sostenuto import FORA, DBCache, EBCache, TaylorSeer, TeaCache, cli
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 # 24 images by a method, in batches of 2.
 _WORDS = ["generate", "--method", "fora", "--num-inference-steps", "2", "--num-images", "24", "--batch-size", "2"]

@@ -27,7 +27,8 @@ from sostenuto.analysis.snr import SNR, decoded_signal_to_noise, signal_to_noise
 from sostenuto.analysis.subject import Subject
 from sostenuto.analysis.token_importance import TOKENS, path_errors
 from sostenuto.plan import Action
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.zoo import TINY_MODELS
 from tiny_pixart import build_pixart, sample_pixart
 

@@ -22,7 +22,8 @@ from sostenuto.demo.rows import Entry, Settings
 from sostenuto.demo.run import run_entries
 from sostenuto.methods.base import parts
 from sostenuto.methods.feb import noise_scale_curve
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "scripts")]

@@ -27,7 +27,7 @@ from sostenuto import ABCache, CacheTable, EBCache, MethodError, TableError
 from sostenuto.calibrations import EBCalibration
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.prediction import clean_conversions
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.rehearsal import rehearse
 from tunings import QUICK, STEPS, tuned

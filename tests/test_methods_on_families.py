@@ -7,7 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import sostenuto
 from sostenuto import FORA, PAB, DBCache, DeltaDiT, DuCa, EBCache, MagCache, TaylorSeer, TeaCache, ToCa
 from sostenuto.features import leaves
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.zoo import TINY_MODELS
 
 STEPS = 6

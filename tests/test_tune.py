@@ -11,7 +11,7 @@ import sostenuto
 from conftest import build_tiny, calm, quantised, sample, sample_loop, sample_of_every_call
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
 from sostenuto.anatomy import SiteKind
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 from sostenuto.tuning.lab import key_of
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.tuner import _kinds

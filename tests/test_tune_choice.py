@@ -9,7 +9,7 @@ import torch
 import sostenuto
 from conftest import sample, sample_loop
 from sostenuto import CacheTable, EBCache, MethodError, TuneOptions
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 from sostenuto.tuning.choice import merit
 from sostenuto.tuning.lab import Lab, Trial
 from tunings import QUICK, STEPS, error_of, speedup_of, tuned

@@ -11,7 +11,8 @@ from conftest import sample, sample_loop, sampler_of_lists
 from sostenuto import CacheTable, EBCache, InputError
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import attach
-from sostenuto.table import FILLS, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import FILLS
 from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import Instrument
 from sostenuto.tuning.lab import Lab

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from sostenuto.errors import InputError
 from sostenuto.plan import Action
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning.lab import Lab
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
 from sostenuto.tuning.search import (

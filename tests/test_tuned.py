@@ -6,7 +6,8 @@ from matplotlib.patches import Rectangle
 
 from sostenuto.plan import Action
 from sostenuto.report.frontier import frontier_figure, plans_figure
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning.result import Point, Tuned, answers, pareto
 
 C, B = StepState.COMPUTE, StepState.REUSE_BOTH

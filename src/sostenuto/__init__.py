@@ -61,8 +61,9 @@ from sostenuto.methods.token_cycle import RatioSchedule
 from sostenuto.plan import Action, Plan
 from sostenuto.router import Router
 from sostenuto.sites import Site, inspect, register_anatomy
+from sostenuto.step_state import StepState
 from sostenuto.switch import DisabledHandle
-from sostenuto.table import CacheTable, StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning import Advice, Tuned, TuneOptions, advise, tune
 from sostenuto.verify import verify
 

@@ -19,7 +19,8 @@ from sostenuto.files import publish
 from sostenuto.measured import check_made_for, parse_json, table_file
 from sostenuto.plan import Action
 from sostenuto.sites import inspect
-from sostenuto.table import CacheTable, in_sampling_order, read_made_for
+from sostenuto.table import CacheTable
+from sostenuto.table_content import in_sampling_order, read_made_for
 
 FORMAT, VERSION = "sostenuto-router", 1
 _MAX_STEPS = 10_000

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 from torch import nn
 
-from sostenuto.anatomy import SiteKind
 from sostenuto.correct import check_noise_scale
 from sostenuto.errors import MethodError, TableError
 from sostenuto.files import publish_json
 from sostenuto.forecast import check_forecast_order
-from sostenuto.measured import check_made_for, check_timesteps, is_number, read_json, table_file
+from sostenuto.measured import check_made_for, check_timesteps, read_json, table_file
 from sostenuto.plan import Action, Plan
 from sostenuto.sites import CLEAN_SAMPLE, Site, inspect, stack
-
-FORMAT, VERSION = "sostenuto-cache-table", 1
-_MAX_STEPS = 10_000
-
-
-class StepState(Enum):
-    """What a whole step reuses. The four states of FEB-Cache; EB-Cache (arXiv 2503.07120) has the first, second and fourth."""
-
-    COMPUTE = "compute"
-    REUSE_ATTENTION = "reuse-attn"
-    REUSE_MLP = "reuse-mlp"
-    REUSE_BOTH = "reuse-both"
-
-    @property
-    def groups(self) -> frozenset[str]:
-        """The groups of branches that are reused: ``"attention"``, ``"mlp"``."""
-        return _GROUPS[self]
-
-    def skips(self, site: Site, include_cross: bool = True) -> bool:
-        """Whether the branch at ``site`` is skipped in this state, where cross-attention is attention or else never is."""
-        return self.skips_kind(site.kind) and (include_cross or site.kind is not SiteKind.CROSS_ATTENTION)
-
-    def skips_kind(self, kind: SiteKind) -> bool:
-        """Whether branches of this kind are skipped in this state; a fused one is both."""
-        if kind is SiteKind.FUSED:
-            return self is StepState.REUSE_BOTH
-        return ("attention" if kind.is_attention else "mlp") in self.groups
-
+from sostenuto.step_state import StepActions, StepState, check_state, is_computed
+from sostenuto.table_content import FORMAT, MAX_STEPS, VERSION, read_fields, read_npy, states_of
 
 Fill = Literal["branches", "stack", "sample"]
 """What is kept for a step that reuses everything, see :class:`CacheTable`."""
 FILLS: tuple[Fill, ...] = get_args(Fill)
-
-_GROUPS = {
-    StepState.COMPUTE: frozenset(),
-    StepState.REUSE_ATTENTION: frozenset({"attention"}),
-    StepState.REUSE_MLP: frozenset({"mlp"}),
-    StepState.REUSE_BOTH: frozenset({"attention", "mlp"}),
-}
-
-# The authors' files hold 0, 1, 2; FEB-Cache's text adds 3.
-_NPY_STATES = (StepState.COMPUTE, StepState.REUSE_ATTENTION, StepState.REUSE_BOTH, StepState.REUSE_MLP)
-
-StepActions = StepState | Mapping[str, Action]
-_OF_SITES = tuple(action for action in Action if action not in (Action.PARTIAL, Action.SKIP))
-"""What a table can say of a site: the others need tokens, or a larger site, that a table doesn't name."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +60,8 @@ class CacheTable:
         if not self.actions:
             raise TableError("a cache table needs at least one step")
         for step, state in enumerate(self.actions):
-            if not isinstance(state, StepState) and not (
-                isinstance(state, Mapping) and all(action in _OF_SITES for action in state.values())
-            ):
-                raise TableError(
-                    f"step {step} must be a StepState or a map from site to one of {_names(_OF_SITES)}, not {state!r}"
-                )
-        first = self.actions[0]
-        computes = first is StepState.COMPUTE or (
-            not isinstance(first, StepState) and all(action is Action.COMPUTE for action in first.values())
-        )
-        if not computes:
+            check_state(state, step)
+        if not is_computed(self.actions[0]):
             raise TableError(
                 "step 0 must be 'compute': there is nothing to reuse yet (is the order of the table right?)"
             )
@@ -211,9 +159,9 @@ class CacheTable:
 
     def resample(self, num_inference_steps: int) -> CacheTable:
         """The table stretched or squeezed to another number of steps, by position in the trajectory; step 0 computes."""
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= _MAX_STEPS:
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MAX_STEPS:
             raise TableError(
-                f"num_inference_steps must be a whole number from 1 to {_MAX_STEPS}, not {num_inference_steps!r}"
+                f"num_inference_steps must be a whole number from 1 to {MAX_STEPS}, not {num_inference_steps!r}"
             )
         scale = self.num_inference_steps / num_inference_steps
         source = [min(self.num_inference_steps - 1, int((p + 0.5) * scale)) for p in range(num_inference_steps)]
@@ -276,7 +224,7 @@ class CacheTable:
         Raises:
             TableError: the content is no valid table.
         """
-        return _from_json(content, None)
+        return cls(**read_fields(content, None))
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int], order: str = "timestep_index", **fields: Any) -> CacheTable:
@@ -290,12 +238,7 @@ class CacheTable:
         Raises:
             TableError: a number or the order is not known, or step 0 reuses.
         """
-        for index, number in enumerate(numbers):
-            if number not in range(len(_NPY_STATES)):
-                raise TableError(
-                    f"unknown action {number!r} at entry {index}; known are 0 (compute), 1 (attn), 2 (both), 3 (mlp)"
-                )
-        return cls(tuple(_NPY_STATES[number] for number in in_sampling_order(list(numbers), order)), **fields)
+        return cls(states_of(numbers, order), **fields)
 
     @classmethod
     def load(cls, path: str | Path, order: str | None = None) -> CacheTable:
@@ -311,9 +254,11 @@ class CacheTable:
         """
         path = table_file(path, "cache table")
         is_npy = path.suffix == ".npy"
-        content = _read_npy(path) if is_npy else read_json(path, "cache table")
+        content = read_npy(path) if is_npy else read_json(path, "cache table")
         try:
-            return cls.from_numbers(content, order or "timestep_index") if is_npy else _from_json(content, order)
+            if is_npy:
+                return cls.from_numbers(content, order or "timestep_index")
+            return cls(**read_fields(content, order))
         except TableError as error:
             raise TableError(f"{path}: {error}") from None
 
@@ -340,135 +285,6 @@ def check_include_cross(include_cross: object, fill: str) -> None:
         )
 
 
-_SAVE_AGAIN = "save whole numbers, one per step, with numpy.save(path, array.astype(int))"
-
-
-def _read_npy(path: Path) -> list[Any]:
-    values: list[Any] | None = None
-    try:
-        with path.open("rb") as file:
-            shape, dtype = _npy_header(file)
-            if (
-                len(shape) == 1 and 1 <= shape[0] <= _MAX_STEPS and dtype.kind in "iu"
-            ):  # else the memory that it asks for isn't taken
-                file.seek(0)
-                values = np.lib.format.read_array(file, allow_pickle=False).tolist()
-    except Exception as error:  # numpy's parser of hostile headers raises errors of many kinds
-        why = str(error).partition("\n")[0].rstrip(".")
-        raise TableError(
-            f"{path} is cut short, or no plain .npy array (pickles are never opened; {why}): {_SAVE_AGAIN}"
-        ) from None
-    if dtype.hasobject:
-        raise TableError(f"{path} holds pickled objects, which are never opened: {_SAVE_AGAIN}")
-    if values is None:
-        raise TableError(f"{path} must hold one whole number per step, not shape {shape} of {dtype}: {_SAVE_AGAIN}")
-    return values
-
-
 def _one_or_all(values: tuple[Any, ...]) -> Any:
     """One value where all are the same."""
     return values[0] if len(set(values)) == 1 else values
-
-
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape and type that a ``.npy`` file says it has."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(file)
-    if version not in readers:
-        raise ValueError(f"its version is {version}, known are 1.0 and 2.0")
-    shape, _, dtype = readers[version](file)
-    return shape, dtype
-
-
-def in_sampling_order(values: list[Any], order: Any) -> list[Any]:
-    """Values of every step of a file with this ``order``, noisiest step first.
-
-    Raises:
-        TableError: the order is not known.
-    """
-    if order == "sampling":
-        return values
-    if order == "timestep_index":
-        return values[::-1]
-    raise TableError(f"order must be 'sampling' or 'timestep_index', not {order!r}")
-
-
-def _from_json(content: Any, order: str | None) -> CacheTable:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise TableError(f"the field 'format' must be {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise TableError(f"version {content.get('version')!r} is not known, only {VERSION}: update sostenuto")
-    actions, steps = content.get("actions"), content.get("num_inference_steps")
-    if not isinstance(actions, list) or not 1 <= len(actions) <= _MAX_STEPS:
-        raise TableError("the field 'actions' must list the action of every step")
-    if steps != len(actions):
-        raise TableError(f"num_inference_steps is {steps!r}, but there are {len(actions)} actions")
-    states = [_state(entry, step) for step, entry in enumerate(actions)]
-    scale = content.get("eps_scale", 1.0)
-    if not is_number(scale) and not (isinstance(scale, list) and scale and all(map(is_number, scale))):
-        raise TableError("eps_scale must be a number or one number per step")
-    if isinstance(scale, list) and len(scale) != len(states):
-        raise TableError(f"eps_scale has {len(scale)} entries for {len(states)} steps")
-    scales = scale if isinstance(scale, list) else [scale] * len(states)
-    order = order or content.get("order")
-    method, fraction = content.get("method", "eb"), content.get("macs_fraction")
-    forecast_order = content.get("forecast_order", 0)
-    if isinstance(forecast_order, list):
-        forecast_order = tuple(in_sampling_order(forecast_order, order))
-    if not isinstance(method, str):
-        raise TableError(f"method must be a name, not {method!r}")
-    if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
-        raise TableError(f"macs_fraction must be above 0 and at most 1, not {fraction!r}")
-    calibration = content.get("calibration", {})
-    if not isinstance(calibration, dict):
-        raise TableError("the field 'calibration' must be an object")
-    return CacheTable(
-        actions=tuple(in_sampling_order(states, order)),
-        method=method,
-        eps_scale=tuple(float(s) for s in in_sampling_order(scales, order)),
-        forecast_order=forecast_order,
-        macs_fraction=fraction,
-        fill=content.get("fill", "branches"),
-        include_cross=content.get("include_cross", True),
-        calibration=calibration,
-        **read_made_for(content, len(states), order),
-    )
-
-
-def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dict[str, dict[str, Any]]:
-    """The fields ``model`` and ``scheduler`` of a file's content, checked, with the timesteps in sampling order.
-
-    Raises:
-        TableError: a field is of the wrong kind.
-    """
-    maps = {name: content.get(name, {}) for name in ("model", "scheduler")}
-    for name, value in maps.items():
-        if not isinstance(value, dict):
-            raise TableError(f"the field {name!r} must be an object")
-    timesteps = maps["scheduler"].get("timesteps")
-    if timesteps is not None:
-        if not isinstance(timesteps, list) or len(timesteps) != num_steps or not all(map(is_number, timesteps)):
-            raise TableError("scheduler.timesteps must be one number per step")
-        maps["scheduler"] = {**maps["scheduler"], "timesteps": in_sampling_order(timesteps, order)}
-    known = maps["model"].get("fingerprint")
-    if known is not None and not isinstance(known, str):
-        raise TableError(f"model.fingerprint must be a text, not {known!r}")
-    return maps
-
-
-def _state(entry: Any, step: int) -> StepActions:
-    try:
-        if isinstance(entry, str):
-            return StepState(entry)
-        if isinstance(entry, dict):
-            return {site: Action(action) for site, action in entry.items()}
-    except ValueError:
-        pass
-    raise TableError(
-        f"unknown action {entry!r} at step {step}; known are {_names(StepState)}, or a map from site to one of "
-        f"{_names(_OF_SITES)}"
-    )
-
-
-def _names(choices: Iterable[StepState | Action]) -> str:
-    return ", ".join(choice.value for choice in choices)

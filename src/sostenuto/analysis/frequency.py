@@ -11,7 +11,7 @@ from sostenuto.analysis.instrument import Data, Instrument
 from sostenuto.analysis.subject import Subject
 from sostenuto.analysis.trajectory import Trajectory
 from sostenuto.errors import InputError
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,8 @@ from sostenuto.methods import FORA, EBCache, EpsilonScaling
 from sostenuto.methods.base import Method
 from sostenuto.seeds import OWN_SAMPLES, noise_seed
 from sostenuto.sites import Site, inspect
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 _KINDS = {SiteKind.MLP: "MLP", SiteKind.FUSED: "both in one"}
 _MOST_DECODED = 12  # steps of a path, where decoding is work

@@ -14,7 +14,8 @@ from typing import Any
 
 from sostenuto.errors import InputError
 from sostenuto.methods import EBCache, Method, available_methods
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,8 @@ from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.checks import check_choice, check_flag, check_number, check_whole, is_number
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
-from sostenuto.table import FILLS, Fill, StepActions, StepState, check_include_cross
+from sostenuto.step_state import StepActions, StepState
+from sostenuto.table import FILLS, Fill, check_include_cross
 
 CANDIDATES = (StepState.REUSE_BOTH, StepState.REUSE_ATTENTION)  # deepest reuse first
 

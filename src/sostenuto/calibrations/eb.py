@@ -15,7 +15,8 @@ from sostenuto.distributed.world import spread, until
 from sostenuto.engine import attach
 from sostenuto.methods import EBCache
 from sostenuto.progress import progress
-from sostenuto.table import CacheTable, StepActions, StepState
+from sostenuto.step_state import StepActions, StepState
+from sostenuto.table import CacheTable
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.errors import MethodError
 from sostenuto.methods.feb import Denominator, noise_scale_curve
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from sostenuto.plan import Op
 from sostenuto.probe import Prober
 from sostenuto.progress import progress
 from sostenuto.sites import Site
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 
 @dataclass(frozen=True)

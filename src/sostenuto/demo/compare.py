@@ -15,7 +15,8 @@ from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.demo.rows import NUM_STEPS, Entry, Settings, demo_sample
 from sostenuto.demo.run import run_entries
 from sostenuto.methods import FORA, ABCache, EBCache, EpsilonScaling, NoCache
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 
 SHIPPED = Path(sostenuto.__file__).parent / "tables"
 SEARCH_SEED = 900_001  # of calibrations and searches: none of the noise that rows are judged on

@@ -17,7 +17,8 @@ from sostenuto.methods import published
 from sostenuto.methods.checks import check_number, check_whole, is_number
 from sostenuto.methods.tabled import TableMethod, loaded
 from sostenuto.plan import Action
-from sostenuto.table import CacheTable, StepActions, StepState
+from sostenuto.step_state import StepActions, StepState
+from sostenuto.table import CacheTable
 
 GroupBy = Literal["type", "site"]
 Errors = Sequence[Sequence[float]]  # [lag − 1][p]

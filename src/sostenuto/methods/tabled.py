@@ -14,7 +14,8 @@ from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Plan
 from sostenuto.sites import Site
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tables import shipped_table
 
 

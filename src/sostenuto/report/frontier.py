@@ -13,7 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from sostenuto.plan import Action
 from sostenuto.report.figures import ACCENT, INK, MUTED
-from sostenuto.table import StepActions, StepState
+from sostenuto.step_state import StepActions, StepState
 from sostenuto.tuning.result import Tuned
 
 matplotlib.use("agg")

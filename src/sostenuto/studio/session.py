@@ -26,8 +26,9 @@ from sostenuto.methods.base import Method
 from sostenuto.pipelines import parameters_of, pictures
 from sostenuto.plan import Action
 from sostenuto.sites import has_stack
+from sostenuto.step_state import StepState
 from sostenuto.studio.catalogue import choose, names
-from sostenuto.table import CacheTable, StepState
+from sostenuto.table import CacheTable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_STEPS = 1000

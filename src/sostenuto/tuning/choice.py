@@ -11,7 +11,8 @@ from typing import NamedTuple
 from sostenuto.clock import normalized_times
 from sostenuto.distributed.world import world
 from sostenuto.methods.feb import noise_scale_curve
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning.lab import AGAIN, CLOSER, Lab, Trial, key_of
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.search import ErrorModel, Schedule, neighbours

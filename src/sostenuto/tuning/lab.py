@@ -23,7 +23,8 @@ from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import filled_call, ops_of, tapped_for
 from sostenuto.tuning.instrumented import forget_begun, instrumented_run

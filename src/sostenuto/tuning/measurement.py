@@ -13,7 +13,7 @@ import numpy as np
 
 from sostenuto.errors import InputError
 from sostenuto.files import publish
-from sostenuto.table import StepState
+from sostenuto.step_state import StepState
 
 
 class Kind(Enum):

@@ -18,7 +18,8 @@ from sostenuto.calibrations.smoothcache import SmoothCacheCalibration
 from sostenuto.errors import MethodError
 from sostenuto.plan import Action
 from sostenuto.sites import Site, inspect
-from sostenuto.table import CacheTable, Fill, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable, Fill
 from sostenuto.tuning.measurement import Kind
 
 PUBLISHED = ("eb", "feb", "smoothcache", "smoothcache-site")

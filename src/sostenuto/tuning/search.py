@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sostenuto.plan import Action
-from sostenuto.table import FILLS, CacheTable, Fill, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import FILLS, CacheTable, Fill
 from sostenuto.tuning.measurement import WHOLES, Kind, Measurement, filled_name
 
 ANY_ORDER = (0, 1, 2)

@@ -22,7 +22,8 @@ from sostenuto.methods import ABCache
 from sostenuto.plan import Op
 from sostenuto.progress import progress
 from sostenuto.sites import has_stack, inspect
-from sostenuto.table import CacheTable, StepState
+from sostenuto.step_state import StepState
+from sostenuto.table import CacheTable
 from sostenuto.tuning.advice import notes_on
 from sostenuto.tuning.choice import CLOSEST, MOST_SCORED, SCALES, Candidate, Chooser, Planned, Scale
 from sostenuto.tuning.instrument import ops_of
