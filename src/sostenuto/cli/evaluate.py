@@ -83,6 +83,7 @@ class Evaluate:
             batch_size=self.batch_size,
             video=self.video,
             device=str(device_of(self.device)),
+            features=self.write_npz is not None,
         )
         merged = self.statistics if launch.size > 1 and not more else None  # of the parts that the processes measure
         if merged is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -63,11 +64,15 @@ class Tune:
         import sostenuto
         import sostenuto.report.frontier  # what draws is missed now, not when all is done
         from sostenuto.errors import InputError
+        from sostenuto.tuning.options import check_speedup
 
+        check_speedup(self.speedup)  # before a model is loaded
         if self.score_images < 4 and (self.score_images or self.reference):
             raise InputError(
                 f"a distance needs 4 images at least, not {self.score_images}; 0 takes none, without --reference"
             )
+        if self.reference is None and (self.weights or self.network != "inception"):
+            raise InputError("--network and --weights are of the distance to real images: give them with --reference")
         pipe, device = self.choice.pipeline(), device_of(self.choice.device)
         options = sostenuto.TuneOptions(
             speedups=self.speedups,
@@ -80,11 +85,13 @@ class Tune:
         )
         if self.max_work is not None:
             options = replace(options, max_work=self.max_work)
-        scoring = self._scoring(pipe)
+        sample, scoring = self.choice.sample(pipe), self._scoring(pipe)
+        if not scoring and self.score_images:
+            print("no images are scored without --reference: plans are chosen by nearness alone", file=sys.stderr)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             tuned = sostenuto.tune(
                 pipe,
-                self.choice.sample(pipe),
+                sample,
                 num_inference_steps=self.choice.num_inference_steps,
                 speedup=self.speedup,
                 num_samples=self.num_samples,
@@ -108,7 +115,8 @@ class Tune:
             from sostenuto.quality.weights import parse_weights
 
             where = str(device_of(self.choice.device))
-            judge = FrechetDistance(self.reference, self.network, parse_weights(self.weights), where)
+            weights = parse_weights(self.weights)
+            judge = FrechetDistance(self.reference, self.network, weights, where, folder=self.output)
             return {"score": judge, "score_sample": image_sample(self.choice.sample(pipe, "pt"), self.score_images)}
         if self.score_images and type(pipe).__name__ == "DemoPipeline":
             from sostenuto.demo.judge import Judge

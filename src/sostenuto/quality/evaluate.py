@@ -13,7 +13,7 @@ import torch
 from sostenuto.errors import InputError, MetricError
 from sostenuto.progress import progress
 from sostenuto.quality.floor import floor_of
-from sostenuto.quality.measure import Companions, measure, prepare
+from sostenuto.quality.measure import NO_REFERENCE, Companions, measure, prepare
 from sostenuto.quality.networks import FeatureNetwork
 from sostenuto.quality.reference import Reference, subject_of
 from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_metrics
@@ -105,6 +105,7 @@ def evaluate(
     video: bool = False,
     device: str = "cpu",
     show: bool = True,
+    features: bool = False,
 ) -> Evaluation:
     """Compute all metrics that can be.
 
@@ -118,12 +119,14 @@ def evaluate(
         network: name of the feature network, or one of your own; ``"auto"`` goes by the size of the images.
         weights: paths of weights by name, where they don't lie in the caches of their libraries.
         batch_size: images that go through a network at once.
-        statistics: where to keep what is known of the images, and to go on from after an interruption.
+        statistics: where to keep what is known of the images, and to go on from after an interruption; beside it what is
+            known of a reference's images is kept, and used again.
         shard: this process's part of the batches and the number of parts; the parts' files of statistics are then put
             together by giving them as ``samples``.
         video: subfolders are videos, and ``[n, frames, h, w]`` grey ones.
         device: where networks run.
         show: progress bars.
+        features: also look at images whose features no metric of these can use, for want of a reference.
 
     Raises:
         InputError: images, reference, pairs or prompts are unusable, or statistics are not all of a set; nothing was
@@ -135,22 +138,28 @@ def evaluate(
     against = None if reference is None else Reference(reference, video, show)
     reasons: Mapping[str, str] = {}
     if _is_statistics(samples):
-        if paired is not None or prompts is not None or statistics is not None:
+        if paired is not None or prompts is not None or statistics is not None or shard[1] > 1:
             raise InputError(
-                "statistics hold what images were compared with: pairs, prompts and --statistics go with images"
+                "statistics hold what images were compared with: pairs, prompts, --statistics and --shard go with images"
             )
         measured = merge([s if isinstance(s, Statistics) else Statistics.load(Path(s)) for s in _listed(samples)])
-        subject = _subject(against, measured.origin.network or None, given, device, batch_size)
+        name = measured.origin.network
+        asked = network if isinstance(network, str) else network.name
+        if asked not in ("auto", name, name.partition("-")[0]):
+            raise InputError(f"{measured.origin.source} was measured with the network {name!r}, not {asked!r}")
+        subject = _subject(against, (name if isinstance(network, str) else network) or None, given, device, batch_size)
     else:
         source = open_source(samples, video, show)  # type: ignore[arg-type]
         companions = Companions(None if paired is None else open_source(paired, video, show), prompts)
         companions.check(source)
-        instruments = prepare(wanted, source, companions, network, given, device)
+        whole = shard[1] == 1
+        is_compared = against is not None or statistics is not None or not whole or features
+        instruments = prepare(wanted, source, companions, network, given, device, is_compared)
         if instruments.network is not None:
             instruments.network.extract(source.read(0, 1))  # refuses images that it doesn't take
         reasons = instruments.reasons
-        whole = shard[1] == 1
-        subject = _subject(against if whole else None, instruments.network, given, device, batch_size)
+        folder = None if statistics is None else statistics.parent
+        subject = _subject(against if whole else None, instruments.network, given, device, batch_size, folder)
         measured = measure(
             source, instruments, companions, batch_size=batch_size, shard=shard, checkpoint=statistics, show=show
         )
@@ -173,12 +182,13 @@ def _subject(
     weights: Mapping[str, Path],
     device: str,
     batch_size: int,
+    folder: Path | None = None,
 ) -> Subject | str | None:
     """The reference in the network's features, or why it is not to be had; ``None`` where it is not wanted."""
     if reference is None or network is None:
         return None
     try:
-        return reference.subject(network, weights, device, batch_size)
+        return reference.subject(network, weights, device, batch_size, folder)
     except MetricError as error:
         return str(error)
 
@@ -229,7 +239,7 @@ def _of_set(
     if images.features is None:
         raise MetricError("the statistics hold no features")
     if metric.needs is not Needs.LOGITS and not isinstance(reference, Subject):
-        raise MetricError(reference or "it needs a reference: give --reference")
+        raise MetricError(reference or NO_REFERENCE)
     if images.count < metric.minimum:
         raise MetricError(f"it needs at least {metric.minimum} images, there are {images.count}")
     assert metric.compute is not None
@@ -241,7 +251,11 @@ def _of_set(
 
 def _of_images(row: Row, metric: Metric, measured: Statistics, reasons: Mapping[str, str]) -> Row:
     if metric.name not in measured.scores:
-        raise MetricError(reasons.get(metric.name, "it was not measured when the statistics were made"))
+        raise MetricError(
+            reasons.get(
+                metric.name, "it was not measured when the statistics were made; measure the images anew for it"
+            )
+        )
     values, frames = measured.scores[metric.name], measured.origin.frames
     row = replace(row, n=len(values) // frames)
     if values.isinf().any():

@@ -36,19 +36,14 @@ def floor_of(metric: Metric, reference: Subject, count: int) -> tuple[float, int
     rest = torch.ones(len(real), dtype=torch.bool)
     rest[part] = False
     logits = None if reference.logits is None else reference.logits[part]
-    images = Subject(count, _gaussian(real[part]), None, real[part], logits, frames=reference.frames)
+    images = Subject(count, Gaussian.of(real[part]), None, real[part], logits, frames=reference.frames)
     other = reference
     if against_others:
         others = real[rest]
         other = Subject(
-            len(others), _gaussian(others), None, others, shuffled=reference.shuffled, frames=reference.frames
+            len(others), Gaussian.of(others), None, others, shuffled=reference.shuffled, frames=reference.frames
         )
     try:
         return metric.compute(images, other).value, count
     except MetricError:
         return None
-
-
-def _gaussian(features: torch.Tensor) -> Gaussian:
-    values = features.double()
-    return Gaussian(values.mean(0), values.T.cov(), len(values))

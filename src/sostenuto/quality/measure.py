@@ -20,6 +20,7 @@ from sostenuto.quality.registry import Metric, Needs
 from sostenuto.quality.sources import Source
 from sostenuto.quality.statistics import Collector, Origin, Statistics
 
+NO_REFERENCE = "it needs a reference: give --reference"
 _SECONDS_BETWEEN_SAVES = 60.0
 
 
@@ -102,6 +103,7 @@ def prepare(
     network: str | FeatureNetwork = "auto",
     weights: Mapping[str, Path] | None = None,
     device: str = "cpu",
+    is_compared: bool = True,
 ) -> Instruments:
     """Load what the metrics need; what is not at hand is a reason instead of an error.
 
@@ -112,6 +114,7 @@ def prepare(
         network: name of the feature network, or one of your own.
         weights: paths of weights by name.
         device: where networks run.
+        is_compared: whether there is a reference, or may be one when what is measured is used again.
 
     Raises:
         InputError: there is no such network.
@@ -122,6 +125,8 @@ def prepare(
     present = {Needs.PAIRS: companions.twins, Needs.PROMPTS: companions.prompts}
     for metric in metrics:
         if metric.load is None:
+            if not is_compared and metric.needs is not Needs.LOGITS:
+                reasons[metric.name] = NO_REFERENCE
             continue
         if present.get(metric.needs) is None:
             flag = "--paired" if metric.needs is Needs.PAIRS else "--prompts"
@@ -135,11 +140,11 @@ def prepare(
             except MetricError as error:
                 reasons[metric.name] = str(error)
     features: FeatureNetwork | None = None
-    if any(metric.of_sets for metric in metrics):
+    if any(metric.of_sets and metric.name not in reasons for metric in metrics):
         try:
             features = load_network(network, given, source.shape, device) if isinstance(network, str) else network
         except MetricError as error:
-            reasons |= {metric.name: str(error) for metric in metrics if metric.of_sets}
+            reasons |= {metric.name: str(error) for metric in metrics if metric.of_sets and metric.name not in reasons}
     return Instruments(features, scorers, reasons)
 
 
@@ -182,7 +187,10 @@ def measure(
         return Statistics(origin, torch.arange(len(source)))  # nothing looks at them
     collector = Collector(origin)
     if checkpoint is not None and checkpoint.exists():
-        collector.merge(Statistics.load(checkpoint))
+        known = Statistics.load(checkpoint)
+        if not known.complete:
+            _check_alike(checkpoint, known, instruments)
+        collector.merge(known)
     starts = range(0, len(source), batch_size)[shard[0] :: shard[1]]
     saved, before = time.monotonic(), len(collector)
     try:
@@ -198,6 +206,21 @@ def measure(
         if checkpoint is not None and len(collector) > before:
             collector.statistics().save(checkpoint)
     return collector.statistics()
+
+
+def _check_alike(path: Path, known: Statistics, instruments: Instruments) -> None:
+    """Refuse to go on with other metrics than it began with, before any image is looked at.
+
+    Raises:
+        InputError: with both.
+    """
+    before = {*known.scores, *(["features"] if known.features is not None else [])}
+    now = {*(metric.name for metric in instruments.scorers), *(["features"] if instruments.network else [])}
+    if len(known) and before != now:
+        raise InputError(
+            f"{path} was begun with {', '.join(sorted(before)) or 'nothing'}, and now {', '.join(sorted(now))} are measured: "
+            "ask for the same metrics with the same weights at hand, or delete it"
+        )
 
 
 def _look(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -22,6 +23,17 @@ class Gaussian:
     mean: torch.Tensor
     cov: torch.Tensor
     count: int
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> Gaussian:
+        """The moments of features ``[n, d]``, n at least 2."""
+        values = features.double()
+        return cls(values.mean(0), values.T.cov(), len(values))
+
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """Symmetric square root of the covariance; many sets are compared with one reference."""
+        return square_root(self.cov)
 
 
 class _Given(nn.Module):
@@ -77,7 +89,7 @@ def frechet_distance(features: torch.Tensor | Gaussian, reference: Gaussian) -> 
 
 def _frechet_distance_of_moments(images: Gaussian, reference: Gaussian) -> float:
     """The same by symmetric eigenvalues: torchmetrics' general ones take minutes for Inception's 2048 features."""
-    root = square_root(reference.cov)
+    root = reference.root
     crossed = torch.linalg.eigvalsh(root @ images.cov @ root).clamp(min=0).sqrt().sum()
     apart = (images.mean - reference.mean).square().sum()
     return float(apart + images.cov.trace() + reference.cov.trace() - 2 * crossed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,11 +74,23 @@ class Reference:
         return None if known is None else known.shape
 
     @property
+    def count(self) -> int | None:
+        """How many images it has; ``None`` where it is known by its moments alone."""
+        if self._statistics is not None:
+            return len(self._statistics)
+        return None if self.source is None or self._moments is not None else len(self.source)
+
+    @property
     def _shipped(self) -> bool:
         return self.name in ("demo:train", "demo:test")
 
     def subject(
-        self, network: FeatureNetwork | str, weights: Mapping[str, Path], device: str, batch_size: int
+        self,
+        network: FeatureNetwork | str,
+        weights: Mapping[str, Path],
+        device: str,
+        batch_size: int,
+        folder: Path | None = None,
     ) -> Subject:
         """What is known of it, in the features of a network.
 
@@ -86,22 +99,18 @@ class Reference:
             weights: paths of weights by name.
             device: where the network runs.
             batch_size: images at once.
+            folder: where what is measured of its images is kept, to go on from after an interruption and to use again.
 
         Raises:
             InputError: it was made with another network.
             MetricError: the network's weights are not at hand.
         """
         name = network if isinstance(network, str) else network.name
+        self.check(name)
         if self._shipped:
-            return self._shipped_subject(name)
+            return self._shipped_subject()
         if self._statistics is not None:
-            if self._statistics.origin.network != name:
-                raise InputError(
-                    f"{self.name} was made with the network {self._statistics.origin.network!r}, not {name!r}"
-                )
             return subject_of(self._statistics)
-        if self._moments is not None and not name.startswith(_ADM_NETWORK):
-            raise InputError(f"the moments in {self.name} are of Inception's features, those of the images of {name}'s")
         if self.source is None:
             assert self._moments is not None
             return self._moments
@@ -109,26 +118,49 @@ class Reference:
             network = load_network(name.partition("-")[0], weights, self.source.shape, device)
             if network.name != name:
                 raise MetricError(f"the images were measured with {name}, and only {network.name} is at hand")
-        measured = subject_of(measure(self.source, Instruments(network), batch_size=batch_size, show=self._show))
+        kept = None if folder is None else folder / f"reference-{_digest(self.source, network, batch_size)}.safetensors"
+        statistics = measure(self.source, Instruments(network), batch_size=batch_size, checkpoint=kept, show=self._show)
+        measured = subject_of(statistics)
         if self._moments is None:
             return measured
         # ADM's files hold moments of the whole data set and images of a part of it.
         return replace(measured, gaussian=self._moments.gaussian, spatial=self._moments.spatial or measured.spatial)
 
-    def _shipped_subject(self, network: str) -> Subject:
+    def check(self, network: str) -> None:
+        """Refuse a network by its name before anything is measured.
+
+        Raises:
+            InputError: what is known of the reference was made with another one.
+        """
+        if self._shipped:
+            from sostenuto.demo.judge import DemoFeatures
+
+            if network != (own := DemoFeatures().name):
+                raise InputError(f"{self.name} is known in the features of {own}, not of {network}: --network demo")
+        if self._statistics is not None and self._statistics.origin.network != network:
+            raise InputError(
+                f"{self.name} was made with the network {self._statistics.origin.network!r}, not {network!r}"
+            )
+        if self._moments is not None and not network.startswith(_ADM_NETWORK):
+            raise InputError(
+                f"the moments in {self.name} are of Inception's features, those of the images of {network}'s"
+            )
+
+    def _shipped_subject(self) -> Subject:
         from sostenuto.demo.judge import Judge
 
         judge = Judge()
-        if network != judge.network.name:
-            raise InputError(
-                f"{self.name} is known in the features of {judge.network.name}, not of {network}: --network demo"
-            )
         if self.name == "demo:train":
             return Subject(
                 judge.training_set.count, judge.training_set, held_out=judge.test_features, shuffled=True,
                 logits=judge.test_logits(),
             )  # fmt: skip
         features = judge.test_features
-        centre = features.double()
-        gaussian = Gaussian(centre.mean(0), centre.T.cov(), len(features))
-        return Subject(len(features), gaussian, features=features, logits=judge.test_logits(), shuffled=True)
+        return Subject(
+            len(features), Gaussian.of(features), features=features, logits=judge.test_logits(), shuffled=True
+        )
+
+
+def _digest(source: Source, network: FeatureNetwork, batch_size: int) -> str:
+    """Names what the statistics of a reference are made of."""
+    return hashlib.sha256(f"{source.identity} {network.name} {batch_size}".encode()).hexdigest()[:12]
