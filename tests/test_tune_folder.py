@@ -1,6 +1,7 @@
 """The folder of a tuning: what was found there is taken once more, and never for what it is not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import sostenuto
 from conftest import sample
 from sostenuto import CacheTable, EBCache, InputError, tune
 from sostenuto.calibrations.base import Settings, Tapped
-from sostenuto.tuning.lab import Lab
+from sostenuto.tuning import lab as trials_of
+from sostenuto.tuning import record as records
+from sostenuto.tuning.lab import Lab, key_of
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.record import claim, rehearsed
 from sostenuto.tuning.rehearsal import rehearse, same
@@ -172,6 +175,24 @@ def test_a_folder_takes_a_score_and_then_no_other(model, tmp_path):
         claim(tmp_path, {"dtype": "float32"})  # as of a folder from before it was noted
     with pytest.raises(InputError, match=r"another seed \(1, now 2\)"):
         claim(tmp_path, {"seed": 2})
+
+
+def test_times_of_another_machine_are_none(model, begun, monkeypatch):
+    """A plan by multiply-accumulates goes on there; times are not compared across machines, and none decide."""
+    by_time = replace(QUICK, budget="time", speedups=(1.3,), refinements=0)
+    tuned(model, by_time, speedup=1.3, folder=begun)
+    for module in (records, trials_of):
+        monkeypatch.setattr(module, "where", lambda device: "another")
+    with pytest.raises(InputError, match=r"another machine \(.*, now another\)"):
+        tuned(model, by_time, speedup=1.3, folder=begun)
+    found = tuned(model, replace(QUICK, refinements=3), folder=begun)
+    trials = json.loads((begun / "trials.json").read_text())
+    assert {trial["machine"] for trial in trials.values()} >= {"another"}
+    for point in found.frontier:
+        trial = trials[f"paired {key_of(point.table)}"]
+        assert (point.measured_speedup is None) == (trial["machine"] == "another")
+    with pytest.raises(InputError, match="another machine"):  # the folder's times are still the first one's
+        tuned(model, by_time, speedup=1.3, folder=begun)
 
 
 def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):

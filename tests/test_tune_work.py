@@ -5,12 +5,14 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
+import sostenuto
 from conftest import build_tiny, sample
-from sostenuto import InputError, tune
+from sostenuto import CacheTable, EBCache, InputError, StepState, tune
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import Handle
-from sostenuto.tuning.lab import Lab
+from sostenuto.tuning.lab import CLOSER, Lab
 from sostenuto.tuning.measurement import Kind, instrumented_share, reaches
 from sostenuto.tuning.published import calibrated, calibrations, work_of
 from sostenuto.tuning.rehearsal import rehearse
@@ -117,6 +119,23 @@ def test_an_instrumented_run_costs_what_is_said_before(small, executed):
     assert measured.work == pytest.approx(executed[0] / STEPS)
     said = instrumented_share(reaches(tuple(Kind), STEPS), lab.rehearsals["paired"].macs, STEPS)
     assert measured.work == pytest.approx(lab.rows(8) * said)
+
+
+@pytest.mark.parametrize("bench", ["paired", CLOSER])
+def test_trials_beside_an_uncached_one_cost_what_is_counted(small, executed, bench):
+    lab = Lab(Settings(small, sample, STEPS, 8, scheduler=small.scheduler_for_test), None, 2, lambda _: None)
+    lab.rehearse((Kind.STACK,))
+    C, B = StepState.COMPUTE, StepState.REUSE_BOTH
+    half = CacheTable((C, B) * (STEPS // 2), fill="stack")
+    with sostenuto.enable(small, EBCache(half), scheduler=small.scheduler_for_test) as handle:
+        sample(small, torch.Generator().manual_seed(0), STEPS)
+        half = replace(half, macs_fraction=1 / handle.stats.ideal_speedup)
+    executed[0] = 0.0
+    before = lab.work
+    lab.prepare(bench, [None, half])
+    for table in (None, half):
+        lab._try(bench, table)
+    assert executed[0] / STEPS == pytest.approx(lab.work - before)
 
 
 @pytest.mark.parametrize("share", [(Kind.BRANCHES,), (Kind.MLP,)])

@@ -1,5 +1,7 @@
 """What a tuning hands back: which plan serves which speed-up, what is saved, and how it is drawn."""
 
+from dataclasses import replace
+
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
@@ -21,7 +23,7 @@ def point(target, speedup, error, score=None, actions=(C, B, C, B)):
 def tuned(*points, budget="macs"):
     frontier = pareto(points)
     found = answers(points, frontier)
-    return Tuned(next(iter(found.values())), frontier, found, budget, 5.0, 9.0, (), 1.0)
+    return Tuned(next(iter(found.values())), frontier, found, budget, 5.0, 9.0, (), 1.0, points[0].target)
 
 
 def tuned_by_hand():
@@ -46,19 +48,43 @@ def test_a_slower_plan_that_happens_to_be_as_fast_as_asked_serves_where_it_is_ne
     assert answers(points, pareto(points)) == {1.75: lucky, 2.0: lucky, 3.0: late}
 
 
-def test_every_target_has_its_table_and_those_of_before_are_gone(tmp_path):
-    for name in ("tuned-9x.json", "tuned-1.7x.json", "tuned-flux.json", "tuned-best-2x.json"):
-        (tmp_path / name).touch()
+def test_every_target_has_its_table(tmp_path):
     found = tuned_by_hand()
     paths = found.save(tmp_path)
     names = ["frontier.json", "tuned-1.3x.json", "tuned-1.5x.json", "tuned-2x.json"]
-    assert [path.name for path in paths] == names
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*names, "tuned-flux.json", "tuned-best-2x.json"]  # not of its making
-    )
+    assert [path.name for path in paths] == names == sorted(path.name for path in tmp_path.iterdir())
     assert CacheTable.load(tmp_path / "tuned-1.5x.json") == found.answers[2.0].table
     assert [row["answers"] for row in found.as_dict()["frontier"]] == [[1.3], [1.5, 2.0]]
     assert "1.5× 2×" in str(found)
+
+
+def test_what_was_asked_for_stays_until_it_is_asked_for_again(tmp_path):
+    """For other targets less is tried: what a later call finds beside its own answer may be worse."""
+
+    def save(asked, name):
+        points = [
+            replace(point(t, t, 1 / t), table=replace(point(t, t, 1).table, method=name)) for t in (1.5, 2.0, 4.0)
+        ]
+        own = next(one for one in points if one.target == asked)
+        replace(tuned(*points), point=own, asked=asked).save(tmp_path)
+        return [CacheTable.load(tmp_path / f"tuned-{target}x.json").method for target in ("1.5", "2", "4")]
+
+    assert save(2.0, "first") == ["first", "first", "first"]
+    assert save(4.0, "second") == ["second", "first", "second"]
+    assert save(1.5, "third") == ["third", "first", "second"]
+    assert save(2.0, "fourth") == ["third", "fourth", "second"]
+    (tmp_path / "tuned-2x.json").unlink()
+    assert save(4.0, "fifth") == ["third", "fifth", "fifth"]
+    (tmp_path / "frontier.json").write_text("{")
+    assert save(4.0, "sixth") == ["sixth", "sixth", "sixth"]
+
+
+def test_what_is_out_of_reach_has_the_table_of_the_limit(tmp_path):
+    found = replace(tuned(point(2.0, 2.0, 0.1), point(3.25, 3.25, 0.2)), asked=9.0)
+    assert found.target == 3.25
+    assert (found.as_dict()["asked"], found.as_dict()["target"]) == (9.0, 3.25)
+    found.save(tmp_path)
+    assert (tmp_path / "tuned-3.25x.json").exists()
 
 
 @pytest.mark.parametrize(("budget", "axis"), [("macs", "multiply-accumulates"), ("time", "measured time")])

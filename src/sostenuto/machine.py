@@ -29,6 +29,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def where(device: torch.device) -> str:
+    """What sets how long something takes there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

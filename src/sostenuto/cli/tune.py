@@ -65,6 +65,7 @@ class Tune:
         import sostenuto.report.frontier  # what draws is missed now, not when all is done
         from sostenuto.errors import InputError
         from sostenuto.tuning.options import check_speedup
+        from sostenuto.tuning.result import table_path
 
         check_speedup(self.speedup)  # before a model is loaded
         if self.score_images < 4 and (self.score_images or self.reference):
@@ -104,6 +105,7 @@ class Tune:
         if not world().is_main:
             return
         print(tuned)
+        print(table_path(self.output, tuned.target))
         write_json(self.json, tuned.as_dict())
         for path in tuned.draw(self.output):
             print(path)

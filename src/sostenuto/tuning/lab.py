@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from sostenuto import compat
 from sostenuto.calibrations.base import Settings
 from sostenuto.clock import Tick
 from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError, MethodError
 from sostenuto.files import publish_json
+from sostenuto.machine import where
 from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.plan import Op
@@ -79,6 +81,7 @@ class Trial:
             what the network predicts has no known noise.
         work: multiply-accumulates, in uncached generations of one row.
         seconds: wall time for each row.
+        machine: that it was timed on.
     """
 
     error: float
@@ -86,6 +89,7 @@ class Trial:
     norms: tuple[float, ...]
     work: float
     seconds: float
+    machine: str = ""
 
 
 _TRIAL, _RESPONSE = {field.name for field in fields(Trial)}, {"left", "work"}
@@ -205,10 +209,11 @@ class Lab:
         """
         wanted = {_name(bench, table): table for table in tables}
         fresh = [table for key, table in wanted.items() if key not in self._trials]
-        if bench not in self._final and not _BENCHES[bench].alone and fresh not in ([], [None]):
-            # Nothing is tried before the uncached one; an earlier run of this folder noted what it found, not the latents.
+        cached = [table for table in fresh if table is not None]
+        if cached == fresh != [] and bench not in self._final and not _BENCHES[bench].alone:
+            # An earlier run of this folder noted what the uncached ones were like, not their latents.
             self._final[bench] = shared(lambda table: self._made(bench, table)[1], [None])[0]
-        for part in _rounds(fresh):
+        for part in ([None],) * (cached != fresh) + tuple(_rounds(cached)):  # nothing is tried before the uncached one
             for table, (trial, latents) in zip(part, shared(lambda one: self._made(bench, one), part), strict=True):
                 self._trials[_name(bench, table)] = trial
                 self._show(trial.work)
@@ -240,7 +245,9 @@ class Lab:
                 )
             error, score, norms = _WORST, None if score is None else _WORST, ()
         work = run.rows * _share(table)
-        return Trial(error, score, norms, work, run.seconds / run.rows), latents if table is None else latents[:0]
+        machine = where(next(compat.find_denoiser(settings.target).parameters()).device)
+        trial = Trial(error, score, norms, work, run.seconds / run.rows, machine)
+        return trial, latents if table is None else latents[:0]
 
     def _bench(self, bench: str) -> tuple[Settings, int]:
         """What is generated in a trial, and what is added to the seed."""
@@ -359,9 +366,11 @@ def _is_known(known: Any) -> bool:
     """Whether an entry of a file is a trial, or a response."""
     if not isinstance(known, dict) or known.keys() not in (_TRIAL, _RESPONSE):
         return False
-    norms = known.get("norms", [])
-    values = [value for name, value in known.items() if name != "norms" and (name, value) != ("score", None)]
-    return isinstance(norms, list) and all(map(is_number, [*norms, *values]))
+    norms, machine = known.get("norms", []), known.get("machine", "")
+    values = [
+        value for name, value in known.items() if name not in ("norms", "machine") and (name, value) != ("score", None)
+    ]
+    return isinstance(norms, list) and isinstance(machine, str) and all(map(is_number, [*norms, *values]))
 
 
 def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:

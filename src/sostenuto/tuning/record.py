@@ -15,11 +15,14 @@ from sostenuto.cost import autocast_state
 from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
+from sostenuto.machine import where
 from sostenuto.measured import fingerprint, is_number, read_json
 from sostenuto.tuning.instrumented import BEGUN
 from sostenuto.tuning.options import TuneOptions
 from sostenuto.tuning.rehearsal import SAME, Rehearsal, same
 
+MACHINE = "machine"
+"""What times were taken on; only what is reckoned in them depends on it."""
 _SKETCHES = ("sample", "score_sample")
 FOUND = ("measurement.npz", BEGUN, "trials.json", "response.json")
 """The files of a folder that hold what was found; the second as long as an instrumented run isn't done."""
@@ -47,6 +50,7 @@ def setting(settings: Settings, options: TuneOptions) -> dict[str, Any]:
         "seed": settings.seed,
         "trial_samples": options.trial_samples,
         "kinds": None if options.kinds is None else sorted(options.kinds),
+        MACHINE: where(next(denoiser.parameters()).device),
     }
 
 
@@ -63,13 +67,14 @@ def rehearsed(settings: Settings, sample: Rehearsal, scored: Rehearsal | None) -
     return found
 
 
-def claim(folder: Path, made_with: dict[str, Any], begun: bool = False) -> None:
+def claim(folder: Path, made_with: dict[str, Any], begun: bool = False, timed: bool = True) -> None:
     """Make the folder that of these settings.
 
     Args:
         folder: is made where there is none.
         made_with: the settings.
         begun: whether the folder may lack some of them, which are then added.
+        timed: whether times decide, so that those of another machine are none.
 
     Raises:
         InputError: it holds what was found with others; the message names what differs and the remedy.
@@ -81,6 +86,8 @@ def claim(folder: Path, made_with: dict[str, Any], begun: bool = False) -> None:
         raise InputError(f"{path} is no record of a tuning: use another folder")
     if not begun and not any(any(folder.glob(name)) for name in FOUND):
         known = {}  # of a call that was refused before it found anything
+    if known.get(MACHINE) and not timed:
+        made_with = {**made_with, MACHINE: known[MACHINE]}
     for key in made_with if known else ():
         before, now = known.get(key), made_with[key]
         if _is_same(before, now) or (begun and before is None):

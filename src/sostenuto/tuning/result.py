@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,13 @@ class Point:
         ideal_speedup: the same by multiply-accumulates.
         time_speedup: the same by the time that each kind of step took in the instrumented run; what a kind spares is divided
             among its branches by their multiply-accumulates.
-        error: mean square difference of a sample's final latents to the uncached ones', over the variance of all; the
-            geometric mean over the samples.
+        error: mean square difference of a sample's latents before the last step to the uncached ones', over the variance of
+            all; the geometric mean over the samples.
         score: what ``score`` says of the images, lower is better; ``None`` where no score was given.
         table: the plan, the forecasts and the noise scale.
         measured_speedup: time of the uncached trial over that of this plan's, with all that the sample does; one run of each,
-            rough on a busy machine. ``None`` where several processes made the trials at the same time on one processor.
+            rough on a busy machine. ``None`` where several processes made the trials at the same time on one processor, or
+            two machines one each.
     """
 
     target: float
@@ -55,7 +56,7 @@ class Point:
 
     @property
     def decibels(self) -> float:
-        """Signal over error of the final latents, ``−10 log₁₀ error``: higher is nearer to the uncached images."""
+        """Signal over error of the latents before the last step, ``−10 log₁₀ error``: higher is nearer to the uncached ones."""
         return -10 * math.log10(max(self.error, 1e-12))
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,6 +103,20 @@ def answers(points: Iterable[Point], frontier: Iterable[Point]) -> dict[float, P
     }
 
 
+def table_path(folder: Path, target: float) -> Path:
+    """Where the table for a target lies."""
+    return folder / f"tuned-{target:g}x.json"
+
+
+def _asked_before(frontier: Path) -> list[float]:
+    """The targets whose answers an earlier call wrote."""
+    try:
+        found = json.loads(frontier.read_text(encoding="utf-8"))
+        return [float(target) for target in (*found["asked_before"], found["target"])]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # nothing was written there yet, or something else
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What :func:`sostenuto.tune` found.
@@ -115,6 +130,7 @@ class Tuned:
         limit: the largest speed-up that a plan of this model can have.
         notes: what was found on the way that the user should know.
         work: what it cost, in uncached generations of one row of the denoiser's batch.
+        asked: the speed-up that was asked for.
     """
 
     point: Point
@@ -125,6 +141,12 @@ class Tuned:
     limit: float
     notes: tuple[str, ...]
     work: float
+    asked: float
+
+    @property
+    def target(self) -> float:
+        """The target that :attr:`point` answers: what was asked for, or the limit."""
+        return self.asked if self.asked in self.answers else max(self.answers)
 
     @property
     def method(self) -> EBCache:
@@ -134,6 +156,8 @@ class Tuned:
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON."""
         return {
+            "asked": self.asked,
+            "target": self.target,
             "speedup": self.point.speedup,
             "budget": self.budget,
             "frontier": [{**point.as_dict(), "answers": self._answered(point)} for point in self.frontier],
@@ -150,18 +174,19 @@ class Tuned:
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``frontier.json`` and a table for each target within reach, ``tuned-2x.json`` for one of 2; returns the files.
 
-        Tables that an earlier tuning left there for other targets are removed.
+        For what was asked for more is tried than for the other targets. So the answer to an earlier call in this folder is
+        replaced by the answer to another that asks for the same, and not by what this one found beside its own.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "frontier.json"]
-        publish_json(paths[0], self.as_dict(), indent=1)
+        before = set(_asked_before(paths[0]))
+        publish_json(paths[0], {**self.as_dict(), "asked_before": sorted(before - {self.target})}, indent=1)
         for target, point in self.answers.items():
-            paths.append(folder / f"tuned-{target:g}x.json")
-            point.table.save(paths[-1])
-        for old in set(folder.glob("tuned-*x.json")) - set(paths):
-            if re.fullmatch(r"tuned-[\d.e+]+x\.json", old.name):
-                old.unlink()
+            path = table_path(folder, target)
+            if target == self.target or target not in before or not path.exists():
+                point.table.save(path)
+                paths.append(path)
         return paths
 
     def draw(self, folder: str | Path) -> list[Path]:

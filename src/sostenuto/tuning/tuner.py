@@ -110,7 +110,7 @@ def tune(
         )
     folder = None if folder is None else Path(folder)
     if folder is not None:
-        claim(folder, setting(settings, options))
+        claim(folder, setting(settings, options), timed=options.budget == "time")
     with progress(None, "tune (uncached generations)", show_progress) as bar:
         done = [0.0]
 
@@ -205,6 +205,7 @@ class _Tuner:
             limit=self.limit,
             notes=tuple(self.notes),
             work=lab.work,
+            asked=self.speedup,
         )
 
     # --- what is possible ----------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ class _Tuner:
             return None
         run = lab.scored if bench == "scored" else lab.trial
         trial, uncached = run(table), run(None)
-        disturbed = self._on_cpu and world().size > 1
+        comparable = trial.machine == uncached.machine and not (self._on_cpu and world().size > 1)
         how = {
             "num_samples": self.measured.num_samples,
             "seed": self.lab.settings.seed,
@@ -385,7 +386,7 @@ class _Tuner:
             error=trial.error,
             score=trial.score,
             table=replace(table, method="tuned", calibration=how),
-            measured_speedup=None if disturbed else uncached.seconds / trial.seconds,
+            measured_speedup=uncached.seconds / trial.seconds if comparable else None,
         )
 
     # --- what it costs -------------------------------------------------------------------------------------------
