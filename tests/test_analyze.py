@@ -2,17 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 import sostenuto
 from conftest import sample, sample_loop, sampler_of_lists
-from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache
+from sostenuto import FORA, EBCache, EpsilonScaling, InputError, MethodError, NoCache, TableError
+from sostenuto.analysis import analyze as analyzing
 from sostenuto.analysis import noise_norm_curves, probe_chain, probe_variance, record
 from sostenuto.analysis.analyze import INSTRUMENTS
 from sostenuto.analysis.bias_curves import measure as exposure_bias
@@ -315,7 +317,8 @@ def test_uniform_caching_stands_beside_eb_at_the_cost_that_is_nearest(subject):
     assert "its table costs 55% of the uncached work" in FEATURE_ERROR.finding(data)
 
 
-def test_what_an_instrument_left_out_is_said(model):
+def test_what_an_instrument_left_out_is_said(model, monkeypatch):
+    monkeypatch.setattr(Subject, "eb_table", None)
     analysis = sostenuto.analyze(
         model,
         sample,
@@ -323,9 +326,8 @@ def test_what_an_instrument_left_out_is_said(model):
         num_inference_steps=STEPS,
         num_samples=2,
         scheduler=model.scheduler_for_test,
-        table=CacheTable((StepState.COMPUTE,) * (STEPS + 1)),
     )
-    assert "Left out: EB-Cache (" in analysis.observations["snr"].finding
+    assert "Left out: EB-Cache (EB-Cache can't be calibrated on this model)" in analysis.observations["snr"].finding
 
 
 def test_the_words_judge_scaling_by_the_forward_process():
@@ -546,3 +548,65 @@ def test_the_time_is_told_before_a_long_analysis_and_the_bar_counts_its_work(mod
     told = capsys.readouterr().err
     assert "analyze: about 1 minute on this machine" in told
     assert "4/4" in told  # of the two instruments' 3.5 and 0.5
+
+
+def test_numbers_are_written_before_anything_is_drawn_and_a_figure_costs_itself_alone(tmp_path, monkeypatch):
+    from sostenuto.cli import main
+
+    def failing(data):
+        raise ZeroDivisionError("no axis")
+
+    monkeypatch.setitem(INSTRUMENTS, "similarity", replace(INSTRUMENTS["similarity"], draw=failing))
+    words = ["--model", "tiny:DiTTransformer2DModel", "--only", "similarity", "components", "--num-samples", "2"]
+    words += ["--num-inference-steps", "4", "--output", str(tmp_path)]
+    with pytest.warns(UserWarning, match="figure of similarity can't be drawn: ZeroDivisionError: no axis"):
+        assert main(["analyze", *words]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert "could not be drawn: ZeroDivisionError: no axis" in page
+    assert (tmp_path / "components.svg").exists()
+
+    monkeypatch.setattr(analyzing.Analysis, "save", failing)
+    assert main(["analyze", *words, "--json", str(tmp_path / "all.json")]) == 1
+    assert json.loads((tmp_path / "all.json").read_text())["instruments"]["similarity"]["error"] == ""
+
+
+def test_the_command_fails_where_nothing_could_be_measured(tmp_path, monkeypatch, capsys):
+    from sostenuto.cli import main
+
+    def failing(subject):
+        raise ZeroDivisionError("no number")
+
+    monkeypatch.setitem(INSTRUMENTS, "components", replace(INSTRUMENTS["components"], measure=failing))
+    words = ["--model", "tiny:DiTTransformer2DModel", "--num-samples", "2", "--num-inference-steps", "4"]
+    assert main(["analyze", *words, "--output", str(tmp_path), "--only", "components"]) == 1
+    assert "no instrument could measure anything on this model" in capsys.readouterr().err
+    assert main(["analyze", *words, "--output", str(tmp_path), "--data", str(tmp_path)]) == 1
+    assert "--data is of the demo model" in capsys.readouterr().err
+
+
+def test_a_table_that_does_not_fit_is_refused_before_the_instruments(model):
+    table = CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH) * STEPS)
+    with pytest.raises(TableError, match=f"the cache table has {2 * STEPS} steps, the sampler runs {STEPS}"):
+        sostenuto.analyze(
+            model,
+            sample,
+            num_inference_steps=STEPS,
+            num_samples=1,
+            scheduler=model.scheduler_for_test,
+            table=table,
+        )
+
+
+def test_a_clean_sample_is_clipped_only_where_the_solver_itself_clips(model):
+    """diffusers carries over what another class was set up with."""
+    clipping, largest = model.scheduler_for_test, []
+    clipping.register_to_config(clip_sample=True, clip_sample_range=0.1)
+    for scheduler in (clipping, DPMSolverMultistepScheduler.from_config(clipping.config)):
+
+        def one(model, generator, num_inference_steps, scheduler=scheduler):
+            sample_loop(model, scheduler, num_inference_steps, seed=7)
+
+        path = record(model, one, "none", num_inference_steps=STEPS, num_samples=2, scheduler=scheduler)
+        largest.append(path.clean.abs().max().item())
+    assert largest[0] == pytest.approx(0.1)
+    assert largest[1] > 0.2

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,26 +126,38 @@ class Analysis:
     def save(self, folder: str | Path) -> Path:
         """Write ``NAME.json`` and ``NAME.svg``, ``.pdf`` and ``.png`` of every instrument, and ``index.html`` with all.
 
+        A figure that can't be drawn leaves the others alone; the page says why, and there is a warning.
+
         Returns:
             The page, which needs no file beside it and no network.
+
+        Raises:
+            ImportError: what draws is not installed; the numbers are written. It comes with ``sostenuto[report]``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pictures: dict[str, str] = {}
+        pictures, undrawn = {}, {}
         for name, observation in self.observations.items():  # the numbers first: they took the time
             _write_json(folder / f"{name}.json", observation.as_dict())
         for name, observation in self.observations.items():
             if observation.error:
                 continue
-            files = observation.figure()
+            try:
+                files = observation.figure()
+            except ImportError:
+                raise
+            except Exception as error:
+                undrawn[name] = f"{type(error).__name__}: {error}"
+                warnings.warn(f"the figure of {name} can't be drawn: {undrawn[name]}", stacklevel=2)
+                continue
             for kind, content in files.items():
                 (folder / f"{name}.{kind}").write_bytes(content)
             pictures[name] = "data:image/svg+xml;base64," + base64.b64encode(files["svg"]).decode()
         page = folder / "index.html"
-        page.write_text(self._page(pictures), encoding="utf-8")
+        page.write_text(self._page(pictures, undrawn), encoding="utf-8")
         return page
 
-    def _page(self, pictures: dict[str, str]) -> str:
+    def _page(self, pictures: dict[str, str], undrawn: dict[str, str]) -> str:
         import jinja2
 
         environment = jinja2.Environment(
@@ -157,6 +170,7 @@ class Analysis:
             model=self.model,
             observations=[observation.as_dict() for observation in self.observations.values()],
             pictures=pictures,
+            undrawn=undrawn,
             data=json.dumps(self.as_dict(), allow_nan=False).replace("<", "\\u003c"),
         )
 
@@ -201,6 +215,7 @@ def analyze(
     Raises:
         InputError: a name is unknown, or a number makes no sense.
         MethodError: a bare denoiser comes without its scheduler.
+        TableError: the table can't be read, or is of another model, sampler or number of steps.
         AlreadyEnabledError: a method is enabled on the model.
     """
     unknown = [name for name in only if name not in INSTRUMENTS]
@@ -211,6 +226,9 @@ def analyze(
         table = CacheTable.load(table)
     subject = Subject(target, sample, scheduler, num_inference_steps, num_samples, seed, real_latents, decode, table)
     denoiser = subject.denoiser
+    if table is not None:  # what doesn't fit is refused now, not left out by one instrument after the other
+        table.check(denoiser, subject.sampler)
+        table.check_steps(subject.uncached.timesteps)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     observations: dict[str, Observation] = {}

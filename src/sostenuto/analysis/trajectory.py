@@ -14,7 +14,7 @@ from sostenuto.errors import InputError, MethodError
 from sostenuto.features import Feature
 from sostenuto.methods.base import Method
 from sostenuto.probe import Prober
-from sostenuto.schedulers import noise_levels
+from sostenuto.schedulers import clipped_to, noise_levels
 
 Watch = Callable[[Handle, Tick, Prober], Any]
 """Makes a denoiser call and looks on: returns the output. Also called for the further passes of a step."""
@@ -188,9 +188,5 @@ class _Recorder:
 
     def clean(self) -> torch.Tensor:
         alpha, sigma = self.levels[-1]
-        clean = (self.latents[-1] - sigma * self.noise[-1]) / max(alpha, 1e-6)
-        config = getattr(self.handle._scheduler(), "config", None)
-        if getattr(config, "clip_sample", False):
-            bound = float(getattr(config, "clip_sample_range", 1.0))
-            clean = clean.clamp(-bound, bound)
-        return clean
+        bound = clipped_to(self.handle._scheduler())
+        return ((self.latents[-1] - sigma * self.noise[-1]) / max(alpha, 1e-6)).clamp(-bound, bound)

@@ -54,8 +54,13 @@ class Analyze:
 
     def run(self) -> None:
         """Measure, save, print what was found."""
-        import sostenuto
+        import jinja2  # noqa: F401  # what draws is missed now, not when all is done
 
+        import sostenuto
+        import sostenuto.analysis.style
+
+        if self.data is not None and self.model != "demo":
+            raise InputError("--data is of the demo model; another's real latents are passed from Python")
         target, sample, options = self._tiny() if self.model.startswith(_TINY) else self._loaded()
         steps = self.num_inference_steps or (20 if self.model.startswith(_TINY) else 50)
         analysis = sostenuto.analyze(
@@ -70,12 +75,15 @@ class Analyze:
             show_progress=True,
             **options,
         )
-        page = analysis.save(self.output)
         write_json(self.json, analysis.as_dict())
+        page = analysis.save(self.output)
         for observation in analysis.observations.values():
             found = observation.finding or f"not measured: {observation.error}"
             print(f"{observation.instrument.title}: {found}\n")
         print(f"page: {page}")
+        reasons = [observation.error for observation in analysis.observations.values()]
+        if all(reasons):
+            raise InputError(f"no instrument could measure anything on this model; the first one: {reasons[0]}")
 
     def _tiny(self) -> tuple[Any, Any, dict[str, Any]]:
         if self.pipe_arguments or self.guidance_scale != 1 or self.scheduler:
