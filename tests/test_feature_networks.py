@@ -317,3 +317,23 @@ def test_networks_of_ones_own_are_chosen_by_name(monkeypatch):
     assert found["inception_score"].reason == "the class logits of the images are not known"
     with pytest.raises(InputError, match="'mean' already"):
         networks.register_network("mean", lambda given, device: Mean())
+
+
+def test_networks_of_ones_own_are_given_their_weights(monkeypatch, tmp_path):
+    class Mean:
+        name, num_features = "mean", 3
+
+        def extract(self, images):
+            return networks.Features(images.float().mean((2, 3)) / 255)
+
+    given = []
+    monkeypatch.setattr(networks, "_LOADERS", dict(networks._LOADERS))
+    monkeypatch.setattr(weights, "ALL", dict(weights.ALL))
+    networks.register_network("mean", lambda paths, device: given.append(dict(paths)) or Mean(), weights=["mean"])
+    for path in (tmp_path, tmp_path / "file"):
+        path.touch()
+        parsed = weights.parse_weights((f"mean={path}",))
+        evaluate(pictures(8), network="mean", weights=parsed, show=False)
+    assert given == [{"mean": tmp_path}, {"mean": tmp_path / "file"}]
+    with pytest.raises(InputError, match="the weights of mean should be a file or a folder"):
+        weights.parse_weights((f"mean={tmp_path / 'none'}",))

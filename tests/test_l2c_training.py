@@ -347,6 +347,14 @@ def test_the_command_trains_and_generates_with_the_router(folder, tmp_path, caps
         ("eb", ["--eps-scale-grid", "0.98", "--search-images", "0"], "--eps-scale-grid is searched by a distance"),
         ("smoothcache", ["--penalty", "0.1"], "the calibration of smoothcache has no --penalty: leave it out"),
         ("magcache", ["--target-fraction", "0.6", "--theta", "0.1"], "has no --theta: leave it out"),
+        ("l2c", ["--num-samples", "4"], "the calibration of l2c has no --num-samples: leave it out"),
+        ("l2c", ["--search-images", "4"], "the calibration of l2c has no --search-images: leave it out"),
+        ("l2c", ["--caching", "fora"], "the calibration of l2c has no --caching: leave it out"),
+        ("l2c", [], "a router is written as .safetensors, not made"),
+        ("eb", ["--data", "somewhere"], "the calibration of eb has no --data: leave it out"),
+        ("eb", ["--caching", "fora"], "the calibration of eb has no --caching: leave it out"),
+        ("eb", ["--table", "t.json"], "--table is for running a method"),
+        ("epsilon-scaling", ["--caching", "nonsense"], "'nonsense'"),
     ],
 )
 def test_options_that_a_calibration_has_not_are_refused_and_not_ignored(method, option, words, tmp_path, capsys):

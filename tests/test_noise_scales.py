@@ -367,6 +367,11 @@ def test_the_command_calibrates_and_what_it_saved_is_run(tmp_path):
     method = ModelChoice(method="epsilon-scaling", table=path).method_object()
     assert isinstance(method, EpsilonScaling)
     assert len(NoiseScales.load(path).computed) == 3
+    words += ["--caching", "taylorseer:interval=2,order=1", "--match", "norm", "--window", "1"]
+    assert main(["calibrate", *words, "--output", str(path)]) == 0
+    how = NoiseScales.load(path).calibration
+    assert how["caching"] == repr(sostenuto.TaylorSeer(2, 1))
+    assert (how["match"], how["window"]) == ("norm", 1)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "flow"])

@@ -116,7 +116,16 @@ def test_a_speedup_of_one_is_refused_in_a_line(trained, tmp_path, capsys):
 
 def test_advise_prints_and_writes(trained, tmp_path, capsys):
     path = tmp_path / "advice.json"
-    assert main(["advise", "--model", str(trained), "--num-inference-steps", "10", "--json", str(path)]) == 0
+    words = ["advise", "--model", str(trained), "--num-inference-steps"]
+    table = tmp_path / "table.json"
+    assert main([*words, "10", "--json", str(path), "--output", str(table)]) == 0
     content = json.loads(path.read_text())
-    assert ("worth it" if content["worth"] else "not worth it") in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert content["worth"]
+    assert "worth it" in told.out
     assert content["num_inference_steps"] == 10
+    assert CacheTable.load(table).strip() == content["plan"]
+    assert "20/20" in told.err.replace("10/10", "20/20")  # the bar over the steps
+    assert main([*words, "2", "--output", str(tmp_path / "none.json")]) == 0
+    assert "no plan is advised" in capsys.readouterr().err
+    assert not (tmp_path / "none.json").exists()

@@ -60,7 +60,10 @@ def main(args: list[str] | None = None) -> int:
     for name in () if debug else _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="sostenuto", description="Faster sampling for diffusion transformers.", args=words
+        COMMANDS,
+        prog="sostenuto",
+        description="Faster sampling for diffusion transformers. With --debug an error shows where it comes from.",
+        args=words,
     )
     try:
         with joined() as world:

@@ -13,6 +13,19 @@ from sostenuto.cli.common import ModelChoice, write_json
 from sostenuto.distributed.world import apart, world
 from sostenuto.errors import InputError, MethodError
 
+_ON_REAL_IMAGES = ("l2c", "epsilon-scaling")
+_OF_TABLES = (
+    "target_fraction",
+    "forecast_order",
+    "eps_scale_grid",
+    "theta",
+    "window",
+    "conditional_half",
+    "caching",
+    "match",
+)
+"""What only some calibrations have; none is of the training of routers."""
+
 
 @dataclass(frozen=True)
 class Calibrate:
@@ -29,12 +42,20 @@ class Calibrate:
     theta: float | None = None
     """The error that compressed attention may cause (ditfastattn); published: 0.025 to 0.15."""
     window: int | None = None
-    """Tokens to each side that a token attends to (ditfastattn); by default an eighth of all."""
+    """ditfastattn: tokens to each side that a token attends to, by default an eighth of all; epsilon-scaling: steps in the
+    running mean of the factors, odd."""
+    caching: str | None = None
+    """epsilon-scaling: the method that the factors are combined with, such as "taylorseer:interval=3,order=1" or
+    "eb:table=table.json,eps_scale=1.0"; by default fora:interval=2."""
+    match: Literal["variance", "norm"] | None = None
+    """epsilon-scaling: what the factors restore, the variance of what the network is given next or the norm of its
+    prediction; by default the variance."""
     conditional_half: Literal["first", "second"] | None = None
     """Where a guided batch has its conditional half (ditfastattn, eb, feb); by default where diffusers' pipelines put it."""
-    num_samples: int = 8
-    search_images: int = 200
-    """On the demo model: images per value when the noise scale is searched; 0 leaves it as the method has it."""
+    num_samples: int | None = None
+    """Samples to measure on; by default 8."""
+    search_images: int | None = None
+    """On the demo model: images per value when the noise scale is searched, by default 200; 0 leaves it as it is."""
     eps_scale_grid: tuple[float, ...] | None = None
     """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     data: Path | None = None
@@ -48,8 +69,11 @@ class Calibrate:
 
     def run(self) -> None:
         """Calibrate and save."""
-        if self.choice.config is not None:
-            raise InputError("--config is for running a method: say with --method what to calibrate")
+        for name in ("config", "table"):
+            if getattr(self.choice, name) is not None:
+                raise InputError(f"--{name} is for running a method: say with --method what to calibrate")
+        if self.data is not None and self.choice.method not in _ON_REAL_IMAGES:
+            self._refuse("data")
         if self.choice.method != "l2c":
             self._make_table()
         elif world().is_main:  # one training run is no work to share
@@ -68,12 +92,14 @@ class Calibrate:
                 "a router is trained at a price of computed branches, not to a cost: set --penalty (more of it reuses more) in "
                 "place of --target-fraction"
             )
-        self._refuse("forecast_order", "theta", "window", "eps_scale_grid", "conditional_half")
+        self._refuse(*_OF_TABLES, "num_samples", "search_images")
         if self.choice.model != "demo":
             raise MethodError(
                 "this command trains routers for the demo model: for another one call sostenuto.calibrate"
             )
-        output = self.output.with_suffix(".safetensors")
+        output = self.output.with_suffix(".safetensors") if self.output == Path("table.json") else self.output
+        if output.suffix != ".safetensors":
+            raise InputError(f"a router is written as .safetensors, not {output.name}: name the --output so")
         checkpoint = output.with_suffix(".checkpoint")
         steps = self.choice.num_inference_steps
         given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
@@ -101,7 +127,9 @@ class Calibrate:
 
         calibration = self.calibration()
         extra: dict[str, Any] = {}
-        scored = self.choice.model == "demo" and self.search_images > 0
+        search_images = 200 if self.search_images is None else self.search_images
+        num_samples = 8 if self.num_samples is None else self.num_samples
+        scored = self.choice.model == "demo" and search_images > 0
         if self.eps_scale_grid is not None and not scored:
             raise InputError(
                 "--eps-scale-grid is searched by a distance of images, which this command takes on the demo model alone "
@@ -112,15 +140,15 @@ class Calibrate:
             from sostenuto.demo.judge import Judge
             from sostenuto.demo.rows import demo_sample
 
-            extra = {"score": Judge().distance, "score_sample": demo_sample(self.search_images)}
+            extra = {"score": Judge().distance, "score_sample": demo_sample(search_images)}
         if self.choice.model == "demo" and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
-            calibration = self._with_real_images(calibration)
+            calibration = self._with_real_images(calibration, num_samples)
         made = sostenuto.calibrate(
             pipe,
             calibration,
             self.choice.sample(pipe),
             num_inference_steps=self.choice.num_inference_steps,
-            num_samples=self.num_samples,
+            num_samples=num_samples,
             generator=torch.Generator().manual_seed(self.choice.seed),
             show_progress=True,
             **extra,
@@ -136,7 +164,7 @@ class Calibrate:
         write_json(self.json, values)
         print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
 
-    def _with_real_images(self, calibration: Any) -> Any:
+    def _with_real_images(self, calibration: Any, num_samples: int) -> Any:
         """The calibration on training images, where the set is at hand."""
         from dataclasses import replace
 
@@ -144,7 +172,7 @@ class Calibrate:
 
         labels = [*self.choice.labels]
         try:
-            real = data.of_labels("train", labels * -(-self.num_samples // len(labels)), self.data)
+            real = data.of_labels("train", labels * -(-num_samples // len(labels)), self.data)
         except FileNotFoundError:
             if self.data is not None:
                 raise
@@ -162,11 +190,14 @@ class Calibrate:
             raise MethodError(f"{self.choice.method!r} has no calibration; {', '.join(sorted(known))} have")
         self._refuse("penalty", "num_iterations")  # of the training of routers
         kind = known[self.choice.method]
-        names = ("target_fraction", "forecast_order", "eps_scale_grid", "theta", "window", "conditional_half")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: value for name in _OF_TABLES if (value := getattr(self, name)) is not None}
         takes = inspect.signature(kind).parameters
         target = given.pop("target_fraction", None) if "target_fraction" not in takes else None
         self._refuse(*(name for name in given if name not in takes))
+        if "caching" in given:
+            from sostenuto.bench.specs import method_of
+
+            given["caching"] = method_of(given["caching"], self.choice.num_inference_steps)
         if "guidance_scale" in takes and self.choice.guidance_scale is not None:
             given["guidance_scale"] = self.choice.guidance_scale
         return kind(**given) if target is None else kind.at_cost(target)

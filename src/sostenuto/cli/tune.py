@@ -133,6 +133,8 @@ class Advise:
     """Say whether caching pays for a model and sampler, with which method, at what gain and memory."""
 
     choice: Annotated[SamplerChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplerChoice)
+    output: Path | None = None
+    """Write the plan that is advised to this file, for "generate --table"."""
     json: Path | None = None
     """Also write the advice to this file."""
 
@@ -148,6 +150,14 @@ class Advise:
             self.choice.sample(pipe, prompt=PROMPT),
             num_inference_steps=self.choice.num_inference_steps,
             generator=torch.Generator().manual_seed(self.choice.seed),
+            show_progress=True,
         )
         print(advice)
+        if self.output is not None:
+            table = getattr(advice.method, "table", None)
+            if isinstance(table, sostenuto.CacheTable):
+                table.save(self.output)
+                print(self.output)
+            else:
+                print(f"no plan is advised, {self.output} is not written", file=sys.stderr)
         write_json(self.json, advice.as_dict())

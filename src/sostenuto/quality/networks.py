@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,12 +123,13 @@ Loader = Callable[[Mapping[str, Path], str], FeatureNetwork]
 _LOADERS: dict[str, Loader] = {"inception": _inception, "demo": _demo}
 
 
-def register_network(name: str, load: Loader) -> None:
+def register_network(name: str, load: Loader, weights: Sequence[str] = ()) -> None:
     """Make a feature network of one's own available by name.
 
     Args:
         name: what ``network=`` and ``--network`` are given.
         load: makes the network from the paths of ``--weights`` by name and the device.
+        weights: the names of those that it takes, where it takes any: files or folders.
 
     Raises:
         InputError: the name is taken.
@@ -136,6 +137,8 @@ def register_network(name: str, load: Loader) -> None:
     if name in _LOADERS or name == "auto":
         raise InputError(f"there is a feature network {name!r} already")
     _LOADERS[name] = load
+    for given in weights:
+        weights_.ALL.setdefault(given, weights_.Weights(given, (), f"those of the network {name!r}", folder=None))
 
 
 def available_networks() -> tuple[str, ...]:

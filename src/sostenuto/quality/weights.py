@@ -26,13 +26,13 @@ class Weights:
         name: the word before ``=`` in ``--weights``.
         files: names under which the file lies in torch's cache of checkpoints.
         origin: whose release it is, in words.
-        folder: whether a folder is expected rather than a file.
+        folder: whether a folder is expected rather than a file; ``None``: either.
     """
 
     name: str
     files: tuple[str, ...]
     origin: str
-    folder: bool = False
+    folder: bool | None = False
 
 
 INCEPTION = Weights(
@@ -76,8 +76,9 @@ def check_weights(given: Mapping[str, Path]) -> None:
     for name, path in given.items():
         if name not in ALL:
             raise InputError(f"no metric takes weights called {name!r}, only {', '.join(ALL)}")
-        if not (path.is_dir() if ALL[name].folder else path.is_file()):
-            raise InputError(f"the weights of {name} should be a {'folder' if ALL[name].folder else 'file'}: {path}")
+        what = {True: "folder", False: "file", None: "file or a folder"}[ALL[name].folder]
+        if not {"folder": path.is_dir, "file": path.is_file}.get(what, path.exists)():
+            raise InputError(f"the weights of {name} should be a {what}: {path}")
 
 
 def find(weights: Weights, given: Mapping[str, Path]) -> Path:

@@ -19,9 +19,10 @@ from sostenuto.pipelines import pipeline_sample, suited
 from sostenuto.plan import Action, Op
 from sostenuto.prediction import tells_clean_samples
 from sostenuto.probe import Prober
+from sostenuto.progress import progress
 from sostenuto.sites import has_stack
 from sostenuto.table import CacheTable
-from sostenuto.tuning.generate import generate
+from sostenuto.tuning.generate import Drive, Generated, generate
 from sostenuto.tuning.instrument import Instrument, tapped_for
 from sostenuto.tuning.measurement import Kind, Measurement, Reach
 from sostenuto.tuning.search import Schedule, Segment, table_of
@@ -94,6 +95,7 @@ def advise(
     num_samples: int = 2,
     generator: torch.Generator | None = None,
     scheduler: Any = None,
+    show_progress: bool = False,
 ) -> Advice:
     """Say whether caching pays, from one uncached generation with measurements and one with the method that is advised.
 
@@ -105,13 +107,16 @@ def advise(
         num_samples: rows of the denoiser's batch to measure on.
         generator: source of the noise.
         scheduler: for a bare denoiser.
+        show_progress: show a progress bar.
 
     Raises:
         InputError: no ``sample`` is given and the pipeline takes neither labels nor a prompt.
         AlreadyEnabledError: a method is enabled on the model.
     """
     sample = sample or default_sample(target)
-    settings = Settings(target, sample, num_inference_steps, num_samples, generator, scheduler=scheduler)
+    settings = Settings(
+        target, sample, num_inference_steps, num_samples, generator, scheduler=scheduler, show_progress=show_progress
+    )
     denoiser = compat.find_denoiser(target)
     if is_unet(compat.unwrapped(denoiser)):
         return _advise_unet(settings)
@@ -195,7 +200,7 @@ def _measure(settings: Settings, kind: Kind) -> Measurement:
             identity.update(made_for(handle))
         return instruments[0](tick, prober)
 
-    run = generate(settings, 0, tapped_for((kind,)), drive)
+    run = _watched(settings, tapped_for((kind,)), drive, "measure")
     return replace(instruments[0].result(run.rows, 0.0), made_for=identity)
 
 
@@ -233,8 +238,23 @@ def _tried(settings: Settings, method: Method) -> tuple[float, int]:
             found.append((handle.stats.ideal_speedup, handle.predicted_cache_bytes or 0))
         return output
 
-    generate(replace(settings, num_samples=1), 0, method, look)
+    _watched(replace(settings, num_samples=1), method, look, "try")
     return found[-1]
+
+
+def _watched(settings: Settings, method: Method, drive: Drive, desc: str) -> Generated:
+    """Generations under a driver, with a bar over their steps."""
+    with progress(None, f"advise ({desc})", settings.show_progress) as bar:
+
+        def counted(handle: Handle, tick: Tick, prober: Prober) -> Any:
+            output = drive(handle, tick, prober)
+            if tick.pass_index == 0:
+                if tick.new_generation:
+                    bar.total = (bar.total or 0) + tick.num_steps
+                bar.update()
+            return output
+
+        return generate(settings, 0, method, counted)
 
 
 def _advise_unet(settings: Settings) -> Advice:
@@ -271,5 +291,5 @@ def _error_of(settings: Settings, method: Method) -> float:
             errors.append(float((prober.prediction(output).float() - fresh).norm() / fresh.norm().clamp_min(1e-30)))
         return output
 
-    generate(replace(settings, num_samples=1), 0, method, compare)
+    _watched(replace(settings, num_samples=1), method, compare, "compare")
     return float(np.median(errors)) if errors else 0.0
