@@ -46,9 +46,9 @@ def at_speeds(results: dict[str, Any]) -> str:
         for index in sorted(targets[target], key=lambda index: rows[index]["frechet_distance"]):
             row = rows[index]
             name = row["name"].partition(": ")[2].replace(" | ", " + ")
-            against = "–" if fewer in (None, index) else _against(results, index, fewer, 2)
+            against = "–" if fewer in (None, index) else _against(results, index, fewer, 3)
             lines.append(
-                f"| {target} | {name} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.2f} | "
+                f"| {target} | {name} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | {row['frechet_distance']:.3f} | "
                 f"{against} | {cell(row['psnr'], 1)} |"
             )
     uncached = rows[0]["frechet_distance"]
