@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 import sostenuto
 from conftest import sample, sample_loop, sampler_of_lists
-from sostenuto import EBCache, EBCalibration, MethodError, StepState, TableError
+from sostenuto import EBCache, EBCalibration, InputError, MethodError, StepState, TableError
 from sostenuto.calibrations.algorithm1 import Algorithm1
 from sostenuto.calibrations.base import Tapped
 from sostenuto.calibrations.eb import _vote
@@ -270,3 +271,35 @@ def test_the_mean_of_the_norms_is_compared_and_not_that_of_their_distances(model
     voting = Algorithm1(SimpleNamespace(sites=()), replace(options, aggregation="vote"), 1.0)
     voting._run, voting._gap = algorithm._run, algorithm._gap
     assert voting._choose(tick, prober)[0] is C
+
+
+def test_an_interrupted_calibration_goes_on_with_what_its_folder_holds(model, tmp_path):
+    scored = []
+
+    def score(latents, stop_at=None):
+        if len(scored) == stop_at:
+            raise KeyboardInterrupt
+        scored.append(1)
+        return latents.square().mean().item()
+
+    def made(folder, stop_at=None, target=0.6):
+        options = EBCalibration(target_fraction=target, eps_scale_grid=(0.97, 0.98, 1.01))
+        return calibrate(model, options, steps=8, score=partial(score, stop_at=stop_at), folder=folder)
+
+    whole = made(None)
+    scored.clear()
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "kept", stop_at=2)
+    searched = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert [name for name in searched if name.startswith("b-")] == ["b-0.97.json", "b-0.98.json"]
+    assert sum(name.startswith("kappa-") for name in searched) == whole.calibration["rounds"]
+    again = made(tmp_path / "kept")
+    assert len(scored) == 3  # one score was missing
+    again.save(tmp_path / "a")
+    whole.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(InputError, match="holds a calibration with another calibration"):
+        made(tmp_path / "kept", target=0.7)
+    (tmp_path / "kept" / "b-0.97.json").write_text('"much"')
+    with pytest.raises(InputError, match=r"b-0\.97\.json holds no score: delete it"):
+        made(tmp_path / "kept")

@@ -141,6 +141,7 @@ def test_calibrate_and_verify_with_the_table(tmp_path, capsys):
     few = ["--num-inference-steps", "6", "--labels", "1", "8"]
     arguments = ["--num-samples", "2", "--search-images", "10", "--eps-scale-grid", "0.98", "1.0", "--output", table]
     assert main(["calibrate", *few, *arguments]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]  # what the search kept is gone
     assert main(["verify", *few, "--table", table]) == 0
     assert "proved: 16 sites" in capsys.readouterr().out
 

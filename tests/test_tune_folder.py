@@ -10,13 +10,14 @@ from diffusers import DDPMScheduler
 import sostenuto
 from conftest import sample
 from sostenuto import CacheTable, EBCache, InputError, tune
+from sostenuto.calibrations import claims
 from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.calibrations.claims import same
 from sostenuto.tuning import lab as trials_of
-from sostenuto.tuning import record as records
 from sostenuto.tuning.lab import Lab, key_of
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.record import claim, rehearsed
-from sostenuto.tuning.rehearsal import rehearse, same
+from sostenuto.tuning.rehearsal import rehearse
 from tunings import QUICK, STEPS, norm, speedup_of, tuned
 
 
@@ -181,7 +182,7 @@ def test_times_of_another_machine_are_none(model, begun, monkeypatch):
     """A plan by multiply-accumulates goes on there; times are not compared across machines, and none decide."""
     by_time = replace(QUICK, budget="time", speedups=(1.3,), refinements=0)
     tuned(model, by_time, speedup=1.3, folder=begun)
-    for module in (records, trials_of):
+    for module in (claims, trials_of):
         monkeypatch.setattr(module, "where", lambda device: "another")
     with pytest.raises(InputError, match=r"another machine \(.*, now another\)"):
         tuned(model, by_time, speedup=1.3, folder=begun)

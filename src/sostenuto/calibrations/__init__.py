@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
+from sostenuto.calibrations.claims import SEARCHED, claim, measured_with
 from sostenuto.calibrations.ditfastattn import DiTFastAttnCalibration
 from sostenuto.calibrations.eb import EBCalibration
 from sostenuto.calibrations.epsilon_scaling import EpsilonScalingCalibration
@@ -62,6 +65,7 @@ def calibrate(
     score_sample: Sample | None = None,
     scheduler: Any = None,
     show_progress: bool = False,
+    folder: str | Path | None = None,
 ) -> Any:
     """Measure on a model and sampler what a method needs: a cache table, or what else the method's calibration returns.
 
@@ -81,12 +85,16 @@ def calibrate(
         score_sample: as ``sample``, for scoring; by default ``sample``.
         scheduler: for a bare denoiser.
         show_progress: show a progress bar.
+        folder: where the search of EB-Cache and FEB-Cache keeps what each of its runs found: the same call goes on where an
+            interrupted one stopped. Another model, sampler, seed or calibration is refused; ``sample`` and ``score`` must be
+            the same. The other calibrations are one run each, L2C's training has a ``checkpoint``.
 
     Returns:
         What the method takes as its table, with the model, scheduler and measurements in it.
 
     Raises:
         MethodError: the method has no calibration, or an option makes no sense.
+        InputError: the folder holds another calibration.
         AlreadyEnabledError: a method is enabled on the model.
     """
     settings = Settings(
@@ -100,13 +108,20 @@ def calibrate(
         scheduler,
         show_progress,
     )
-    if isinstance(method, Calibration):
-        return method.run(settings)
+    calibration = method if isinstance(method, Calibration) else _named(method).default_for(settings)
+    if folder is not None:
+        made_with = {**measured_with(settings), "calibration": repr(calibration)}
+        claim(Path(folder), "calibration", made_with, SEARCHED, timed=False)
+        settings = replace(settings, kept=Path(folder))
+    return calibration.run(settings)
+
+
+def _named(method: str | type[Method]) -> type[Calibration]:
     known = available_calibrations()
     name = method if isinstance(method, str) else str(getattr(method, "name", method))
     if name not in known:
         raise MethodError(f"{method!r} has no calibration; {', '.join(sorted(known))} have")
-    return known[name].default_for(settings).run(settings)
+    return known[name]
 
 
 def _no_sample(*_: Any, **__: Any) -> Any:

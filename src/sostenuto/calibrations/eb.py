@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, Nor
 from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for
 from sostenuto.distributed.world import spread, until
 from sostenuto.engine import attach
+from sostenuto.errors import InputError
+from sostenuto.files import publish_json
+from sostenuto.measured import is_number, read_json
 from sostenuto.methods import EBCache
 from sostenuto.progress import progress
 from sostenuto.step_state import StepActions, StepState
@@ -91,12 +95,16 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             return table
 
         def judged(scale: float) -> float:
+            found = _scored(settings.kept, scale, score_with)
+            bar.update()
+            return found
+
+        def score_with(scale: float) -> float:
             with attach(
                 target, EBCache(table, options.noise_scales(scale, table.num_inference_steps)), scheduler=scheduler
             ):
                 noise = settings.fresh_generator()
                 images = (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
-            bar.update()
             return score(images)
 
         scores = dict(zip(grid, spread(judged, grid), strict=True))
@@ -122,6 +130,20 @@ def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable])
         path.parent.mkdir(parents=True, exist_ok=True)
         table.save(path)
     return table
+
+
+def _scored(folder: Path | None, scale: float, run: Callable[[float], float]) -> float:
+    """The score with a value of b, or what it was when the search was interrupted."""
+    path = None if folder is None else folder / f"b-{scale!r}.json"
+    if path is not None and path.exists():
+        found = read_json(path, "score")
+        if not is_number(found):
+            raise InputError(f"{path} holds no score: delete it")
+        return float(found)
+    found = float(run(scale))
+    if path is not None and math.isfinite(found):
+        publish_json(path, found)
+    return found
 
 
 _NEAR, _FAR = 0.01, 0.05  # of the multiply-accumulates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,11 +153,13 @@ class Calibrate:
             num_samples=num_samples,
             generator=torch.Generator().manual_seed(self.choice.seed),
             show_progress=True,
+            folder=(folder := self._kept()),
             **extra,
         )
         if not world().is_main:
             return
         made.save(self.output)
+        shutil.rmtree(folder, ignore_errors=True)
         if isinstance(made, sostenuto.CacheTable):
             values: dict[str, Any] = {"macs_fraction": made.macs_fraction, "eps_scale": _short(made.eps_scale)}
             print(made.strip())
@@ -163,6 +167,14 @@ class Calibrate:
             values = made.values
         write_json(self.json, values)
         print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
+
+    def _kept(self) -> Path:
+        """Where the search keeps what it found until its table is written: one for each way of sampling."""
+        choice = self.choice
+        how = repr(
+            (choice.model, choice.conditions(), choice.guidance_scale, choice.pipe_arguments, self.search_images)
+        )
+        return self.output.with_suffix(f".{hashlib.sha256(how.encode()).hexdigest()[:8]}.partial")
 
     def _with_real_images(self, calibration: Any, num_samples: int) -> Any:
         """The calibration on training images, where the set is at hand."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
 from sostenuto.calibrations.base import Settings, Tapped
+from sostenuto.calibrations.claims import Sketch
 from sostenuto.clock import Tick
 from sostenuto.cost import signature
 from sostenuto.engine import Handle, scheduler_of
@@ -23,12 +24,7 @@ from sostenuto.tuning.generate import generate
 from sostenuto.tuning.instrument import macs_of
 from sostenuto.tuning.measurement import Kind
 
-Sketch = Sequence[Sequence[float]]
-"""Root mean square and one projection of each of some tensors."""
-
 _MOST_ROWS = 16  # of the final latents that are sketched
-SAME = 0.01
-"""Relative difference of what is the same: embeddings and sums are rounded in other ways on other machines."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,6 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
     made = len(run.result) if hasattr(run.result, "__len__") else None
     tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler))
     return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made, tells)
-
-
-def same(one: Sketch, other: Sketch) -> bool:
-    """Whether two sketches are of the same tensors, but for rounding."""
-    pairs = list(zip(one, other, strict=False))
-    alike = all(abs(x - y) <= SAME * max(a[0], b[0]) for a, b in pairs for x, y in zip(a, b, strict=True))
-    return alike and len(one) == len(other)
 
 
 def _noise_like(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
