@@ -146,13 +146,15 @@ def feb(lab: Lab) -> list[Entry]:
     options = FEBCalibration(target_fraction=LIGHT, eps_scale_rule="fixed", **AS_PUBLISHED)  # b(τ) as printed
     table = lab.calibrated(f"feb-{LIGHT:g}", options)
     few = replace(lab, solver="ddim", num_inference_steps=max(2, lab.num_inference_steps // 5))
+    published = lab.published_eb(LIGHT)
     return [
         lab.uncached(),
         lab.fewer(LIGHT),
         lab.row("b(τ) alone", FEBCache(replace(table, actions=(StepState.COMPUTE,) * lab.num_inference_steps))),
         lab.row("table alone", FEBCache(table, eps_scale=1.0)),
         lab.row("both", FEBCache(table)),
-        lab.row("EB-Cache", EBCache(lab.published_eb(LIGHT))),
+        lab.row("both, constant b", FEBCache(table, eps_scale=published.eps_scale[0])),
+        lab.row("EB-Cache", EBCache(published)),
         *stages(lab, "uncached", ""),
         replace(few.uncached(), name="DDIM: uncached", reference=None),
         *stages(few, "DDIM: uncached", "DDIM: "),

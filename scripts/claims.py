@@ -63,6 +63,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ("the table alone costs: 4.12 against 3.69", "uncached", "table alone"),
         ("both together are better than uncached: 3.05", "both", "uncached"),
         ("… than the table alone", "both", "table alone"),
+        ("b(τ) helps the table more than a constant b", "both", "both, constant b"),
         ("separate stages help: 16.67 against 18.19, with 10 DDIM steps", "DDIM: stages apart", "DDIM: no stages"),
         ("… the same with 50 DDPM steps", "stages apart", "no stages"),
     ),

@@ -31,6 +31,8 @@ class Recipe:
     scale: float = 1.0
     threshold: float | None = None
     """Of the estimated change, where the skip of the only range is decided while the network runs."""
+    clean: bool = False
+    """Of the output the clean sample in it is kept."""
     steps: int | None = None
     """The only length of a generation that it serves."""
     least: int = 1
@@ -39,7 +41,31 @@ class Recipe:
     @property
     def exact(self) -> bool:
         """Whether the outputs agree bit for bit: nothing is summed up."""
-        return self.depth == 1
+        return self.depth == 1 and not self.clean
+
+
+@dataclass(frozen=True)
+class Level:
+    """How noisy a step's latents are: ``x = alpha·x₀ + sigma·ε``, and what the network predicts."""
+
+    alpha: float
+    sigma: float
+    is_flow: bool
+    bound: float
+    """Within ± which the scheduler goes by a clean sample."""
+
+    def clean(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """x₀ of ε, or of v = ε − x₀ of a flow."""
+        if self.is_flow:
+            return latents - self.sigma * prediction
+        return (latents - self.sigma * prediction) / self.alpha
+
+    def prediction(self, clean: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+        clean = clean.clamp(-self.bound, self.bound)
+        if self.is_flow:
+            return (latents - clean) / self.sigma
+        return (latents - self.alpha * clean) / self.sigma
 
 
 @dataclass
@@ -63,17 +89,22 @@ class NaiveNetwork:
             self._patch_block(block, index)
 
     @torch.no_grad()
-    def call(self, recipe: Recipe, row: Row, step: int, steps: int, state: _Pass, arguments: tuple[Any, ...]) -> Any:
+    def call(self, recipe: Recipe, row: Row, call: Made, steps: int, state: _Pass) -> Any:
         """One call of a pass."""
+        step, arguments, level = call.step, call.arguments, call.level
         self.recipe, self.step, self.steps, self.state = recipe, step, steps, state
+        latents = arguments[0].to(torch.promote_types(arguments[0].dtype, torch.float32))
         self.row, self.done, self.entries = dict(row), {}, {}
         if self._skips("output"):
-            prediction, rest = self._filled("output"), state.kept["output"][0][1][:, 2:]
-            output = torch.cat([prediction[:, :2], rest], dim=1)
+            prediction, rest = self._filled("output")[:, :2], state.kept["output"][0][1][:, 2:]
+            if recipe.clean:
+                prediction = level.prediction(prediction.to(latents.dtype), latents).to(rest.dtype)
+            output = torch.cat([prediction, rest], dim=1)
         else:
             output = self.network(*arguments).sample
         if "output" not in self.done or recipe.recursive:
-            self._keep("output", output)
+            clean = [level.clean(output[:, :2].to(latents.dtype), latents).to(output.dtype)] if recipe.clean else []
+            self._keep("output", torch.cat([*clean, output[:, 2:]], dim=1) if clean else output)
         state.last = step
         return torch.cat([output[:, :2] * recipe.scale, output[:, 2:]], dim=1) if recipe.scale != 1 else output
 
@@ -158,6 +189,7 @@ class Made:
     """The pass, as the sampling loop knows it."""
     arguments: tuple[Any, ...]
     output: torch.Tensor | None
+    level: Level
 
 
 def replay(recipe: Recipe, naive: NaiveNetwork, calls: Sequence[Made], steps: int) -> list[tuple[Any, dict[str, str]]]:
@@ -173,6 +205,6 @@ def replay(recipe: Recipe, naive: NaiveNetwork, calls: Sequence[Made], steps: in
         state = passes.get(call.which)
         if state is None or state.last != call.step - 1:
             state = passes[call.which] = _Pass(call.step)
-        output = naive.call(recipe, rows[call.step], call.step, steps, state, call.arguments)
+        output = naive.call(recipe, rows[call.step], call, steps, state)
         results.append((output, naive.done))
     return results

@@ -88,6 +88,18 @@ def adams_bashforth(draw) -> Recipe:
 
 
 @st.composite
+def clean_sample(draw) -> Recipe:
+    order, warmup, interval = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+
+    def rows(steps: int, first: int) -> list[Row]:
+        counts = [p - first for p in range(steps)]
+        return _whole([i >= warmup and i % interval > 0 for i in counts], order - 1, ["output"])
+
+    method = ABCache(order, warmup, interval, abscissa="step", extrapolates="sample")
+    return Recipe("ab", method, rows, order, clean=True)
+
+
+@st.composite
 def taylor(draw) -> Recipe:
     interval, order, enhance = draw(st.integers(1, 4)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
 
@@ -118,5 +130,13 @@ def tea(draw) -> Recipe:
 
 
 RECIPES = st.one_of(
-    st.just(Recipe("none", NoCache())), fora(), table(), stack_table(), adams_bashforth(), taylor(), delta(), tea()
+    st.just(Recipe("none", NoCache())),
+    fora(),
+    table(),
+    stack_table(),
+    adams_bashforth(),
+    clean_sample(),
+    taylor(),
+    delta(),
+    tea(),
 )

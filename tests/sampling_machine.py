@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from collections import Counter
@@ -20,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import sostenuto
 from conftest import build_tiny
-from naive_sampling import Made, NaiveNetwork, Recipe, replay
+from naive_sampling import Level, Made, NaiveNetwork, Recipe, replay
 from recipes import BLOCKS, BRANCHES, RECIPES
 
 COUNTS: Counter[str] = Counter()
@@ -184,7 +185,7 @@ class Setup:
                     if hasattr(scheduler, "scale_model_input")
                     else latents
                 )
-                predictions = {}
+                predictions, level = {}, _level(scheduler, step)
                 for which, rows in _passes(generation, step):
                     if generation.stop == len(calls):
                         COUNTS["generations interrupted"] += 1
@@ -198,12 +199,12 @@ class Setup:
                     if output is None:
                         COUNTS["exceptions inside a block"] += 1
                         assert self.handle is None or not self.handle._passes
-                        calls.append(Made(step, which, arguments, None))
+                        calls.append(Made(step, which, arguments, None, level))
                         if not generation.retries:
                             return calls
                         raising.remove()
                         output = self._call(arguments)
-                    calls.append(Made(step, which, arguments, output.clone()))
+                    calls.append(Made(step, which, arguments, output.clone(), level))
                     predictions.update(zip(rows, output.float().chunk(len(rows)), strict=True))
                 guided = predictions["cond"]
                 if "uncond" in predictions:
@@ -225,6 +226,11 @@ class Setup:
         expected = replay(self.recipe, self.naive, calls, steps)
         made = [call for call in calls if call.output is not None]
         for call, (output, _) in zip(made, expected, strict=True):
+            if self.recipe.clean:  # near the end a prediction is the small difference of almost equal numbers
+                both = [(one, call.arguments[0].to(one.dtype)) for one in (call.output, output)]
+                _check_equal(*(call.level.clean(one[:, :2], x) for one, x in both), False, self.dtype)
+                _check_equal(call.output[:, 2:], output[:, 2:], not self.compiled, self.dtype)
+                continue
             _check_equal(call.output, output, self.recipe.exact and not self.compiled, self.dtype)
         if self.handle is None or not made or not reads_statistics:
             return
@@ -239,6 +245,18 @@ class Setup:
                 if call.which == made[0].which
             ]
             assert stats.plan == rows
+
+
+def _level(scheduler: Any, step: int) -> Level:
+    """How noisy the latents of a step are, as the network is given them."""
+    if isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDIMScheduler)):
+        signal = scheduler.alphas_cumprod[int(scheduler.timesteps[step])].item()
+        return Level(signal**0.5, (1 - signal) ** 0.5, False, 1.0)
+    sigma = scheduler.sigmas[step].item()
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return Level(1 - sigma, sigma, True, math.inf)
+    alpha = (1 + sigma**2) ** -0.5
+    return Level(alpha, sigma * alpha, False, math.inf)
 
 
 def _passes(generation: Generation, step: int) -> list[tuple[str, tuple[str, ...]]]:
