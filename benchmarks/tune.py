@@ -181,6 +181,10 @@ def rows(options: argparse.Namespace, lab: Lab) -> tuple[list[Entry], list[str]]
 
 
 PREFERENCES = ("score", "nearness")
+NAMES = (
+    "EB", "EB, linear", "FEB", "SmoothCache", "FORA", "FORA, linear", "TaylorSeer, order 1", "TaylorSeer, order 2", "AB",
+    "AB, clean sample", "L2C",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -192,7 +196,11 @@ def main() -> None:
     parser.add_argument("--cost", choices=("macs", "time"), default="time")
     parser.add_argument("--prefer", choices=PREFERENCES, nargs="+", default=PREFERENCES, help="what to tune by")
     parser.add_argument(
-        "--rivals", nargs="+", metavar="NAME", help='these alone, such as FEB "EB, linear"; by default all'
+        "--rivals",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help='these alone, such as FEB "EB, linear"; by default all',
     )
     parser.add_argument("--search-images", type=int, default=128, help="for each value of b; 0: not searched")
     parser.add_argument("--score-images", type=int, default=128, help="images that the tuner takes a distance of")

@@ -210,6 +210,9 @@ def test_rivals_that_do_not_get_to_a_speed_are_named():
     assert [name for name, _ in there] == ["EB, linear"]
     assert absent == ["AB: refused by this model"]
     assert {name for name, _ in asked} == {"eb-linear-2"}
+    rivals = Timed(shares([]), "time", 1, shipped)
+    names = {name for name, _ in [*rivals.calibrated(2.0), *tune.intervals()]} | {"L2C"}
+    assert names == set(tune.NAMES)
     assert tune.extent([1.2, 2.0], 2.0) == "at most 2.00×"
     assert tune.extent([2.0, 3.0], 2.0) == "2.00× at least"
     assert tune.extent([1.2, 2.0, 3.0], 2.0) == "2.00× is the nearest"

@@ -300,6 +300,8 @@ def test_an_interrupted_calibration_goes_on_with_what_its_folder_holds(model, tm
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(InputError, match="holds a calibration with another calibration"):
         made(tmp_path / "kept", target=0.7)
+    (tmp_path / "kept" / "run.json").touch()  # of a tuning: each has a record of its own
+    assert made(tmp_path / "kept").actions == whole.actions
     (tmp_path / "kept" / "b-0.97.json").write_text('"much"')
     with pytest.raises(InputError, match=r"b-0\.97\.json holds no score: delete it"):
         made(tmp_path / "kept")

@@ -59,6 +59,27 @@ def test_moments_of_features_are_those_of_the_sample():
     assert moments.count == 30
 
 
+def test_one_image_has_no_moments():
+    with pytest.raises(ValueError, match="at least 2 images, not 1"):
+        Gaussian.of(torch.zeros(1, 4))
+
+
+def test_parts_of_a_network_of_ones_own_are_put_together_under_the_name_that_was_asked_for(tmp_path, counting):
+    """A network's own name says of its weights, that under which it is chosen doesn't."""
+    files = [tmp_path / f"{part}.safetensors" for part in range(2)]
+    for part, file in enumerate(files):
+        evaluate(pictures(8), network="counting", statistics=file, shard=(part, 2), batch_size=4, show=False)
+    real, kept = pictures(20, 1), tmp_path / "kept"
+    found = evaluate(files, real, network="counting", batch_size=4, show=False, folder=kept)
+    assert found["frechet_distance"].value is not None
+    assert list(kept.glob("reference-*.safetensors"))
+    assert evaluate(files, network="counting", show=False).statistics.complete
+    seen = counting.seen
+    again = evaluate(files, real, network=Counting(), batch_size=4, show=False, folder=kept)
+    assert again["frechet_distance"].value == found["frechet_distance"].value
+    assert counting.seen == seen
+
+
 def test_images_of_another_size_than_the_real_ones_are_told_once(counting, recwarn):
     score = FrechetDistance(pictures(8), "counting")
     score(pictures(8) / 255)
@@ -125,5 +146,6 @@ def test_statistics_are_used_again_with_the_network_that_made_them(tmp_path):
     assert again["frechet_distance"].value == first["frechet_distance"].value
     with pytest.raises(InputError, match="was measured with the network 'colours-1'"):
         evaluate(kept, real, network="demo", show=False)
+    assert evaluate(kept, real, network=Colours(), show=False)["frechet_distance"].value is not None
     with pytest.raises(InputError, match="--shard go with images"):
         evaluate(kept, shard=(0, 2), show=False)

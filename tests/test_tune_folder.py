@@ -13,9 +13,10 @@ from sostenuto import CacheTable, EBCache, InputError, tune
 from sostenuto.calibrations import claims
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.calibrations.claims import same
+from sostenuto.tuning import instrumented
 from sostenuto.tuning import lab as trials_of
 from sostenuto.tuning.lab import Lab, key_of
-from sostenuto.tuning.measurement import Kind
+from sostenuto.tuning.measurement import Kind, Measurement
 from sostenuto.tuning.record import claim, rehearsed
 from sostenuto.tuning.rehearsal import rehearse
 from tunings import QUICK, STEPS, norm, speedup_of, tuned
@@ -194,6 +195,50 @@ def test_times_of_another_machine_are_none(model, begun, monkeypatch):
         assert (point.measured_speedup is None) == (trial["machine"] == "another")
     with pytest.raises(InputError, match="another machine"):  # the folder's times are still the first one's
         tuned(model, by_time, speedup=1.3, folder=begun)
+
+
+def test_an_instrumented_run_knows_where_it_was_timed(model, tmp_path, monkeypatch):
+    """By multiply-accumulates another machine may begin a folder, or go on with it; its times are not this one's."""
+    settings = Settings(model, sample, STEPS, 4, scheduler=model.scheduler_for_test)
+    monkeypatch.setattr(instrumented, "where", lambda device: "another")
+    calls: list[int] = []
+
+    def stopped(model, generator, num_inference_steps):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(model, generator, num_inference_steps)
+
+    with pytest.raises(KeyboardInterrupt):
+        instrumented.instrumented_run(replace(settings, sample=stopped), tmp_path, (Kind.STACK,), (Kind.STACK,), print)
+    elsewhere = instrumented.instrumented_run(settings, None, (Kind.STACK,), (Kind.STACK,), print)
+    assert elsewhere.machine == "another"
+    monkeypatch.setattr(instrumented, "where", lambda device: "this one")
+    assert instrumented.instrumented_run(settings, None, (Kind.STACK,), (Kind.STACK,), print).machine == "this one"
+    mixed = instrumented.instrumented_run(settings, tmp_path, (Kind.STACK,), (Kind.STACK,), print)
+    mixed.save(tmp_path / "measurement.npz")
+    assert Measurement.load(tmp_path / "measurement.npz").machine == "several machines"
+    monkeypatch.setattr(Lab, "measure", lambda *_, **__: mixed)
+    with pytest.raises(InputError, match=r"times of another machine \(several machines, this is "):
+        tuned(model, replace(QUICK, budget="time", speedups=(1.3,)), speedup=1.3)
+
+
+def test_folders_from_before_machines_were_noted_go_on(model, tmp_path):
+    tuned(model, folder=tmp_path)
+    for name in ("run.json", "trials.json"):
+        content = json.loads((tmp_path / name).read_text())
+        for entry in (content, *content.values()) if name == "trials.json" else (content,):
+            entry.pop("machine", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    assert tuned(model, folder=tmp_path).point.measured_speedup is not None
+
+
+def test_what_was_found_is_not_taken_without_its_record(tmp_path):
+    claim(tmp_path, {"seed": 0})
+    (tmp_path / "trials.json").write_text("{}")
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match=r"without its record run\.json: delete it"):
+        claim(tmp_path, {"seed": 0})
 
 
 def test_a_solver_made_anew_from_its_configuration_goes_on_in_the_folder(model, begun):

@@ -1,5 +1,6 @@
 """What a tuning hands back: which plan serves which speed-up, what is saved, and how it is drawn."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,7 @@ def test_what_was_asked_for_stays_until_it_is_asked_for_again(tmp_path):
 
     assert save(2.0, "first") == ["first", "first", "first"]
     assert save(4.0, "second") == ["second", "first", "second"]
+    assert json.loads((tmp_path / "frontier.json").read_text())["tables_of_before"] == [2.0]
     assert save(1.5, "third") == ["third", "first", "second"]
     assert save(2.0, "fourth") == ["third", "fourth", "second"]
     (tmp_path / "tuned-2x.json").unlink()

@@ -226,15 +226,15 @@ def analyze(
         table = CacheTable.load(table)
     subject = Subject(target, sample, scheduler, num_inference_steps, num_samples, seed, real_latents, decode, table)
     denoiser = subject.denoiser
-    if table is not None:  # what doesn't fit is refused now, not left out by one instrument after the other
-        table.check(denoiser, subject.sampler)
-        table.check_steps(subject.uncached.timesteps)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     observations: dict[str, Observation] = {}
     total, done = sum(instrument.work for instrument in chosen), 0.0
     if show_progress and total > _WORTH_AN_ESTIMATE:
         _tell_the_time(subject, total)
+    if table is not None:  # what doesn't fit is refused now, not left out by one instrument after the other
+        table.check(denoiser, subject.sampler)
+        table.check_steps(subject.uncached.timesteps)
     with progress(round(total), "analyze (uncached generations)", show_progress) as bar:
         for instrument in chosen:
             subject.tell = _teller(bar, instrument.name)

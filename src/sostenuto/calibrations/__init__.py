@@ -111,7 +111,7 @@ def calibrate(
     calibration = method if isinstance(method, Calibration) else _named(method).default_for(settings)
     if folder is not None:
         made_with = {**measured_with(settings), "calibration": repr(calibration)}
-        claim(Path(folder), "calibration", made_with, SEARCHED, timed=False)
+        claim(Path(folder), "calibration", made_with, SEARCHED, timed=False, record="calibration.json")
         settings = replace(settings, kept=Path(folder))
     return calibration.run(settings)
 

@@ -12,6 +12,7 @@ from typing import Any
 from sostenuto import compat
 from sostenuto.calibrations.base import Settings
 from sostenuto.cost import autocast_state
+from sostenuto.distributed.world import gather, world
 from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
@@ -60,8 +61,9 @@ def claim(
     found: Sequence[str],
     begun: bool = False,
     timed: bool = True,
+    record: str = "run.json",
 ) -> None:
-    """Make the folder that of these settings.
+    """Make the folder that of these settings, which the first process writes; all must call it.
 
     Args:
         folder: is made where there is none.
@@ -70,30 +72,39 @@ def claim(
         found: patterns of the files that hold what was found.
         begun: whether the folder may lack some of them, which are then added.
         timed: whether times decide, so that those of another machine are none.
+        record: the file that says what the folder was found with.
 
     Raises:
         InputError: it holds what was found with others; the message names what differs and the remedy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.json"
+    path = folder / record
     known: Any = read_json(path, f"record of a {what}") if path.exists() else {}
     if not isinstance(known, dict):
         raise InputError(f"{path} is no record of a {what}: use another folder")
     if not begun and not any(any(folder.glob(name)) for name in found):
         known = {}  # of a call that was refused before it found anything
-    if known.get(MACHINE) and not timed:
-        made_with = {**made_with, MACHINE: known[MACHINE]}
+    elif not begun and not known:
+        raise InputError(
+            f"{folder} holds what a {what} found, without its record {record}: delete it, or use another folder"
+        )
+    if MACHINE in made_with:
+        now = gather(made_with[MACHINE])[0]  # the first one's is written
+        made_with = {**made_with, MACHINE: now if timed else known.get(MACHINE, now)}
     for key in made_with if known else ():
         before, now = known.get(key), made_with[key]
-        if _is_same(before, now) or (begun and before is None):
+        if _is_same(before, now) or (before is None and (begun or key == MACHINE)):  # older records name no machine
             continue
         if key not in _SKETCHES:
-            raise InputError(f"{folder} holds a {what} with another {key} ({before}, now {now}): use another folder")
+            raise InputError(
+                f"{folder} holds a {what} with another {key} ({before}, now {now}): use another folder, or delete it"
+            )
         raise InputError(
             f"{folder} holds a {what} with another {key}: its sizes, labels, prompts, guidance or noise were others; use "
             "another folder (where nothing was changed: draw all noise from the generator that it is given)"
         )
-    publish_json(path, {**known, **made_with}, indent=1)
+    if world().is_main:
+        publish_json(path, {**known, **made_with}, indent=1)
 
 
 def _is_same(before: Any, now: Any) -> bool:

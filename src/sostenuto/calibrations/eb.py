@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
 from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for
-from sostenuto.distributed.world import spread, until
+from sostenuto.distributed.world import on_main, spread, until, world
 from sostenuto.engine import attach
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
@@ -95,19 +95,15 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             return table
 
         def judged(scale: float) -> float:
-            found = _scored(settings.kept, scale, score_with)
-            bar.update()
-            return found
-
-        def score_with(scale: float) -> float:
             with attach(
                 target, EBCache(table, options.noise_scales(scale, table.num_inference_steps)), scheduler=scheduler
             ):
                 noise = settings.fresh_generator()
                 images = (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
+            bar.update()
             return score(images)
 
-        scores = dict(zip(grid, spread(judged, grid), strict=True))
+        scores = _scores(settings.kept, grid, judged)
     best = min(scores, key=scores.__getitem__)
     return replace(
         table,
@@ -122,28 +118,43 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
 
 def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable]) -> CacheTable:
     """What a run with κ found, or had found when the search was interrupted."""
-    path = None if folder is None else folder / f"kappa-{kappa!r}.json"
-    if path is not None and path.exists():
-        return CacheTable.load(path)
-    table = run(kappa)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.save(path)
-    return table
-
-
-def _scored(folder: Path | None, scale: float, run: Callable[[float], float]) -> float:
-    """The score with a value of b, or what it was when the search was interrupted."""
-    path = None if folder is None else folder / f"b-{scale!r}.json"
-    if path is not None and path.exists():
-        found = read_json(path, "score")
-        if not is_number(found):
-            raise InputError(f"{path} holds no score: delete it")
-        return float(found)
-    found = float(run(scale))
-    if path is not None and math.isfinite(found):
-        publish_json(path, found)
+    if folder is None:
+        return run(kappa)
+    path = folder / f"kappa-{kappa!r}.json"
+    found = on_main(lambda: CacheTable.load(path) if path.exists() else None)  # all run it, or none
+    if found is None:
+        found = run(kappa)
+        if world().is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            found.save(path)
     return found
+
+
+def _scores(folder: Path | None, grid: Sequence[float], run: Callable[[float], float]) -> dict[float, float]:
+    """The score with every value of b, or what it was when the search was interrupted."""
+    known = on_main(lambda: {scale: _score(folder / _named(scale)) for scale in grid if (folder / _named(scale)).exists()}
+                    if folder is not None else {})  # fmt: skip
+    missing = [scale for scale in grid if scale not in known]
+
+    def scored(scale: float) -> float:
+        found = float(run(scale))
+        if folder is not None and math.isfinite(found):
+            publish_json(folder / _named(scale), found)
+        return found
+
+    fresh = dict(zip(missing, spread(scored, missing), strict=True))
+    return {scale: known[scale] if scale in known else fresh[scale] for scale in grid}
+
+
+def _named(scale: float) -> str:
+    return f"b-{scale!r}.json"
+
+
+def _score(path: Path) -> float:
+    found = read_json(path, "score")
+    if not is_number(found):
+        raise InputError(f"{path} holds no score: delete it")
+    return float(found)
 
 
 _NEAR, _FAR = 0.01, 0.05  # of the multiply-accumulates

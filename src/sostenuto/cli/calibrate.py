@@ -36,7 +36,8 @@ class Calibrate:
     shared: ClassVar[bool] = True
 
     choice: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ModelChoice)
-    output: Path = Path("table.json")
+    output: Path | None = None
+    """By default table.json, and table.safetensors for a router."""
     target_fraction: float | None = None
     """Share of the uncached multiply-accumulates that the table may cost."""
     forecast_order: int | None = None
@@ -74,7 +75,7 @@ class Calibrate:
         for name in ("config", "table"):
             if getattr(self.choice, name) is not None:
                 raise InputError(f"--{name} is for running a method: say with --method what to calibrate")
-        if self.data is not None and self.choice.method not in _ON_REAL_IMAGES:
+        if self.data is not None and (self.choice.method not in _ON_REAL_IMAGES or self.choice.model != "demo"):
             self._refuse("data")
         if self.choice.method != "l2c":
             self._make_table()
@@ -99,7 +100,7 @@ class Calibrate:
             raise MethodError(
                 "this command trains routers for the demo model: for another one call sostenuto.calibrate"
             )
-        output = self.output.with_suffix(".safetensors") if self.output == Path("table.json") else self.output
+        output = self.output or Path("table.safetensors")
         if output.suffix != ".safetensors":
             raise InputError(f"a router is written as .safetensors, not {output.name}: name the --output so")
         checkpoint = output.with_suffix(".checkpoint")
@@ -131,20 +132,26 @@ class Calibrate:
         extra: dict[str, Any] = {}
         search_images = 200 if self.search_images is None else self.search_images
         num_samples = 8 if self.num_samples is None else self.num_samples
-        scored = self.choice.model == "demo" and search_images > 0
+        scored = self.choice.model == "demo" and search_images > 0 and hasattr(calibration, "eps_scale_grid")
+        if self.search_images and not scored:
+            raise InputError(
+                "--search-images are scored for a noise scale on the demo model alone, with eb and feb: leave it out"
+            )
         if self.eps_scale_grid is not None and not scored:
             raise InputError(
                 "--eps-scale-grid is searched by a distance of images, which this command takes on the demo model alone "
                 "(--search-images above 0): for another model call sostenuto.calibrate with a score"
             )
         pipe = self.choice.pipeline()
-        if scored and hasattr(calibration, "eps_scale_grid"):
+        if scored:
             from sostenuto.demo.judge import Judge
             from sostenuto.demo.rows import demo_sample
 
             extra = {"score": Judge().distance, "score_sample": demo_sample(search_images)}
         if self.choice.model == "demo" and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
             calibration = self._with_real_images(calibration, num_samples)
+        output = self.output or Path("table.json")
+        folder = self._kept(output, repr(calibration)) if isinstance(calibration, sostenuto.EBCalibration) else None
         made = sostenuto.calibrate(
             pipe,
             calibration,
@@ -153,28 +160,30 @@ class Calibrate:
             num_samples=num_samples,
             generator=torch.Generator().manual_seed(self.choice.seed),
             show_progress=True,
-            folder=(folder := self._kept()),
+            folder=folder,
             **extra,
         )
         if not world().is_main:
             return
-        made.save(self.output)
-        shutil.rmtree(folder, ignore_errors=True)
+        made.save(output)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if isinstance(made, sostenuto.CacheTable):
             values: dict[str, Any] = {"macs_fraction": made.macs_fraction, "eps_scale": _short(made.eps_scale)}
             print(made.strip())
         else:
             values = made.values
         write_json(self.json, values)
-        print(f"{self.output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
+        print(f"{output}: " + ", ".join(f"{name} = {value}" for name, value in values.items()))
 
-    def _kept(self) -> Path:
-        """Where the search keeps what it found until its table is written: one for each way of sampling."""
+    def _kept(self, output: Path, calibration: str) -> Path:
+        """Where the search keeps what it found until its table is written: a folder for each way of asking."""
         choice = self.choice
-        how = repr(
-            (choice.model, choice.conditions(), choice.guidance_scale, choice.pipe_arguments, self.search_images)
-        )
-        return self.output.with_suffix(f".{hashlib.sha256(how.encode()).hexdigest()[:8]}.partial")
+        asked = (
+            choice.model, choice.scheduler, choice.num_inference_steps, choice.conditions(), choice.guidance_scale,
+            choice.pipe_arguments, choice.seed, self.num_samples, self.search_images, calibration,
+        )  # fmt: skip
+        return output.with_name(f"{output.name}.{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}.partial")
 
     def _with_real_images(self, calibration: Any, num_samples: int) -> Any:
         """The calibration on training images, where the set is at hand."""

@@ -91,7 +91,7 @@ class Evaluate:
             measured(first, self.reference, statistics=parts[launch.rank], shard=(launch.rank, launch.size))
             gather(None)  # until all parts are there
             measured = partial(
-                measured, parts, paired=None, prompts=None
+                measured, parts, paired=None, prompts=None, folder=merged.parent
             )  # the parts hold what they were compared with
         else:
             measured = partial(measured, self.samples if more else first, statistics=self.statistics, shard=self.shard)

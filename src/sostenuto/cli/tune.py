@@ -87,7 +87,7 @@ class Tune:
         if self.max_work is not None:
             options = replace(options, max_work=self.max_work)
         sample, scoring = self.choice.sample(pipe), self._scoring(pipe)
-        if not scoring and self.score_images:
+        if not scoring and self.score_images and world().is_main:
             print("no images are scored without --reference: plans are chosen by nearness alone", file=sys.stderr)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             tuned = sostenuto.tune(

@@ -14,7 +14,7 @@ from sostenuto.errors import InputError, MetricError
 from sostenuto.progress import progress
 from sostenuto.quality.floor import floor_of
 from sostenuto.quality.measure import NO_REFERENCE, Companions, measure, prepare
-from sostenuto.quality.networks import FeatureNetwork
+from sostenuto.quality.networks import BUILT_IN, FeatureNetwork, load_network
 from sostenuto.quality.reference import Reference, subject_of
 from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_metrics
 from sostenuto.quality.sources import open_source
@@ -106,6 +106,7 @@ def evaluate(
     device: str = "cpu",
     show: bool = True,
     features: bool = False,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Compute all metrics that can be.
 
@@ -119,13 +120,13 @@ def evaluate(
         network: name of the feature network, or one of your own; ``"auto"`` goes by the size of the images.
         weights: paths of weights by name, where they don't lie in the caches of their libraries.
         batch_size: images that go through a network at once.
-        statistics: where to keep what is known of the images, and to go on from after an interruption; beside it what is
-            known of a reference's images is kept, and used again.
+        statistics: where to keep what is known of the images, and to go on from after an interruption.
         shard: this process's part of the batches and the number of parts; the parts' files of statistics are then put
             together by giving them as ``samples``.
         video: subfolders are videos, and ``[n, frames, h, w]`` grey ones.
         device: where networks run.
         show: progress bars.
+        folder: where what is measured of a reference's images is kept, by default beside ``statistics``.
         features: also look at images whose features no metric of these can use, for want of a reference.
 
     Raises:
@@ -144,10 +145,13 @@ def evaluate(
             )
         measured = merge([s if isinstance(s, Statistics) else Statistics.load(Path(s)) for s in _listed(samples)])
         name = measured.origin.network
-        asked = network if isinstance(network, str) else network.name
-        if asked not in ("auto", name, name.partition("-")[0]):
+        if name and against is not None and network not in ("auto", *BUILT_IN) and isinstance(network, str):
+            network = load_network(network, given, measured.origin.shape, device)  # whose own name may be any
+        if name and not _may_be(network, name):
+            asked = network if isinstance(network, str) else network.name
             raise InputError(f"{measured.origin.source} was measured with the network {name!r}, not {asked!r}")
-        subject = _subject(against, (name if isinstance(network, str) else network) or None, given, device, batch_size)
+        own = name if isinstance(network, str) or not name else network
+        subject = _subject(against, own or None, given, device, batch_size, folder)
     else:
         source = open_source(samples, video, show)  # type: ignore[arg-type]
         companions = Companions(None if paired is None else open_source(paired, video, show), prompts)
@@ -158,7 +162,7 @@ def evaluate(
         if instruments.network is not None:
             instruments.network.extract(source.read(0, 1))  # refuses images that it doesn't take
         reasons = instruments.reasons
-        folder = None if statistics is None else statistics.parent
+        folder = folder or (None if statistics is None else statistics.parent)
         subject = _subject(against if whole else None, instruments.network, given, device, batch_size, folder)
         measured = measure(
             source, instruments, companions, batch_size=batch_size, shard=shard, checkpoint=statistics, show=show
@@ -191,6 +195,13 @@ def _subject(
         return reference.subject(network, weights, device, batch_size, folder)
     except MetricError as error:
         return str(error)
+
+
+def _may_be(network: str | FeatureNetwork, name: str) -> bool:
+    """Whether statistics of a network of this name may be of the one that is asked for; one's own may be called anything."""
+    if not isinstance(network, str):
+        return network.name == name
+    return network not in BUILT_IN or name.startswith(f"{network}-")
 
 
 def _listed(samples: Any) -> list[Any]:

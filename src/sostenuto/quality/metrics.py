@@ -26,7 +26,13 @@ class Gaussian:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> Gaussian:
-        """The moments of features ``[n, d]``, n at least 2."""
+        """The moments of features ``[n, d]``.
+
+        Raises:
+            ValueError: there are fewer than two images.
+        """
+        if len(features) < 2:
+            raise ValueError(f"moments need at least 2 images, not {len(features)}")
         values = features.double()
         return cls(values.mean(0), values.T.cov(), len(values))
 

@@ -121,6 +121,8 @@ def _demo(given: Mapping[str, Path], device: str) -> FeatureNetwork:
 
 Loader = Callable[[Mapping[str, Path], str], FeatureNetwork]
 _LOADERS: dict[str, Loader] = {"inception": _inception, "demo": _demo}
+BUILT_IN = tuple(_LOADERS)
+"""Names of networks whose own names begin with these."""
 
 
 def register_network(name: str, load: Loader, weights: Sequence[str] = ()) -> None:

@@ -163,4 +163,5 @@ class Reference:
 
 def _digest(source: Source, network: FeatureNetwork, batch_size: int) -> str:
     """Names what the statistics of a reference are made of."""
-    return hashlib.sha256(f"{source.identity} {network.name} {batch_size}".encode()).hexdigest()[:12]
+    parts = source.identity, source.frames, source.shape, network.name, batch_size
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

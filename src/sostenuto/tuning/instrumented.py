@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from sostenuto import compat
 from sostenuto.calibrations.base import Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.files import publish
+from sostenuto.machine import where
 from sostenuto.probe import Prober
 from sostenuto.tuning.generate import Generated, generate
 from sostenuto.tuning.instrument import Instrument, tapped_for
-from sostenuto.tuning.measurement import Kind, Measurement, reaches
+from sostenuto.tuning.measurement import SEVERAL, Kind, Measurement, reaches
 
 BEGUN = "measuring-*.pt"
 """The files of runs that aren't done."""
@@ -47,7 +49,9 @@ def instrumented_run(
     """
     name = BEGUN.replace("*", "-".join(kind.value for kind in kinds))
     path = None if folder is None else folder / name
-    begun, state = (Generated(), None) if path is None or not path.exists() else _read(path)
+    here = where(next(compat.find_denoiser(settings.target).parameters()).device)
+    begun, state, machine = (Generated(), None, here) if path is None or not path.exists() else _read(path)
+    machine = here if machine == here else SEVERAL
     instruments: list[Instrument] = []
     identity: dict[str, Any] = {}
 
@@ -67,10 +71,12 @@ def instrumented_run(
         rows = run.rows
         if path is not None:
             with publish(path) as partial:
-                torch.save({name: getattr(run, name) for name in _KEPT} | {"state": instruments[0].state()}, partial)
+                kept = {name: getattr(run, name) for name in _KEPT}
+                torch.save(kept | {"state": instruments[0].state(), "machine": machine}, partial)
 
     run = generate(settings, 0, tapped_for(all_kinds), drive, begun=begun, after=keep)
-    return replace(instruments[0].result(run.rows, float(np.median(run.pauses))), made_for=identity)
+    measured = instruments[0].result(run.rows, float(np.median(run.pauses)))
+    return replace(measured, made_for=identity, machine=machine)
 
 
 def forget_begun(folder: Path) -> None:
@@ -79,10 +85,10 @@ def forget_begun(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[Generated, dict[str, Any]]:
-    """What was generated, and what had been measured."""
+def _read(path: Path) -> tuple[Generated, dict[str, Any], str]:
+    """What was generated, what had been measured, and on which machine."""
     try:
         kept = torch.load(path, weights_only=True)
-        return Generated(**{name: kept[name] for name in _KEPT}), kept["state"]
+        return Generated(**{name: kept[name] for name in _KEPT}), kept["state"], str(kept["machine"])
     except Exception as error:  # what a damaged file raises is nowhere listed
         raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None

@@ -364,7 +364,7 @@ class Lab:
 
 def _is_known(known: Any) -> bool:
     """Whether an entry of a file is a trial, or a response."""
-    if not isinstance(known, dict) or known.keys() not in (_TRIAL, _RESPONSE):
+    if not isinstance(known, dict) or known.keys() not in (_TRIAL, _TRIAL - {"machine"}, _RESPONSE):
         return False
     norms, machine = known.get("norms", []), known.get("machine", "")
     values = [

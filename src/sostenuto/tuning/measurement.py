@@ -80,6 +80,7 @@ def joined_kinds(parts: Sequence[Measurement]) -> Measurement:
         macs={name: macs for part in parts for name, macs in part.macs.items()},
         seconds={**{name: seconds for part in parts for name, seconds in part.seconds.items()}, **first.seconds},
         kept_bytes={name: kept for part in parts for name, kept in part.kept_bytes.items()},
+        machine=first.machine if len({part.machine for part in parts}) == 1 else SEVERAL,
     )
 
 
@@ -137,6 +138,10 @@ def instrumented_share(reach: Mapping[Kind, Reach], macs: Mapping[str, float], n
     return spent / num_steps
 
 
+SEVERAL = "several machines"
+"""What was timed on more than one."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Errors of reuse in the network's output, means over samples and values, and costs; steps in sampling order.
@@ -157,6 +162,7 @@ class Measurement:
         roughness: the part of the squared error of reusing everything from an input that was moved a little that is out of
             proportion to the move, of the squared error of reuse one step later, at some steps; not a number at the others. 0:
             the network is smooth, 1: features are noise.
+        machine: that the seconds were taken on.
     """
 
     reach: Mapping[Kind, Reach]
@@ -169,6 +175,7 @@ class Measurement:
     made_for: Mapping[str, Any] = field(default_factory=dict)
     sites: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     roughness: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    machine: str = ""
 
     @property
     def num_steps(self) -> int:
@@ -238,6 +245,7 @@ class Measurement:
             "kept_bytes": dict(self.kept_bytes),
             "made_for": dict(self.made_for),
             "sites": {name: list(of_site) for name, of_site in self.sites.items()},
+            "machine": self.machine,
         }
         runs: dict[str, Any] = {f"runs-{kind.value}": values for kind, values in self.runs.items()}
         with publish(path) as partial:  # an interrupted write must not pass for a whole one

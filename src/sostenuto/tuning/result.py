@@ -175,18 +175,20 @@ class Tuned:
         """Write ``frontier.json`` and a table for each target within reach, ``tuned-2x.json`` for one of 2; returns the files.
 
         For what was asked for more is tried than for the other targets. So the answer to an earlier call in this folder is
-        replaced by the answer to another that asks for the same, and not by what this one found beside its own.
+        replaced by the answer to another that asks for the same, and not by what this one found beside its own;
+        ``"tables_of_before"`` names those targets.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "frontier.json"]
         before = set(_asked_before(paths[0]))
-        publish_json(paths[0], {**self.as_dict(), "asked_before": sorted(before - {self.target})}, indent=1)
+        kept = [t for t in self.answers if t != self.target and t in before and table_path(folder, t).exists()]
+        content = {**self.as_dict(), "asked_before": sorted(before - {self.target}), "tables_of_before": kept}
+        publish_json(paths[0], content, indent=1)
         for target, point in self.answers.items():
-            path = table_path(folder, target)
-            if target == self.target or target not in before or not path.exists():
-                point.table.save(path)
-                paths.append(path)
+            if target not in kept:
+                paths.append(table_path(folder, target))
+                point.table.save(paths[-1])
         return paths
 
     def draw(self, folder: str | Path) -> list[Path]:
