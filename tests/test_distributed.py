@@ -68,12 +68,13 @@ def collectives(folder):
             "made": made,
             "on_main": distributed.on_main(lambda: f"of {world.rank}"),
             "gather": distributed.gather(world.rank),
-            "tables": [repr(table) for table in calibrated()],
+            "tables": [repr(table) for table in calibrated(folder)],
+            "again": [repr(table.eps_scale) + table.strip() for table in calibrated(folder) if hasattr(table, "strip")],
         }
     (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 
-def calibrated():
+def calibrated(folder=None):
     """Calibrations of several generations each, and a search."""
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     model = build_tiny(2)
@@ -89,6 +90,7 @@ def calibrated():
             num_samples=5,  # of two rows each: three generations
             scheduler=scheduler,
             generator=torch.Generator().manual_seed(4),
+            folder=folder / "kept" if folder and options is search else None,
             **extra,
         )
 
@@ -101,6 +103,10 @@ def test_what_two_processes_gather_and_calibrate_is_what_one_does(tmp_path):
     assert [first["made"], second["made"]] == [[0, 2], [1, 3]]
     assert first["on_main"] == second["on_main"] == "of 0"
     assert first["gather"] == second["gather"] == [0, 1]
+    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert {"b-0.98.json", "b-1.0.json", "b-1.02.json", "calibration.json"} < set(kept)
+    assert first["again"] == second["again"]
+    assert all(again.split(")")[0] in table for again, table in zip(first["again"], first["tables"], strict=False))
     alone = [repr(table) for table in calibrated()]
     assert first["tables"] == second["tables"] == alone
     assert "'scores': {'0.98'" in alone[0]
