@@ -113,7 +113,7 @@ def test_the_uncached_trajectory_is_followed_when_asked(model):
 def test_b_is_chosen_by_the_score_on_either_side_of_one(model):
     for best in (0.98, 1.02):
         # A score that knows the norm of the images wanted: that of the run with the best b.
-        options = EBCalibration(target_fraction=0.7, eps_scale_grid=(0.98, 1.0, 1.02))
+        options = EBCalibration(target_fraction=0.7, eps_scale_grid=(0.98, 1.0, 1.02), max_rounds=2)
         base = calibrate(model, options, steps=8)
         with sostenuto.enable(model, EBCache(base, eps_scale=best), scheduler=model.scheduler_for_test):
             wanted = sample(model, torch.Generator().manual_seed(0), 8)
@@ -283,8 +283,8 @@ def test_an_interrupted_calibration_goes_on_with_what_its_folder_holds(model, tm
         return latents.square().mean().item()
 
     def made(folder, stop_at=None, target=0.6):
-        options = EBCalibration(target_fraction=target, eps_scale_grid=(0.97, 0.98, 1.01))
-        return calibrate(model, options, steps=8, score=partial(score, stop_at=stop_at), folder=folder)
+        options = EBCalibration(target_fraction=target, eps_scale_grid=(0.97, 0.98, 1.01), max_rounds=2)
+        return calibrate(model, options, steps=5, score=partial(score, stop_at=stop_at), folder=folder)
 
     whole = made(None)
     scored.clear()

@@ -56,7 +56,7 @@ def test_one_graph_per_mode_without_a_break(scheduler, form, order):
     assert torch.equal(restored, stock)
 
 
-@pytest.mark.parametrize("after_a_generation", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("after_a_generation", [pytest.param(value, marks=pytest.mark.slow) for value in (False, True)])
 def test_compiling_in_place_after_enabling_is_as_before_it(scheduler, after_a_generation):
     model, method = build_tiny(num_layers=2), EBCache(CacheTable(STATES))
     with sostenuto.enable(model, method, scheduler=scheduler):

@@ -91,6 +91,7 @@ def test_without_a_vae_there_is_no_decoder():
     assert image_decoder(SimpleNamespace(), lambda *_: None) is None
 
 
+@pytest.mark.slow
 def test_the_command_looks_at_the_images_of_packed_latents(tmp_path):
     tiny_pipelines.flux().save_pretrained(tmp_path / "flux")
     words = ["analyze", "--model", str(tmp_path / "flux"), "--only", "error-images", "--num-samples", "2"]

@@ -257,6 +257,7 @@ def test_matching_norms_is_refused_since_it_is_no_multiple_of_the_curve():
 # --- the command line and the demo -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_line_calibrates_and_verifies_feb(tmp_path, capsys):
     table, numbers = str(tmp_path / "t.json"), tmp_path / "n.json"
     few = ["--method", "feb", "--num-inference-steps", "4", "--labels", "1"]

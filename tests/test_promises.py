@@ -223,7 +223,6 @@ def test_copies_and_pickles_are_those_of_the_plain_network(model, case):
 COMPILED_QUICKLY = (
     "none",
     "ab",
-    "fora",
     "toca",
     "teacache",
     "dbcache",

@@ -68,6 +68,7 @@ PUBLISHED = TuneOptions(
 )
 
 
+@pytest.mark.slow
 def test_a_published_calibration_competes_within_the_cost(model, begun):
     found = tuned(model, PUBLISHED, speedup=1.5, folder=begun)
     assert not (begun / "published-feb-1.5x.json").exists()  # it needs the branches
