@@ -58,7 +58,7 @@ def test_guidance_in_two_passes_does_not_become_a_no_op(name):
 
 
 @pytest.mark.parametrize("name", [*SEPARATE, "PixArtTransformer2DModel", "SanaTransformer2DModel"])
-@pytest.mark.parametrize("method", [TaylorSeer, FORA, pytest.param(TeaCache, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [TaylorSeer, *(pytest.param(m, marks=pytest.mark.slow) for m in (FORA, TeaCache))])
 def test_a_default_configuration_taps_something_and_skips_something(name, method):
     """TaylorSeer's default elsewhere hooks nothing on Wan and says that it is enabled."""
     scheduler, timesteps = schedule(STEPS)
@@ -143,7 +143,13 @@ def test_what_is_injected_between_the_blocks_is_not_lost_and_not_added_twice(nam
     assert "branches" in supported(name).macs
 
 
-@pytest.mark.parametrize("method", [lambda: DBCache(1, 1, 1.0), lambda: MagCache((1.0,) * STEPS), lambda: TeaCache()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: DBCache(1, 1, 1.0),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (lambda: MagCache((1.0,) * STEPS), lambda: TeaCache())),
+    ],
+)
 @pytest.mark.parametrize(
     "name",
     [

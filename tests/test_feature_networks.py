@@ -335,5 +335,14 @@ def test_networks_of_ones_own_are_given_their_weights(monkeypatch, tmp_path):
         parsed = weights.parse_weights((f"mean={path}",))
         evaluate(pictures(8), network="mean", weights=parsed, show=False)
     assert given == [{"mean": tmp_path}, {"mean": tmp_path / "file"}]
+    kept = tmp_path / "kept.safetensors"
+    evaluate(pictures(8), network="mean", statistics=kept, show=False)
+
+    def missing(paths, device):
+        raise MetricError("no weights here")
+
+    monkeypatch.setitem(networks._LOADERS, "mean", missing)
+    found = evaluate(kept, pictures(8, seed=1), network="mean", show=False)
+    assert found["frechet_distance"].reason == "no weights here"
     with pytest.raises(InputError, match="the weights of mean should be a file or a folder"):
         weights.parse_weights((f"mean={tmp_path / 'none'}",))

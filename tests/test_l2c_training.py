@@ -352,7 +352,7 @@ def test_the_command_trains_and_generates_with_the_router(folder, tmp_path, caps
         ("l2c", ["--caching", "fora"], "the calibration of l2c has no --caching: leave it out"),
         ("l2c", [], "a router is written as .safetensors, not made"),
         ("smoothcache", ["--search-images", "9"], "with eb and feb: leave it out"),
-        ("epsilon-scaling", ["--data", "x", "--model", "tiny"], "has no --data: leave it out"),
+        ("epsilon-scaling", ["--data", "x", "--model", "tiny"], "--data is of the demo model"),
         ("eb", ["--data", "somewhere"], "the calibration of eb has no --data: leave it out"),
         ("eb", ["--caching", "fora"], "the calibration of eb has no --caching: leave it out"),
         ("eb", ["--table", "t.json"], "--table is for running a method"),

@@ -34,6 +34,8 @@ from sostenuto import (
 )
 from sostenuto.families import ANATOMIES
 
+LIMITED_QUICKLY = ("branches, forecast", "stack", "partial", "run-time decision")
+
 
 @pytest.mark.parametrize("generations", [30, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_many_generations_leave_no_object_and_no_tensor_more(generations):
@@ -159,7 +161,9 @@ def limited(network, method, scheduler, most, **kwargs):
     return latents, stats
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in LIMITED_QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 @pytest.mark.parametrize("separate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_method_keeps_to_a_limit_and_with_none_allowed_computes_everything(name, separate, scheduler):
     network = build_tiny()

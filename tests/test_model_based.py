@@ -33,7 +33,7 @@ ONE_GENERATION = Generation(
 def test_random_sequences_of_what_users_do_agree_with_a_naive_sampler():
     COUNTS.clear()
     quick = settings(
-        max_examples=12,
+        max_examples=10,
         stateful_step_count=20,
         deadline=None,
         derandomize=True,

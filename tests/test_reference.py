@@ -59,7 +59,9 @@ def test_moments_of_features_are_those_of_the_sample():
     assert moments.count == 30
 
 
-def test_one_image_has_no_moments():
+def test_one_image_has_no_moments(counting):
+    with pytest.raises(InputError, match="at least 2 images, not 1: let score_sample make more"):
+        FrechetDistance(pictures(4), "counting")(pictures(1) / 255)
     with pytest.raises(ValueError, match="at least 2 images, not 1"):
         Gaussian.of(torch.zeros(1, 4))
 
@@ -74,6 +76,9 @@ def test_parts_of_a_network_of_ones_own_are_put_together_under_the_name_that_was
     assert found["frechet_distance"].value is not None
     assert list(kept.glob("reference-*.safetensors"))
     assert evaluate(files, network="counting", show=False).statistics.complete
+    for wrong in ("couting", "colours"):
+        with pytest.raises(InputError, match=f"with the network 'colours-1', not '{wrong}'"):
+            evaluate(files, network=wrong, show=False)
     seen = counting.seen
     again = evaluate(files, real, network=Counting(), batch_size=4, show=False, folder=kept)
     assert again["frechet_distance"].value == found["frechet_distance"].value

@@ -103,7 +103,7 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             bar.update()
             return score(images)
 
-        scores = _scores(settings.kept, grid, judged)
+        scores = _scores(settings.kept, grid, judged, bar.update)
     best = min(scores, key=scores.__getitem__)
     return replace(
         table,
@@ -130,11 +130,14 @@ def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable])
     return found
 
 
-def _scores(folder: Path | None, grid: Sequence[float], run: Callable[[float], float]) -> dict[float, float]:
+def _scores(
+    folder: Path | None, grid: Sequence[float], run: Callable[[float], float], done: Callable[[int], object]
+) -> dict[float, float]:
     """The score with every value of b, or what it was when the search was interrupted."""
     known = on_main(lambda: {scale: _score(folder / _named(scale)) for scale in grid if (folder / _named(scale)).exists()}
                     if folder is not None else {})  # fmt: skip
     missing = [scale for scale in grid if scale not in known]
+    done(len(known))
 
     def scored(scale: float) -> float:
         found = float(run(scale))

@@ -75,8 +75,10 @@ class Calibrate:
         for name in ("config", "table"):
             if getattr(self.choice, name) is not None:
                 raise InputError(f"--{name} is for running a method: say with --method what to calibrate")
-        if self.data is not None and (self.choice.method not in _ON_REAL_IMAGES or self.choice.model != "demo"):
+        if self.data is not None and self.choice.method not in _ON_REAL_IMAGES:
             self._refuse("data")
+        if self.data is not None and self.choice.model != "demo":
+            raise InputError("--data is of the demo model; another's real images are passed from Python")
         if self.choice.method != "l2c":
             self._make_table()
         elif world().is_main:  # one training run is no work to share

@@ -77,7 +77,15 @@ class FrechetDistance:
         return metric.says_little(n, len(self.real.mean), floor_of(metric, self.reference, n))
 
     def __call__(self, images: torch.Tensor) -> float:
-        """The distance of images ``[n, c, h, w]`` in ``[0, 1]``; 0 is best."""
+        """The distance of images ``[n, c, h, w]`` in ``[0, 1]``; 0 is best.
+
+        Raises:
+            InputError: there are fewer than two.
+        """
+        if len(images) < 2:
+            raise InputError(
+                f"a Fréchet distance needs at least 2 images, not {len(images)}: let score_sample make more"
+            )
         self._look_at_size(images)
         parts = eight_bits(images).split(self.batch_size)
         features = torch.cat([self.network.extract(part).features for part in parts])

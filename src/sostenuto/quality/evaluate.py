@@ -14,7 +14,7 @@ from sostenuto.errors import InputError, MetricError
 from sostenuto.progress import progress
 from sostenuto.quality.floor import floor_of
 from sostenuto.quality.measure import NO_REFERENCE, Companions, measure, prepare
-from sostenuto.quality.networks import BUILT_IN, FeatureNetwork, load_network
+from sostenuto.quality.networks import BUILT_IN, FeatureNetwork, available_networks
 from sostenuto.quality.reference import Reference, subject_of
 from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_metrics
 from sostenuto.quality.sources import open_source
@@ -145,13 +145,12 @@ def evaluate(
             )
         measured = merge([s if isinstance(s, Statistics) else Statistics.load(Path(s)) for s in _listed(samples)])
         name = measured.origin.network
-        if name and against is not None and network not in ("auto", *BUILT_IN) and isinstance(network, str):
-            network = load_network(network, given, measured.origin.shape, device)  # whose own name may be any
         if name and not _may_be(network, name):
             asked = network if isinstance(network, str) else network.name
             raise InputError(f"{measured.origin.source} was measured with the network {name!r}, not {asked!r}")
-        own = name if isinstance(network, str) or not name else network
-        subject = _subject(against, own or None, given, device, batch_size, folder)
+        own = name if isinstance(network, str) else network
+        chosen = network if isinstance(network, str) and network not in ("auto", name) else None
+        subject = _subject(against, own if name else None, given, device, batch_size, folder, chosen)
     else:
         source = open_source(samples, video, show)  # type: ignore[arg-type]
         companions = Companions(None if paired is None else open_source(paired, video, show), prompts)
@@ -187,12 +186,13 @@ def _subject(
     device: str,
     batch_size: int,
     folder: Path | None = None,
+    chosen: str | None = None,
 ) -> Subject | str | None:
     """The reference in the network's features, or why it is not to be had; ``None`` where it is not wanted."""
     if reference is None or network is None:
         return None
     try:
-        return reference.subject(network, weights, device, batch_size, folder)
+        return reference.subject(network, weights, device, batch_size, folder, chosen)
     except MetricError as error:
         return str(error)
 
@@ -201,7 +201,9 @@ def _may_be(network: str | FeatureNetwork, name: str) -> bool:
     """Whether statistics of a network of this name may be of the one that is asked for; one's own may be called anything."""
     if not isinstance(network, str):
         return network.name == name
-    return network not in BUILT_IN or name.startswith(f"{network}-")
+    if network in BUILT_IN:
+        return name.startswith(f"{network}-")
+    return network in ("auto", name, *available_networks())
 
 
 def _listed(samples: Any) -> list[Any]:

@@ -91,6 +91,7 @@ class Reference:
         device: str,
         batch_size: int,
         folder: Path | None = None,
+        chosen: str | None = None,
     ) -> Subject:
         """What is known of it, in the features of a network.
 
@@ -100,6 +101,7 @@ class Reference:
             device: where the network runs.
             batch_size: images at once.
             folder: where what is measured of its images is kept, to go on from after an interruption and to use again.
+            chosen: the name that a network is chosen by, where that is no part of its own.
 
         Raises:
             InputError: it was made with another network.
@@ -115,7 +117,7 @@ class Reference:
             assert self._moments is not None
             return self._moments
         if isinstance(network, str):
-            network = load_network(name.partition("-")[0], weights, self.source.shape, device)
+            network = load_network(chosen or name.partition("-")[0], weights, self.source.shape, device)
             if network.name != name:
                 raise MetricError(f"the images were measured with {name}, and only {network.name} is at hand")
         kept = None if folder is None else folder / f"reference-{_digest(self.source, network, batch_size)}.safetensors"

@@ -51,7 +51,7 @@ def instrumented_run(
     path = None if folder is None else folder / name
     here = where(next(compat.find_denoiser(settings.target).parameters()).device)
     begun, state, machine = (Generated(), None, here) if path is None or not path.exists() else _read(path)
-    machine = here if machine == here else SEVERAL
+    machine = here if machine in ("", here) else SEVERAL
     instruments: list[Instrument] = []
     identity: dict[str, Any] = {}
 
@@ -89,6 +89,6 @@ def _read(path: Path) -> tuple[Generated, dict[str, Any], str]:
     """What was generated, what had been measured, and on which machine."""
     try:
         kept = torch.load(path, weights_only=True)
-        return Generated(**{name: kept[name] for name in _KEPT}), kept["state"], str(kept["machine"])
+        return Generated(**{name: kept[name] for name in _KEPT}), kept["state"], str(kept.get("machine", ""))
     except Exception as error:  # what a damaged file raises is nowhere listed
         raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None

@@ -16,7 +16,7 @@ import torch
 
 from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
-from sostenuto.distributed.world import world
+from sostenuto.distributed.world import gather, world
 from sostenuto.errors import InputError
 from sostenuto.machine import where
 from sostenuto.methods import ABCache
@@ -155,11 +155,11 @@ class _Tuner:
             self._warn(few)
         self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
-        here = where(next(compat.find_denoiser(lab.settings.target).parameters()).device)
-        if self.options.budget == "time" and self.measured.machine not in ("", here):
+        here = gather(where(next(compat.find_denoiser(lab.settings.target).parameters()).device))
+        if self.options.budget == "time" and self.measured.machine not in ("", here[0]):
             raise InputError(
-                f"{lab.folder} holds times of another machine ({self.measured.machine}, this is {here}): use another "
-                'folder, or budget="macs"'
+                f"{lab.folder} holds times of another machine ({self.measured.machine}, this is {here[0]}): use another "
+                'folder, machines of one kind, or budget="macs"'
             )
         self.notes += notes_on(self.measured, lab.rehearsals["paired"].clean_samples)
         self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
