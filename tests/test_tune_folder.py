@@ -10,11 +10,10 @@ from diffusers import DDPMScheduler
 import sostenuto
 from conftest import sample
 from sostenuto import CacheTable, EBCache, InputError, tune
-from sostenuto.calibrations import claims
+from sostenuto.calibrations import base as settings_of
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.calibrations.claims import same
 from sostenuto.tuning import instrumented
-from sostenuto.tuning import lab as trials_of
 from sostenuto.tuning.lab import Lab, key_of
 from sostenuto.tuning.measurement import Kind, Measurement
 from sostenuto.tuning.record import claim, rehearsed
@@ -183,8 +182,7 @@ def test_times_of_another_machine_are_none(model, begun, monkeypatch):
     """A plan by multiply-accumulates goes on there; times are not compared across machines, and none decide."""
     by_time = replace(QUICK, budget="time", speedups=(1.3,), refinements=0)
     tuned(model, by_time, speedup=1.3, folder=begun)
-    for module in (claims, trials_of):
-        monkeypatch.setattr(module, "where", lambda device: "another")
+    monkeypatch.setattr(settings_of, "where", lambda device: "another")
     with pytest.raises(InputError, match=r"another machine \(.*, now another\)"):
         tuned(model, by_time, speedup=1.3, folder=begun)
     found = tuned(model, replace(QUICK, refinements=3), folder=begun)
@@ -200,7 +198,7 @@ def test_times_of_another_machine_are_none(model, begun, monkeypatch):
 def test_an_instrumented_run_knows_where_it_was_timed(model, tmp_path, monkeypatch):
     """By multiply-accumulates another machine may begin a folder, or go on with it; its times are not this one's."""
     settings = Settings(model, sample, STEPS, 4, scheduler=model.scheduler_for_test)
-    monkeypatch.setattr(instrumented, "where", lambda device: "another")
+    monkeypatch.setattr(settings_of, "where", lambda device: "another")
     calls: list[int] = []
 
     def stopped(model, generator, num_inference_steps):
@@ -213,7 +211,7 @@ def test_an_instrumented_run_knows_where_it_was_timed(model, tmp_path, monkeypat
         instrumented.instrumented_run(replace(settings, sample=stopped), tmp_path, (Kind.STACK,), (Kind.STACK,), print)
     elsewhere = instrumented.instrumented_run(settings, None, (Kind.STACK,), (Kind.STACK,), print)
     assert elsewhere.machine == "another"
-    monkeypatch.setattr(instrumented, "where", lambda device: "this one")
+    monkeypatch.setattr(settings_of, "where", lambda device: "this one")
     assert instrumented.instrumented_run(settings, None, (Kind.STACK,), (Kind.STACK,), print).machine == "this one"
     mixed = instrumented.instrumented_run(settings, tmp_path, (Kind.STACK,), (Kind.STACK,), print)
     mixed.save(tmp_path / "measurement.npz")

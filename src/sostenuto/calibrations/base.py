@@ -10,11 +10,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
 from sostenuto.distributed.world import until
 from sostenuto.engine import Handle, Prober, attach
 from sostenuto.errors import MethodError
+from sostenuto.machine import where
 from sostenuto.measured import identity
 from sostenuto.methods.base import Method
 from sostenuto.methods.none import NoCache
@@ -58,6 +60,11 @@ class Settings:
     def seed(self) -> int:
         """The seed that every run starts from."""
         return self.generator.initial_seed() if self.generator else 0
+
+    @property
+    def machine(self) -> str:
+        """What the denoiser runs on, as far as it sets how long that takes."""
+        return where(next(compat.find_denoiser(self.target).parameters()).device)
 
     def fresh_generator(self) -> torch.Generator:
         """A generator at the seed, on the device of the one that was given."""

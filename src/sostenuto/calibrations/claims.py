@@ -16,7 +16,6 @@ from sostenuto.distributed.world import gather, world
 from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
-from sostenuto.machine import where
 from sostenuto.measured import fingerprint, is_number, read_json
 
 MACHINE = "machine"
@@ -50,7 +49,7 @@ def measured_with(settings: Settings) -> dict[str, Any]:
         "num_inference_steps": settings.num_inference_steps,
         "num_samples": settings.num_samples,
         "seed": settings.seed,
-        MACHINE: where(next(denoiser.parameters()).device),
+        MACHINE: settings.machine,
     }
 
 

@@ -125,7 +125,6 @@ def _kept(folder: Path | None, kappa: float, run: Callable[[float], CacheTable])
     if found is None:
         found = run(kappa)
         if world().is_main:
-            folder.mkdir(parents=True, exist_ok=True)
             found.save(path)
     return found
 
@@ -134,23 +133,19 @@ def _scores(
     folder: Path | None, grid: Sequence[float], run: Callable[[float], float], done: Callable[[int], object]
 ) -> dict[float, float]:
     """The score with every value of b, or what it was when the search was interrupted."""
-    known = on_main(lambda: {scale: _score(folder / _named(scale)) for scale in grid if (folder / _named(scale)).exists()}
-                    if folder is not None else {})  # fmt: skip
+    paths = {} if folder is None else {scale: folder / f"b-{scale!r}.json" for scale in grid}
+    known = on_main(lambda: {scale: _score(path) for scale, path in paths.items() if path.exists()})
     missing = [scale for scale in grid if scale not in known]
     done(len(known))
 
     def scored(scale: float) -> float:
         found = float(run(scale))
-        if folder is not None and math.isfinite(found):
-            publish_json(folder / _named(scale), found)
+        if paths and math.isfinite(found):
+            publish_json(paths[scale], found)
         return found
 
     fresh = dict(zip(missing, spread(scored, missing), strict=True))
     return {scale: known[scale] if scale in known else fresh[scale] for scale in grid}
-
-
-def _named(scale: float) -> str:
-    return f"b-{scale!r}.json"
 
 
 def _score(path: Path) -> float:

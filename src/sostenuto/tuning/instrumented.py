@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sostenuto import compat
 from sostenuto.calibrations.base import Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.files import publish
-from sostenuto.machine import where
 from sostenuto.probe import Prober
 from sostenuto.tuning.generate import Generated, generate
 from sostenuto.tuning.instrument import Instrument, tapped_for
@@ -49,7 +47,7 @@ def instrumented_run(
     """
     name = BEGUN.replace("*", "-".join(kind.value for kind in kinds))
     path = None if folder is None else folder / name
-    here = where(next(compat.find_denoiser(settings.target).parameters()).device)
+    here = settings.machine
     begun, state, machine = (Generated(), None, here) if path is None or not path.exists() else _read(path)
     machine = here if machine in ("", here) else SEVERAL
     instruments: list[Instrument] = []

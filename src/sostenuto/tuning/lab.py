@@ -13,14 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from sostenuto import compat
 from sostenuto.calibrations.base import Settings
 from sostenuto.clock import Tick
 from sostenuto.distributed.world import apart, gather, on_main, spread, world
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError, MethodError
 from sostenuto.files import publish_json
-from sostenuto.machine import where
 from sostenuto.measured import is_number, parse_json
 from sostenuto.methods import EBCache, NoCache
 from sostenuto.plan import Op
@@ -245,8 +243,7 @@ class Lab:
                 )
             error, score, norms = _WORST, None if score is None else _WORST, ()
         work = run.rows * _share(table)
-        machine = where(next(compat.find_denoiser(settings.target).parameters()).device)
-        trial = Trial(error, score, norms, work, run.seconds / run.rows, machine)
+        trial = Trial(error, score, norms, work, run.seconds / run.rows, settings.machine)
         return trial, latents if table is None else latents[:0]
 
     def _bench(self, bench: str) -> tuple[Settings, int]:

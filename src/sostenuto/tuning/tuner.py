@@ -18,7 +18,6 @@ from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
 from sostenuto.distributed.world import gather, world
 from sostenuto.errors import InputError
-from sostenuto.machine import where
 from sostenuto.methods import ABCache
 from sostenuto.plan import Op
 from sostenuto.progress import progress
@@ -155,7 +154,7 @@ class _Tuner:
             self._warn(few)
         self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
-        here = gather(where(next(compat.find_denoiser(lab.settings.target).parameters()).device))
+        here = gather(lab.settings.machine)
         if self.options.budget == "time" and self.measured.machine not in ("", here[0]):
             raise InputError(
                 f"{lab.folder} holds times of another machine ({self.measured.machine}, this is {here[0]}): use another "
