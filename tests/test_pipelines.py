@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 import sostenuto
-from sostenuto import InputError
+from sostenuto import FORA, EBCache, Forecast, InputError, MethodError, TaylorSeer
 from sostenuto.cli import ModelChoice, main
 from sostenuto.cli.common import SamplerChoice, device_of, read_prompts
 from sostenuto.demo.judge import Judge
@@ -234,21 +234,62 @@ def test_the_pipeline_goes_to_the_device_that_is_asked_for(monkeypatch, capsys):
     assert "torch sees no GPU here" in capsys.readouterr().err
 
 
-def test_autocast_is_that_of_the_pipelines_device(tmp_path, monkeypatch):
-    seen = {}
-
-    def tuned(pipe, *_, **__):
-        seen.update(
-            device=pipe.device.type, cpu=torch.is_autocast_enabled("cpu"), cuda=torch.is_autocast_enabled("cuda")
-        )
-        return 1 / 0
-
-    monkeypatch.setattr(sostenuto, "tune", tuned)
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", "auto", "float32"),
+        ("cuda", "auto", "bfloat16"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cuda", "float16", "float16"),
+    ],
+)
+def test_weights_are_loaded_as_they_run(device, dtype, expected, tmp_path, monkeypatch):
+    load_demo_pipeline().save_pretrained(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    words = ["tune", "--dtype", "bfloat16", "--score-images", "0", "--output", str(tmp_path)]
-    assert main([*words, "--device", "cpu"]) == 1
-    assert seen == {"device": "cpu", "cpu": True, "cuda": False}
+    monkeypatch.setattr(DemoPipeline, "to", lambda self, device: self)
+    pipe = ModelChoice(str(tmp_path), device=device, dtype=dtype).pipeline()
+    assert pipe.transformer.dtype is getattr(torch, expected)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_demo_model_is_float32_unless_asked(dtype):
+    pipe = ModelChoice(dtype=dtype).pipeline()
+    assert pipe.transformer.dtype is (torch.float32 if dtype == "auto" else torch.bfloat16)
+    assert pipe([1], num_inference_steps=2, output_type="pt").images.dtype is torch.float32
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+def test_offloading_is_left_to_diffusers(how, monkeypatch):
+    told = []
+    monkeypatch.setattr(DemoPipeline, f"enable_{how}_cpu_offload", lambda self, device: told.append(device))
+    assert ModelChoice(device="meta", offload=how).pipeline().device == torch.device(
+        "cpu"
+    )  # nothing moves the whole of it
+    assert told == [torch.device("meta")]
+    with pytest.raises(InputError, match=f"--offload {how} .* needs a GPU"):
+        ModelChoice(device="cpu", offload=how).pipeline()
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("fora:interval=4", FORA(4)),
+        ("taylorseer.flux_dev", TaylorSeer.flux_dev()),
+        ("fora | forecast", FORA() | Forecast()),
+    ],
+)
+def test_a_method_is_named_with_parameters_presets_and_others(words, method):
+    assert ModelChoice(method=words).method_object() == method
+
+
+def test_a_table_goes_with_a_method_with_parameters_but_no_combination(tmp_path):
+    path = tmp_path / "table.json"
+    assert ModelChoice(method="eb:eps_scale=0.98", table=path).method_object() == EBCache(path, eps_scale=0.98)
+    with pytest.raises(MethodError, match="eb:table=FILE"):
+        ModelChoice(method="fora|epsilon-scaling", table=path).method_object()
+    with pytest.raises(MethodError, match="fora takes no table"):
+        ModelChoice(method="fora:interval=3", table=path).method_object()
 
 
 @pytest.mark.parametrize("command", ["tune", "calibrate", "generate", "verify", "advise"])

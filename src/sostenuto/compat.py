@@ -173,7 +173,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 # What pipelines call their denoisers. The second ones serve a part of the schedule (Wan 2.2), or one pass (Ideogram 4).
-_DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:
@@ -185,7 +185,7 @@ def find_denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module):
         return {"denoiser": target}
     found: dict[str, nn.Module] = {}
-    for name in _DENOISERS:
+    for name in DENOISERS:
         denoiser = getattr(target, name, None)
         if isinstance(denoiser, nn.Module) and all(denoiser is not other for other in found.values()):
             found[name] = denoiser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sostenuto.cli.common import SamplerChoice, write_json
 from sostenuto.errors import InputError
@@ -49,6 +49,10 @@ class Analyze:
     seed: int = 0
     device: str = "auto"
     """Where a pipeline runs: cpu, cuda, or auto, which takes the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What its weights are loaded as: auto takes bfloat16 on a GPU and float32 on a CPU, and float32 for the demo model."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On a GPU that holds less than the whole pipeline, as diffusers offloads (with accelerate)."""
     json: Path | None = None
     """Also write all numbers to this file."""
 
@@ -107,6 +111,8 @@ class Analyze:
             labels=tuple(labels),
             pipe_arguments=self.pipe_arguments,
             device=self.device,
+            dtype=self.dtype,
+            offload=self.offload,
         )
         pipe = choice.pipeline()
         sample = choice.sample(pipe, prompt=self.prompt)

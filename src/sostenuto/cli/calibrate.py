@@ -183,7 +183,7 @@ class Calibrate:
         choice = self.choice
         asked = (
             choice.model, choice.scheduler, choice.num_inference_steps, choice.conditions(), choice.guidance_scale,
-            choice.pipe_arguments, choice.seed, self.num_samples, self.search_images, calibration,
+            choice.pipe_arguments, choice.seed, choice.dtype, self.num_samples, self.search_images, calibration,
         )  # fmt: skip
         return output.with_name(f"{output.name}.{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}.partial")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,13 +47,18 @@ class SamplerChoice:
     seed: int = 0
     device: str = "auto"
     """Where the pipeline runs: cpu, cuda, or auto, which takes the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What its weights are loaded as: auto takes bfloat16 on a GPU and float32 on a CPU, and float32 for the demo model."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On a GPU that holds less than the whole pipeline, as diffusers offloads (with accelerate): whole models in turn, or
+    layer by layer, which is slow."""
 
     def pipeline(self) -> Any:
         """The pipeline with its scheduler, on its device."""
         device = device_of(self.device)
-        pipe = self._load()
-        if device.type != "cpu":
-            pipe.to(device)
+        if self.offload != "none" and device.type == "cpu":
+            raise InputError(f"--offload {self.offload} keeps on the CPU what the GPU has no room for: it needs a GPU")
+        pipe = self._placed(self._load(), device)
         name = self.scheduler or self._usual_scheduler()
         if name is not None:
             from sostenuto.bench.subjects import scheduler_like
@@ -69,11 +74,11 @@ class SamplerChoice:
         if self.model == "demo":
             from sostenuto.demo.pipeline import load_demo_pipeline
 
-            return load_demo_pipeline()
+            return self._in_dtype(load_demo_pipeline())
         if (Path(self.model) / "ema.safetensors").is_file():
             from sostenuto.demo.pipeline import load_trained_pipeline
 
-            return load_trained_pipeline(self.model)
+            return self._in_dtype(load_trained_pipeline(self.model))
         if not Path(self.model).is_dir() and not _HUB_ID.fullmatch(self.model):
             raise InputError(
                 f"there is no folder {self.model!r}, and it is no hub id such as 'owner/name': name a folder that "
@@ -81,7 +86,25 @@ class SamplerChoice:
             )
         from sostenuto.bench.subjects import load_pipeline
 
-        return load_pipeline(self.model)
+        automatic = torch.float32 if device_of(self.device).type == "cpu" else torch.bfloat16
+        return load_pipeline(self.model, torch_dtype=self._dtype() or automatic)
+
+    def _dtype(self) -> torch.dtype | None:
+        """What was asked for, if anything."""
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    def _in_dtype(self, pipe: Any) -> Any:
+        """A pipeline that lies in float32, as asked for."""
+        return pipe if self._dtype() is None else pipe.to(self._dtype())
+
+    def _placed(self, pipe: Any, device: torch.device) -> Any:
+        if self.offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif self.offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        elif device.type != "cpu":
+            pipe.to(device)
+        return pipe
 
     def conditions(self) -> Conditions:
         """The prompts where there are any, else the class labels."""
@@ -116,34 +139,37 @@ class ModelChoice(SamplerChoice):
     scheduler: str | None = None
     """Class of the diffusers scheduler to sample with, such as DDIMScheduler; by default the model's own, and for l2c DDIM."""
     method: str = "eb"
-    """A name from "sostenuto methods", or "none"."""
+    """A name from "sostenuto methods", or "none"; with parameters, taylorseer:interval=4,order=2; a preset, fora.flux_dev; or
+    several, fora:interval=3|forecast."""
     table: Path | None = None
     """What "sostenuto calibrate" made for the method."""
     config: Path | None = None
     """A configuration file (.json, .yaml) that says the method, its parameters and max_cache_bytes, instead of --method."""
 
     def _usual_scheduler(self) -> str | None:
-        name = self.method if self.config is None else self.method_object().name
-        return "DDIMScheduler" if name == "l2c" else None
+        return "DDIMScheduler" if self.method_object().name == "l2c" else None
 
     def method_object(self) -> Any:
         """The method with its table."""
+        from sostenuto.bench.specs import method_of
         from sostenuto.calibrations import available_calibrations
         from sostenuto.config import load_config
         from sostenuto.errors import MethodError
-        from sostenuto.methods import available_methods, by_name
+        from sostenuto.methods import Combination
 
         if self.config is not None:
             if self.table is not None:
                 raise InputError("--config says the method with its table: leave out --table")
             return load_config(self.config).method
-        method = by_name(self.method)
+        method = method_of(self.method, self.num_inference_steps)
         if self.table is None:
             return method
-        if not method.calibrated and self.method not in available_calibrations():
-            raise MethodError(f"--table is for a method that is calibrated, {self.method} takes no table")
-        make: Any = available_methods()[self.method]
-        return make(self.table)  # what was calibrated is the first parameter of all of them
+        if isinstance(method, Combination):
+            raise MethodError("--table is for one method: in a combination write it as eb:table=FILE")
+        if not method.calibrated and method.name not in available_calibrations():
+            raise MethodError(f"--table is for a method that is calibrated, {method.name} takes no table")
+        # What was calibrated is the first parameter of all of them.
+        return replace(method, **{next(field.name for field in fields(method) if not field.kw_only): self.table})
 
     def max_cache_bytes(self) -> int | None:
         """The limit in the configuration file, if there is one."""

@@ -16,7 +16,6 @@ from sostenuto.cli.common import ModelChoice, SamplerChoice, write_json
 from sostenuto.pipelines import PROMPT
 
 _TINY = "tiny:"
-_DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 _TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
 
 
@@ -52,11 +51,14 @@ class Inspect:
     def _loaded(self) -> _Subject:
         from torch import nn
 
-        from sostenuto.compat import find_denoiser
+        from sostenuto.compat import DENOISERS, find_denoiser
 
-        choice = SamplerChoice(self.model, device=self.device if self.verify else "cpu")
+        choice = SamplerChoice(self.model, device=self.device)
+        if not self.verify:  # a list of sites needs no numbers: half of the memory will do
+            choice = SamplerChoice(self.model, device="cpu", dtype="bfloat16")
         pipe = choice.pipeline()
-        found = {name: getattr(pipe, name) for name in _DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)}
+        known = (*DENOISERS, "prior")
+        found = {name: getattr(pipe, name) for name in known if isinstance(getattr(pipe, name, None), nn.Module)}
 
         def sample(_: Any, generator: Any, num_inference_steps: int) -> Any:
             return choice.sample(pipe, prompt=self.prompt)(pipe, generator, num_inference_steps)

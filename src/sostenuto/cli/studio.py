@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class Studio:
     """A diffusers folder, a hub id, or "demo"."""
     device: str = "auto"
     """Where it runs: cpu, cuda, or auto, which takes the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What its weights are loaded as: auto takes bfloat16 on a GPU and float32 on a CPU, and float32 for the demo model."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """On a GPU that holds less than the whole pipeline, as diffusers offloads (with accelerate)."""
     port: int = 7870
     """0 takes a free one."""
     host: str = "127.0.0.1"
@@ -45,7 +50,8 @@ class Studio:
                 f"{self.host} can be reached from other machines, and whoever reaches the page can use it: pass "
                 "--allow-remote if that is meant"
             )
-        session = Session(SamplerChoice(model=self.model, device=self.device).pipeline(), self.tables, self.results)
+        choice = SamplerChoice(self.model, device=self.device, dtype=self.dtype, offload=self.offload)
+        session = Session(choice.pipeline(), self.tables, self.results)
         session.frontier()  # a results file that can't be read is told now
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listening = socket.socket(family)

@@ -52,8 +52,6 @@ class Tune:
     """With --reference: the feature network of the distance."""
     weights: tuple[str, ...] = ()
     """With --reference: its weights, as NAME=PATH, where they don't lie in torch's cache."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the network's matrix products."""
     json: Path | None = None
     """Also write the frontier to this file."""
 
@@ -74,7 +72,7 @@ class Tune:
             )
         if self.reference is None and (self.weights or self.network != "inception"):
             raise InputError("--network and --weights are of the distance to real images: give them with --reference")
-        pipe, device = self.choice.pipeline(), device_of(self.choice.device)
+        pipe = self.choice.pipeline()
         options = sostenuto.TuneOptions(
             speedups=self.speedups,
             budget=self.budget,
@@ -89,19 +87,18 @@ class Tune:
         sample, scoring = self.choice.sample(pipe), self._scoring(pipe)
         if not scoring and self.score_images and world().is_main:
             print("no images are scored without --reference: plans are chosen by nearness alone", file=sys.stderr)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            tuned = sostenuto.tune(
-                pipe,
-                sample,
-                num_inference_steps=self.choice.num_inference_steps,
-                speedup=self.speedup,
-                num_samples=self.num_samples,
-                generator=torch.Generator().manual_seed(self.choice.seed),
-                folder=self.output,
-                show_progress=True,
-                options=options,
-                **scoring,
-            )
+        tuned = sostenuto.tune(
+            pipe,
+            sample,
+            num_inference_steps=self.choice.num_inference_steps,
+            speedup=self.speedup,
+            num_samples=self.num_samples,
+            generator=torch.Generator().manual_seed(self.choice.seed),
+            folder=self.output,
+            show_progress=True,
+            options=options,
+            **scoring,
+        )
         if not world().is_main:
             return
         print(tuned)
