@@ -1,5 +1,7 @@
 """The demo pipeline as a diffusers pipeline, and caching on the trained model."""
 
+import sys
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -155,7 +157,20 @@ def test_verify_proves_the_shipped_model(pipe):
     def sample(pipeline, generator, num_inference_steps):
         return generate(pipeline, steps=num_inference_steps)
 
-    assert sostenuto.verify(pipe, FORA(2), sample)["sites"] == 16
+    proved = sostenuto.verify(pipe, FORA(2), sample)
+    assert (proved["sites"], proved["steps"]) == (16, 4)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("eb", 50), ("ab", 12), ("none", 4)])
+def test_verify_runs_as_many_steps_as_the_method_needs_to_show_what_it_does(pipe, method, steps, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["sostenuto.verify"], "_prove_call", lambda *_: {}
+    )  # of the same sites for every method
+
+    def sample(pipeline, generator, num_inference_steps):
+        return generate(pipeline, steps=num_inference_steps)
+
+    assert sostenuto.verify(pipe, method, sample)["steps"] == steps
 
 
 @pytest.mark.slow

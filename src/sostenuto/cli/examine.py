@@ -84,6 +84,7 @@ class Verify:
             self.choice.method_object(),
             self.choice.sample(pipe),
             num_inference_steps=self.choice.num_inference_steps,
+            show_progress=True,
         )
         print(_words(proved))
         write_json(self.json, proved)
@@ -185,7 +186,12 @@ def _prove(subject: _Subject, denoiser: Any) -> None:
 
     method = sostenuto.DeepCache(branch_id=0) if is_unet(denoiser) else sostenuto.FORA(2)
     proved = sostenuto.verify(
-        denoiser, method, subject.sample, scheduler=subject.scheduler, num_inference_steps=len(_TIMESTEPS)
+        denoiser,
+        method,
+        subject.sample,
+        scheduler=subject.scheduler,
+        num_inference_steps=len(_TIMESTEPS),
+        show_progress=True,
     )
     print(f"  {_words(proved)}")
     for what, share in proved["macs"].items():

@@ -101,6 +101,11 @@ class Method:
         """Whether the method changes how another one fills its gaps."""
         return type(self).refine is not Method.refine
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The one number of steps that it runs with, once what it was calibrated with is loaded; ``None``: any."""
+        return None
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> Method:
         """The method ready for this denoiser: parameters that depend on the model filled in, what doesn't fit refused.
 
@@ -204,6 +209,11 @@ class Combination(Method):
     def refines(self) -> bool:
         """Whether one of them changes how gaps are filled."""
         return any(method.refines for method in self.methods)
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """That of the first one that has one; of two that differ one refuses to run."""
+        return next((steps for method in self.methods if (steps := method.num_inference_steps)), None)
 
     @property
     def _skipping(self) -> tuple[Method, ...]:

@@ -105,6 +105,12 @@ class EpsilonScaling(Method):
                     "EpsilonScaling goes from one number to end: give one scale, or one per step and no end"
                 )
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """That of the scales, where there is one per step."""
+        scales = self.scale.computed if isinstance(self.scale, NoiseScales) else self.scale
+        return len(scales) if isinstance(scales, tuple) else None
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> EpsilonScaling:
         """Load calibrated scales and refuse those that were measured on something else."""
         if isinstance(self.scale, (str, Path)):

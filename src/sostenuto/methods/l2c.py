@@ -59,6 +59,11 @@ class L2C(Method):
         """Published for DiT-L/2 at 256² with DDIM: θ = 0.1."""
         return cls(router, threshold=0.1)
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The router's."""
+        return self.router.num_inference_steps if isinstance(self.router, Router) else None
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> L2C:
         """Load the router and refuse one that was made for something else."""
         if self.router is None:

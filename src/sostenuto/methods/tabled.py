@@ -47,6 +47,11 @@ class TableMethod(Method):
         """Where the table is known, and reuses all branches of a step."""
         return isinstance(self.table, CacheTable) and StepState.REUSE_BOTH in self.table.actions
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The table's."""
+        return self.table.num_inference_steps if isinstance(self.table, CacheTable) else None
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> TableMethod:
         """Load the table and refuse one that was made for something else."""
         table = shipped_table(denoiser, scheduler, self.name) if self.table is None else loaded(self.table)
