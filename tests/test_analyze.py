@@ -610,3 +610,12 @@ def test_a_clean_sample_is_clipped_only_where_the_solver_itself_clips(model):
         largest.append(path.clean.abs().max().item())
     assert largest[0] == pytest.approx(0.1)
     assert largest[1] > 0.2
+
+
+@pytest.mark.parametrize("frames_first", [False, True])
+def test_frames_are_told_from_channels_by_what_the_network_takes(frames_first):
+    video = torch.arange(2 * 4 * 3 * 5 * 5.0).reshape(2, 4, 3, 5, 5)  # two rows of four channels and three frames
+    subject = SimpleNamespace(decode=None, denoiser=SimpleNamespace(config={"in_channels": 4}))
+    made = Subject.images(subject, video.transpose(1, 2) if frames_first else video)
+    assert made.shape == (6, 4, 5, 5)
+    assert torch.equal(made[1], video[0, :, 1])

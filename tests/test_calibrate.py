@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -120,6 +121,17 @@ def test_b_is_chosen_by_the_score_on_either_side_of_one(model):
         table = calibrate(model, options, steps=8, score=lambda images, wanted=wanted: (images - wanted).norm().item())
         assert set(table.eps_scale) == {best}
         assert set(table.calibration["scores"]) == {"0.98", "1", "1.02"}
+
+
+def test_a_score_that_is_not_finite_is_the_worst(model, tmp_path):
+    options = EBCalibration(target_fraction=0.7, eps_scale_grid=(0.98, 1.0, 1.02), max_rounds=1)
+    said = iter([math.nan, 3.0, math.inf])
+    table = calibrate(model, options, steps=6, score=lambda _: next(said))
+    assert set(table.eps_scale) == {1.0}
+    assert table.calibration["scores"] == {"0.98": None, "1": 3.0, "1.02": None}
+    table.save(tmp_path / "table.json")
+    with pytest.raises(MethodError, match="not finite with any noise scale"):
+        calibrate(model, options, steps=6, score=lambda _: math.nan)
 
 
 def test_calls_vote_and_ties_go_to_less_reuse():

@@ -23,6 +23,7 @@ from sostenuto import (
     Config,
     EBCache,
     Forecast,
+    JointHandle,
     RatioSchedule,
     SmoothCache,
     StepState,
@@ -260,6 +261,37 @@ def test_the_switch_wins_over_whatever_is_wrong(monkeypatch):
     handle.share(object())
     handle.listen(print)
     assert [f.name for f in fields(handle.stats)][-1] == "disabled"
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench", "--methods", "fora"], ["studio"]])
+def test_what_compares_cached_with_uncached_refuses_the_switch(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SOSTENUTO_DISABLE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert "SOSTENUTO_DISABLE is set" in capsys.readouterr().err
+
+
+def test_images_of_a_switched_off_method_are_not_mixed_with_its_own(tmp_path, monkeypatch, capsys):
+    words = ["generate", "--method", "fora", "--num-images", "2", "--num-inference-steps", "3", "--output"]
+    output, numbers = tmp_path / "images", tmp_path / "numbers.json"
+    monkeypatch.setenv("SOSTENUTO_DISABLE", "1")
+    assert main([*words, str(output), "--json", str(numbers)]) == 0
+    assert json.loads(numbers.read_text())["ideal_speedup"] == 1.0
+    monkeypatch.delenv("SOSTENUTO_DISABLE")
+    assert main([*words, str(output)]) == 1
+    assert "holds images of a run with another method" in capsys.readouterr().err
+
+
+def test_every_handle_says_its_method_and_what_it_holds(monkeypatch):
+    def told(handle):
+        return handle.method, handle.plan, handle.noise_scale, [*handle.sites], [*handle.last_actions]
+
+    network = build_tiny()
+    with sostenuto.enable(network, "fora", scheduler=DDPMScheduler()) as handle:
+        assert told(handle) == (FORA(), None, None, sostenuto.inspect(network), [])
+        assert JointHandle({"transformer": handle}).method == FORA()
+    monkeypatch.setenv("SOSTENUTO_DISABLE", "1")
+    assert told(sostenuto.enable(network, "fora")) == (None, None, None, [], [])
 
 
 def test_the_switch_warns_once_in_a_process():

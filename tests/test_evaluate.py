@@ -341,7 +341,8 @@ def _evaluated(folder, *more):
     )
 
 
-def test_several_processes_find_what_one_finds(tmp_path):
+@pytest.mark.parametrize("size", [2, 5], ids=["two", "more than there are batches"])
+def test_several_processes_find_what_one_finds(tmp_path, size):
     folder = tmp_path / "images"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -352,7 +353,7 @@ def test_several_processes_find_what_one_finds(tmp_path):
     alone = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "out.json").unlink()
     statistics = ("--reference", "demo:test", "--batch-size", "3", "--statistics", str(tmp_path / "kept.safetensors"))
-    processes.run(_evaluated, 2, folder, *statistics)
+    processes.run(_evaluated, size, folder, *statistics)
     shared = json.loads((tmp_path / "out.json").read_text())
     known = {row["name"]: row["value"] for row in alone["metrics"] if row["value"] is not None}
     found = {row["name"]: row["value"] for row in shared["metrics"] if row["value"] is not None}

@@ -373,3 +373,14 @@ def test_by_name_the_demo_pipeline_gets_its_preset():
     assert replace(preset, data=None) == replace(L2CCalibration.demo(20), data=None)
     assert preset.data is not None
     assert L2CCalibration.default_for(Settings(object(), None, 20, 1)) == L2CCalibration()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_trains_in_the_networks_dtype(dtype):
+    router = calibrate(build_tiny().to(dtype))
+    assert all(math.isfinite(logit) for row in router.logits for logit in row)
+
+
+def test_float16_whose_gradients_vanish_is_refused():
+    with pytest.raises(MethodError, match="too small for float16"):
+        calibrate(build_tiny().half())

@@ -108,13 +108,15 @@ def test_kernel_distance_equals_a_naive_double_loop():
         kernel_distance(a, b, subset_size=31)
 
 
-def test_metrics_leave_the_global_generator_alone():
+def test_metrics_leave_the_global_generators_alone(monkeypatch):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     kernel_distance(torch.randn(9, 2, generator=torch.Generator()), torch.ones(9, 2), subset_size=4)
     inception_score(torch.zeros(5, 3))
     assert torch.equal(torch.rand(2), expected)
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("this seeds the GPUs, too"))
+    inception_score(torch.zeros(5, 3))
 
 
 def test_precision_and_recall_equal_naive_loops():

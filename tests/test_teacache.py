@@ -238,6 +238,12 @@ def test_the_threshold_skips_the_share_that_was_asked_for(two, scheduler, target
     assert sum(replayed) / 8 == fit.calibration["skipped"]
 
 
+def test_passes_of_unequal_length_bound_what_can_be_skipped_together():
+    calibration = TeaCacheCalibration(1, 0.8)
+    with pytest.raises(MethodError, match=r"0\.7 can be skipped at most"):
+        calibration._choose((1.0, 0.0), [[0.1] * 19, [0.1] * 3], 0.8)
+
+
 def test_more_than_can_be_skipped_is_refused(two, scheduler):
     with pytest.raises(MethodError, match=r"of 8 steps 0\.75 can be skipped at most"):
         calibrate(two, scheduler, TeaCacheCalibration(1, 0.8))

@@ -12,7 +12,7 @@ from conftest import build_tiny, calm, quantised, sample, sample_loop, sample_of
 from sostenuto import CacheTable, EBCache, InputError, MethodError, TuneOptions, tune
 from sostenuto.anatomy import SiteKind
 from sostenuto.step_state import StepState
-from sostenuto.tuning.lab import key_of
+from sostenuto.tuning.lab import Lab, key_of
 from sostenuto.tuning.measurement import Kind
 from sostenuto.tuning.tuner import _kinds
 from tunings import QUICK, STEPS, error_of, speedup_of, tuned
@@ -117,6 +117,15 @@ class Judge:
 
     def distance(self, images):
         return self(images)
+
+
+def test_a_score_that_fails_on_the_models_own_images_ends_before_the_measurements(model, monkeypatch):
+    def failing(images):
+        raise InputError("no reference")
+
+    monkeypatch.setattr(Lab, "measure", lambda *_: pytest.fail("the expensive part began"))
+    with pytest.raises(InputError, match="no reference"):
+        tuned(model, score=failing)
 
 
 @pytest.mark.parametrize("score", [Judge(), Judge().distance])

@@ -1,5 +1,6 @@
 """The instrumented run: an uncached one that measures what a real step of reuse does."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 import sostenuto
+import sostenuto.tuning.instrument as instrument_module
+import sostenuto.tuning.lab as lab_module
 from conftest import sample, sample_loop, sampler_of_lists
-from sostenuto import CacheTable, EBCache, InputError
+from sostenuto import CacheTable, EBCache, InputError, MethodError, compat
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.engine import attach
 from sostenuto.step_state import StepState
@@ -190,6 +193,58 @@ def test_a_begun_run_of_another_setting_is_not_taken(model, tmp_path):
     (tmp_path / "measuring-stack.pt").write_bytes(b"begun")
     with pytest.raises(InputError, match="another seed"):
         claim(tmp_path, {"seed": 1})
+
+
+def test_a_part_of_the_measurement_is_what_it_is_within_the_whole():
+    whole = reaches(tuple(Kind), STEPS)
+    for kind in Kind:
+        assert reaches((kind,), STEPS, tuple(Kind)) == {kind: whole[kind]}
+    assert reaches((Kind.BRANCHES,), STEPS)[Kind.BRANCHES].num_slots > whole[Kind.BRANCHES].num_slots
+
+
+def test_a_tried_reuse_that_overflows_is_left_out_and_the_rest_is_measured(model, monkeypatch):
+    filled = instrument_module.filled_call
+
+    def overflowing(prober, *which):
+        output = filled(prober, *which)
+        return compat.map_prediction(output, lambda values: values * math.inf) if prober.tick.step == 2 else output
+
+    monkeypatch.setattr(instrument_module, "filled_call", overflowing)
+    with attach(model, Tapped(("stack",)), scheduler=model.scheduler_for_test) as handle:
+        instrument = handle.driver = Instrument(handle, reaches((Kind.STACK,), STEPS), STEPS)
+        for _ in range(2):
+            sample_loop(model, model.scheduler_for_test, STEPS)
+    measured = instrument.result(4, 0.0)
+    one_later = measured.runs[Kind.STACK][0, 0, :, 0, 0]  # by the step that was computed
+    assert [bool(np.isfinite(error)) for error in one_later[:4]] == [True, False, True, True]
+    assert 0 <= measured.noise_share <= 1
+
+
+def test_latents_of_several_sizes_are_refused_with_a_reason(model):
+    sizes = iter([8, 4])
+
+    def varying(network, generator, num_inference_steps):
+        size = next(sizes)
+        return sample_loop(network, model.scheduler_for_test, num_inference_steps, size=size)
+
+    with pytest.raises(MethodError, match="latents of several sizes"):
+        generate(Settings(model, varying, 4, 4, scheduler=model.scheduler_for_test), 0, sostenuto.NoCache())
+
+
+def test_a_step_at_which_nothing_can_be_reused_is_probed_beside(model, monkeypatch):
+    lab = Lab(Settings(model, sample, STEPS, 4, scheduler=model.scheduler_for_test), None, 2, lambda _: None)
+    perturbed, tried = lab_module._perturb_at, []
+
+    def at(step, kind, order, caused):
+        tried.append(step)
+        return perturbed(step if step > 5 else 0, kind, order, caused)  # at the first step there is nothing to reuse
+
+    monkeypatch.setattr(lab_module, "_perturb_at", at)
+    assert lab.response(Kind.STACK, 0, 5) > 0
+    assert tried == [5, 6]
+    monkeypatch.setattr(lab_module, "_perturb_at", lambda step, *rest: perturbed(0, *rest))
+    with pytest.raises(MethodError, match="nothing could be reused at the steps around 4"):
+        lab.response(Kind.STACK, 0, 4)
 
 
 def test_forecasts_are_timed_apart_from_last_values(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -404,5 +404,34 @@ def _block_registry() -> Any:
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done what it was told, so that a clock sees it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type not in ("cpu", "meta"):
+        getattr(torch, device.type).synchronize(*([device] if device.type == "cuda" else []))
+
+
+def _hooks(part: nn.Module) -> Sequence[Any]:
+    """What accelerate hooked to a module to load it where it is needed."""
+    hook = getattr(part, "_hf_hook", None)
+    return getattr(hook, "hooks", () if hook is None else (hook,))
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a network computes, also where offloading keeps its weights elsewhere in between."""
+    hooks = (hook for part in unwrapped(module).modules() for hook in _hooks(part))
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    return next(module.parameters()).device if found is None else torch.device(found)
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters by name, each once; those that are loaded layer by layer from where they are kept."""
+    seen: set[int] = set()
+    for path, part in unwrapped(module).named_modules():
+        maps = [getattr(hook, "weights_map", None) for hook in _hooks(part)]
+        kept = next((one for one in maps if one is not None), {})
+        for name, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (
+                    f"{path}.{name}" if path else name,
+                    kept[name] if parameter.is_meta and name in kept else parameter,
+                )

@@ -28,6 +28,11 @@ class JointHandle:
         self.handles = dict(handles)
 
     @property
+    def method(self) -> Method:
+        """The method, as it is ready for the first denoiser."""
+        return next(iter(self.handles.values())).method
+
+    @property
     def stats(self) -> Statistics:
         """Statistics of the last generation over all denoisers; sites bear the name of their denoiser in front.
 

@@ -78,7 +78,10 @@ def check_made_for(
     wanted = scheduler.get("prediction_type")
     given = getattr(getattr(sampler, "config", None), "prediction_type", wanted)
     if wanted and given != wanted:
-        raise TableError(f"the {what} was made for {wanted}-prediction, this scheduler expects {given}")
+        raise TableError(
+            f"the {what} was made for {wanted}-prediction, this scheduler expects {given}: calibrate one for it, or "
+            f"set the scheduler's prediction_type to {wanted}"
+        )
 
 
 def _check_network(what: str, model: Mapping[str, Any], denoiser: nn.Module) -> None:

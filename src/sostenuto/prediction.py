@@ -232,7 +232,8 @@ def predicted_noise(
         MethodError: the shapes differ in more than one dimension.
     """
     shared = shared_part(prediction, latents, noisy_last)
-    return conversion.read(shared.of(prediction), shared.of(latents))
+    exact = torch.promote_types(prediction.dtype, torch.float32)  # see _mapped
+    return conversion.read(shared.of(prediction).to(exact), shared.of(latents).to(exact))
 
 
 def keep_variance(

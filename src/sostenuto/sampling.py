@@ -33,6 +33,7 @@ from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
 from sostenuto.pipelines import Conditions, call_arguments, first_output, pipeline_sample
 from sostenuto.seeds import noise_seed
+from sostenuto.switch import is_switched_off
 
 _LEADING_VALUES = 16  # of every weight, which tell one training of a network from another
 
@@ -139,7 +140,9 @@ def sample_images(
         "num_images": sum(record["images"] for record in records),
         "num_batches": len(records),
         **totals,
-        "ideal_speedup": totals["macs_uncached"] / totals["macs"],
+        "ideal_speedup": totals["macs_uncached"] / totals["macs"]
+        if totals["macs"]
+        else 1.0,  # where it is switched off
     }
 
 
@@ -153,11 +156,11 @@ def _bytes_of(images: Any) -> np.ndarray:
 
 def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
     """What the bytes of the images depend on, as plain data."""
-    device = pipe.device
+    device = compat.execution_device(next(iter(compat.find_denoisers(pipe).values())))
     return {
         "denoisers": {name: _weights(denoiser) for name, denoiser in compat.find_denoisers(pipe).items()},
         "scheduler": [type(pipe.scheduler).__name__, compat.config_of(pipe.scheduler)],
-        "method": lockstep.digest(type(method).__name__, method),
+        "method": "switched off" if is_switched_off() else lockstep.digest(type(method).__name__, method),
         **vars(images),
         "conditions": hashlib.sha256(json.dumps(list(images.conditions)).encode()).hexdigest(),
         "device": torch.cuda.get_device_name(device)
@@ -169,7 +172,7 @@ def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
 
 def _weights(denoiser: nn.Module) -> str:
     digest = hashlib.sha256(fingerprint(denoiser).encode())
-    for name, weight in compat.unwrapped(denoiser).state_dict().items():
+    for name, weight in (compat.unwrapped(denoiser).state_dict() | dict(compat.weights_of(denoiser))).items():
         leading = weight.flatten()[:_LEADING_VALUES].double().tolist() if weight.dtype.is_floating_point else []
         digest.update(repr((name, list(weight.shape), str(weight.dtype), leading)).encode())
     return digest.hexdigest()

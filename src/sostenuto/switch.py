@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from sostenuto.errors import EngineError
 from sostenuto.stats import Statistics
 
 VARIABLE = "SOSTENUTO_DISABLE"
@@ -21,8 +22,31 @@ def is_switched_off() -> bool:
     return os.environ.get(VARIABLE, "").strip().lower() not in _OFF
 
 
+def check_not_switched_off(what: str) -> None:
+    """Refuse work that is about caching while the switch is set.
+
+    Raises:
+        EngineError: it is set.
+    """
+    if is_switched_off():
+        raise EngineError(
+            f"{VARIABLE} is set, with which nothing is cached: {what} would show the uncached sampler alone; unset it"
+        )
+
+
 class DisabledHandle:
-    """What :func:`sostenuto.enable` returns while the switch is set: it does nothing, and its statistics say so."""
+    """What :func:`sostenuto.enable` returns while the switch is set: it does nothing, and its statistics say so.
+
+    Attributes:
+        method: none.
+        plan: none.
+        noise_scale: none.
+        sites: none.
+        last_actions: none.
+    """
+
+    method = plan = noise_scale = None
+    sites = last_actions = ()
 
     def __init__(self) -> None:
         _warn()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from sostenuto.measured import is_number
 from sostenuto.step_state import StepState, read_state
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
+_FIELDS = (
+    "format", "version", "method", "order", "num_inference_steps", "eps_scale", "forecast_order", "fill", "include_cross",
+    "actions", "model", "scheduler", "calibration", "macs_fraction",
+)  # fmt: skip
 MAX_STEPS = 10_000
 
 # The authors' files hold 0, 1, 2; FEB-Cache's text adds 3.
@@ -95,8 +100,15 @@ def read_fields(content: Any, order: str | None) -> dict[str, Any]:
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TableError(f"the field 'format' must be {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise TableError(f"version {content.get('version')!r} is not known, only {VERSION}: update sostenuto")
+    version = content.get("version")
+    if isinstance(version, bool) or version != VERSION:
+        raise TableError(f"version {version!r} is not known, only {VERSION}: update sostenuto")
+    unknown = next((name for name in content if name not in _FIELDS), None)
+    if unknown is not None:  # a misspelt one would be left out silently
+        near = get_close_matches(str(unknown), _FIELDS, 1)
+        raise TableError(
+            f"there is no field {unknown!r}" + (f": did you mean {near[0]!r}?" if near else ": leave it out")
+        )
     actions, steps = content.get("actions"), content.get("num_inference_steps")
     if not isinstance(actions, list) or not 1 <= len(actions) <= MAX_STEPS:
         raise TableError("the field 'actions' must list the action of every step")
@@ -149,7 +161,16 @@ def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dic
         if not isinstance(timesteps, list) or len(timesteps) != num_steps or not all(map(is_number, timesteps)):
             raise TableError("scheduler.timesteps must be one number per step")
         maps["scheduler"] = {**maps["scheduler"], "timesteps": in_sampling_order(timesteps, order)}
-    known = maps["model"].get("fingerprint")
-    if known is not None and not isinstance(known, str):
-        raise TableError(f"model.fingerprint must be a text, not {known!r}")
+    for name, field in (
+        ("model", "class"),
+        ("model", "fingerprint"),
+        ("scheduler", "class"),
+        ("scheduler", "prediction_type"),
+    ):
+        value = maps[name].get(field)
+        if value is not None and not (isinstance(value, str) and value):
+            raise TableError(f"{name}.{field} must be a text, not {value!r}")
+    depth = maps["model"].get("num_blocks")
+    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
+        raise TableError(f"model.num_blocks must be a whole number of 1 or more, not {depth!r}")
     return maps

@@ -6,8 +6,7 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from sostenuto import compat
 from sostenuto.analysis.instrument import Data, Instrument
 from sostenuto.analysis.subject import Subject
 from sostenuto.clock import Tick
@@ -73,13 +72,11 @@ def measure(subject: Subject) -> Data:
 
 def _timed(prober: Prober, ops: list[Op]) -> float:
     history = [(prober.tick.step,) if op == Op.REUSE else () for op in ops]
-    cuda = prober.call.latents.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
+    device = prober.call.latents.device
+    compat.synchronize(device)
     began = time.perf_counter()
     prober.run(ops, history)
-    if cuda:
-        torch.cuda.synchronize()
+    compat.synchronize(device)
     return time.perf_counter() - began
 
 

@@ -171,8 +171,10 @@ class Subject:
             InputError: they lie on no grid and there is no decoder.
         """
         decoded = latents if self.decode is None else self.decode(latents).float().cpu()
-        if decoded.ndim == 5:  # [rows, channels, frames, height, width]
-            decoded = decoded.transpose(1, 2).flatten(0, 1)
+        if decoded.ndim == 5:  # [rows, channels, frames, height, width], of CogVideoX frames first
+            channels = compat.config_of(self.denoiser).get("in_channels")
+            frames_first = self.decode is None and decoded.shape[1] != channels == decoded.shape[2]
+            decoded = (decoded if frames_first else decoded.transpose(1, 2)).flatten(0, 1)
         if decoded.ndim != 4:
             raise InputError(
                 f"latents of shape {list(latents.shape[1:])} lie on no grid of pixels: pass decode=… to make images"

@@ -13,6 +13,7 @@ from sostenuto.engine import Handle, attach
 from sostenuto.errors import InputError, MethodError
 from sostenuto.features import Feature
 from sostenuto.methods.base import Method
+from sostenuto.prediction import shared_part
 from sostenuto.probe import Prober
 from sostenuto.schedulers import clipped_to, noise_levels
 
@@ -171,9 +172,8 @@ class _Recorder:
         scale, reused = self.handle._noise_scale, self.handle._reused
         noise = prober.noise(output).float() * (1.0 if scale is None else scale.at(tick.step, reused))
         latents = prober.call.latents.float()
-        for dim in range(latents.ndim):  # without an appended condition
-            latents = latents.narrow(dim, 0, noise.shape[dim])
-        self.latents.append(latents.cpu())
+        shared = shared_part(noise, latents, prober.call.noisy_last)  # without an appended condition
+        self.latents.append(shared.of(latents).cpu())
         self.noise.append(noise.cpu())
         self.predictions.append(prober.prediction(output).float().cpu())
         self.reused.append(reused)

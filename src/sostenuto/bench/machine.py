@@ -15,6 +15,7 @@ from sostenuto.bench.cases import Settings
 from sostenuto.compat import attention_of_diffusers
 from sostenuto.errors import InputError
 from sostenuto.machine import machine
+from sostenuto.switch import check_not_switched_off
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _RETAINED = 1 << 30
@@ -32,8 +33,10 @@ def prepare(settings: Settings) -> dict[str, Any]:
     """Set threads and allocator as the run wants them; returns the description of the machine.
 
     Raises:
+        EngineError: caching is switched off.
         InputError: the device isn't there.
     """
+    check_not_switched_off("a benchmark")
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
     if settings.threads:

@@ -64,7 +64,7 @@ class Settings:
     @property
     def machine(self) -> str:
         """What the denoiser runs on, as far as it sets how long that takes."""
-        return where(next(compat.find_denoiser(self.target).parameters()).device)
+        return where(compat.execution_device(compat.find_denoiser(self.target)))
 
     def fresh_generator(self) -> torch.Generator:
         """A generator at the seed, on the device of the one that was given."""

@@ -33,7 +33,7 @@ def measured_with(settings: Settings) -> dict[str, Any]:
     """What is known of model, sampler and samples before anything runs."""
     denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
     sampler = scheduler_of(settings.target, settings.scheduler)
-    weights = sum(float(parameter.detach().double().abs().sum()) for parameter in denoiser.parameters())
+    weights = sum(float(weight.detach().cpu().double().abs().sum()) for _, weight in compat.weights_of(denoiser))
     # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
     chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
     config = json.dumps(chosen, sort_keys=True, default=str)

@@ -14,7 +14,7 @@ from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, Nor
 from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for
 from sostenuto.distributed.world import on_main, spread, until, world
 from sostenuto.engine import attach
-from sostenuto.errors import InputError
+from sostenuto.errors import InputError, MethodError
 from sostenuto.files import publish_json
 from sostenuto.measured import is_number, read_json
 from sostenuto.methods import EBCache
@@ -104,14 +104,17 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
             return score(images)
 
         scores = _scores(settings.kept, grid, judged, bar.update)
-    best = min(scores, key=scores.__getitem__)
+    judged_well = [scale for scale in grid if math.isfinite(scores[scale])]
+    if not judged_well:
+        raise MethodError(f"the score is not finite with any noise scale: {list(scores.values())}")
+    best = min(judged_well, key=scores.__getitem__)
     return replace(
         table,
         eps_scale=options.noise_scales(best, table.num_inference_steps),
         calibration={
             **table.calibration,
             "multiplier": best,
-            "scores": {f"{scale:g}": value for scale, value in scores.items()},
+            "scores": {f"{scale:g}": value if math.isfinite(value) else None for scale, value in scores.items()},
         },
     )
 

@@ -228,7 +228,11 @@ class _Training:
         self.sites = tuple(site.id for site in handle.sites)
         self.made_for = made_for(handle)
         self.num_steps = settings.num_inference_steps
-        self.device = next(self.denoiser.parameters()).device
+        self.device, self.dtype = compat.execution_device(self.denoiser), next(self.denoiser.parameters()).dtype
+        if self.dtype is torch.float16:
+            raise MethodError(
+                "a router's gradients are too small for float16: load the model in float32 or bfloat16 to train one"
+            )
         self.steps = cache_steps(self.num_steps)
         noise = torch.randn(len(self.steps), len(self.sites), generator=torch.Generator().manual_seed(self.seed))
         noise = noise.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).to(self.device)
@@ -273,9 +277,13 @@ class _Training:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         """Mean square of what the gates change in the output of a cache step; only the gated call has gradients."""
-        clean, noise, arguments = tree_map(
-            lambda value: value.to(self.device) if isinstance(value, torch.Tensor) else value, (clean, noise, arguments)
-        )
+
+        def there(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+
+        clean, noise, arguments = tree_map(there, (clean, noise, arguments))
         timestep = anatomy_of(self.denoiser).timestep
         before, now = (self.scheduler.timesteps[p].to(self.device).expand(len(clean)) for p in (step - 1, step))
         with torch.no_grad():

@@ -12,12 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from sostenuto import compat
 from sostenuto.calibrations.base import Calibration, Settings, measure_uncached
 from sostenuto.clock import Tick
 from sostenuto.engine import Prober
 from sostenuto.errors import MethodError
-from sostenuto.features import leaves
 from sostenuto.methods.checks import check_finite, check_whole
 from sostenuto.methods.teacache import TeaCache, TeaCacheFit
 from sostenuto.plan import Op
@@ -87,11 +85,12 @@ class TeaCacheCalibration(Calibration):
             method = replace(self.policy, coefficients=coefficients, threshold=threshold)
             return fmean(fmean(method.replay(distances)) for distances in inputs)
 
-        num_steps = len(inputs[0]) + 1
-        most = max(0, num_steps - self.policy.first_steps - self.policy.last_steps) / num_steps
+        computed = self.policy.first_steps + self.policy.last_steps
+        most = fmean(max(0, len(series) + 1 - computed) / (len(series) + 1) for series in inputs)
         if target > most + 1e-9:  # 1 − fraction is rounded
             raise MethodError(
-                f"target_skipped is {target:g}, but of {num_steps} steps {most:.3g} can be skipped at most: ask for less"
+                f"target_skipped is {target:g}, but of {len(inputs[0]) + 1} steps {most:.3g} can be skipped at most: ask for "
+                "less"
             )
         low, high = 0.0, 1.0
         while skipped(high) < target - 1e-9:
@@ -140,6 +139,6 @@ def _changes(tick: Tick, prober: Prober) -> tuple[Any, _Pair | None]:
         prober.state.policy = _Listener()
     listener = prober.state.policy
     output = prober.run([Op.DECIDE])
-    channels = next(leaves(prober.call.latents)).shape[1]
-    noise = compat.first_tensor(output)[:, :channels]  # no learned variance
-    return output, listener.changes(noise.detach().clone())  # a clone: the sampler may write in place
+    return output, listener.changes(
+        prober.prediction(output).detach().clone()
+    )  # a clone: the sampler may write in place

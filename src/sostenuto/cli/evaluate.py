@@ -89,7 +89,8 @@ class Evaluate:
         if merged is not None:
             parts = [merged.with_suffix(f".{rank}-of-{launch.size}.safetensors") for rank in range(launch.size)]
             measured(first, self.reference, statistics=parts[launch.rank], shard=(launch.rank, launch.size))
-            gather(None)  # until all parts are there
+            gather(None)  # until all parts are there; of few images some processes look at none
+            parts = [part for part in parts if part.exists()]
             measured = partial(
                 measured, parts, paired=None, prompts=None, folder=merged.parent
             )  # the parts hold what they were compared with

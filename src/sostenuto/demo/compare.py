@@ -16,6 +16,7 @@ from sostenuto.demo.rows import NUM_STEPS, Entry, Settings, demo_sample
 from sostenuto.demo.run import run_entries
 from sostenuto.methods import FORA, ABCache, EBCache, EpsilonScaling, NoCache
 from sostenuto.step_state import StepState
+from sostenuto.switch import check_not_switched_off
 from sostenuto.table import CacheTable
 
 SHIPPED = Path(sostenuto.__file__).parent / "tables"
@@ -99,7 +100,11 @@ def compare(folder: Path, settings: Settings, show: bool = True) -> dict[str, An
 
     Returns:
         The content of ``--json``: ``rows``, ``n``, ``seed``, ``machine`` and more.
+
+    Raises:
+        EngineError: caching is switched off.
     """
+    check_not_switched_off("the comparison")
     folder.mkdir(parents=True, exist_ok=True)
     pipe, judge = load_demo_pipeline(), Judge()
     return run_entries(folder, entries(*_tables(folder, pipe, judge, settings, show)), settings, show)

@@ -121,7 +121,7 @@ def judged(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge
         "seeds": list(settings.seeds),
         "batch_size": settings.batch_size,
         "floor": judge.floor(settings.num_images),
-        "machine": machine() | {"dtype": settings.dtype},
+        "machine": machine() | {"device": "cpu", "dtype": settings.dtype},  # where the demo pipeline is loaded
     }
 
 

@@ -58,7 +58,7 @@ def _fixed_draws() -> Iterator[None]:
     """torchmetrics draws subsets and shuffles with the global generator: here always the same, and nobody else's change."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that it keeps what it is given
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would set those of the GPUs too, for good
         yield
 
 

@@ -28,6 +28,7 @@ from sostenuto.plan import Action
 from sostenuto.sites import has_stack
 from sostenuto.step_state import StepState
 from sostenuto.studio.catalogue import choose, names
+from sostenuto.switch import check_not_switched_off
 from sostenuto.table import CacheTable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -89,9 +90,13 @@ class Session:
         pipe: the pipeline.
         tables: folder of the saved tables; made when the first one is saved.
         results: a results file with a frontier to show, or ``None``.
+
+    Raises:
+        EngineError: caching is switched off.
     """
 
     def __init__(self, pipe: Any, tables: Path, results: Path | None = None) -> None:
+        check_not_switched_off("the studio")
         self.pipe, self.tables, self.results = pipe, tables, results
         self._busy = threading.Lock()
         if hasattr(pipe, "set_progress_bar_config"):

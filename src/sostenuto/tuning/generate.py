@@ -90,12 +90,16 @@ def generate(
             if tick.step == tick.num_steps - 1 and tick.pass_index == 0:
                 latents = as_rows(prober.call.latents)
                 run.latents.append(latents.detach().float().cpu().flatten(1))
+                if run.latents[-1].shape[1] != run.latents[0].shape[1]:
+                    raise MethodError(
+                        "sample makes latents of several sizes, which can't be compared: give it one height, width and length"
+                    )
                 run.rows, run.num_steps = run.rows + prober.batch_size, tick.num_steps
             left[:] = [time.perf_counter()]
             return output
 
         handle.driver, handle.driver_slots = driver, num_slots
-        device = next(handle._denoiser.parameters()).device
+        device = compat.execution_device(handle._denoiser)
         began = time.perf_counter()
         while run.rows < settings.num_samples:
             before = run.rows

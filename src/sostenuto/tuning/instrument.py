@@ -83,6 +83,7 @@ class Instrument:
 
     def __init__(self, handle: Handle, reach: dict[Kind, Reach], num_steps: int) -> None:
         self._handle, self._reach = handle, reach
+        self._device = compat.execution_device(handle._denoiser)
         self._slots = [
             1 + max(r.num_slots * _is_read(site, kind) for kind, r in reach.items()) for site in handle.sites
         ]
@@ -94,7 +95,7 @@ class Instrument:
         self._rows = np.zeros(num_steps)
         self._errors: dict[tuple[int, Kind, int, int, int], list[torch.Tensor]] = {}  # …, computed step → its run
         self._seconds: dict[str, list[float]] = {}
-        self._chosen: torch.Tensor | None = None
+        self._chosen: dict[int, torch.Tensor] = {}
         self._whole = whole_of(reach)
         self._nudged = set(nudged_steps(num_steps) if self._whole in reach else ())
         self._nudge_errors = np.full((len(NUDGES), num_steps), np.nan)  # mean squares
@@ -177,18 +178,18 @@ class Instrument:
         """Some values of every row's prediction ``[rows, values]``, in float32."""
         values = prober.prediction(output).flatten(1)
         if values.shape[1] > _NUM_VALUES:
-            if self._chosen is None:
-                order = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))
-                self._chosen = order[:_NUM_VALUES].to(values.device)
-            values = values[:, self._chosen]
+            width = values.shape[1]  # of another size other ones
+            if width not in self._chosen:
+                order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+                self._chosen[width] = order[:_NUM_VALUES].to(values.device)
+            values = values[:, self._chosen[width]]
         return values.float()
 
     def _timed(self, name: str, prober: Prober, run: Callable[[], Any]) -> Any:
-        device = next(self._handle._denoiser.parameters()).device
-        compat.synchronize(device)
+        compat.synchronize(self._device)
         began = time.perf_counter()
         output = run()
-        compat.synchronize(device)
+        compat.synchronize(self._device)
         self._seconds.setdefault(name, []).append(time.perf_counter() - began)
         return output
 
@@ -234,21 +235,25 @@ class Instrument:
         Raises:
             MethodError: an output was not finite.
         """
-        if not np.isfinite(self._power).all() or any(np.isinf(values).any() for values in self._runs.values()):
+        if not np.isfinite(self._power).all():
             raise MethodError("the network's output is not finite: run the model in a wider dtype")
+        # A reuse that overflowed in the tryout counts as one that wasn't measured: no plan has it.
+        runs = {kind: np.where(np.isfinite(values), values, np.nan) for kind, values in self._runs.items()}
         seconds = {name: float(np.median(times)) for name, times in self._seconds.items()}
         seconds["pause"] = pause
         little, more = self._nudge_errors
         # In proportion to the change the squared errors would be as 1 to 4; noise adds the same to both, and to a real reuse's.
         ratio = (NUDGES[1] / NUDGES[0]) ** 2
-        noise = (ratio * little - more) / (ratio - 1)
+        noise = (ratio * np.where(np.isfinite(little), little, np.nan) - np.where(np.isfinite(more), more, np.nan)) / (
+            ratio - 1
+        )
         roughness = np.full(len(noise), np.nan)
         if self._whole in self._reach:
-            next_step = self._runs[self._whole][0, 0, :-1, 0, 0]  # squared error of reuse one step after a computed one
+            next_step = runs[self._whole][0, 0, :-1, 0, 0]  # squared error of reuse one step after a computed one
             roughness[1:] = noise[1:] / np.maximum(next_step, 1e-30)
         return Measurement(
             self._reach,
-            self._runs,
+            runs,
             self._power,
             self._macs,
             seconds,
@@ -264,7 +269,9 @@ def _is_read(site: Site, kind: Kind) -> bool:
 
 
 def _averaged(known: float, value: float, weight: float) -> float:
-    """The mean with one more value of this weight; the first replaces what is not a number."""
+    """The mean with one more value of this weight; the first replaces what is not a number, what overflowed stays so."""
+    if not (np.isfinite(value) and not np.isinf(known)):
+        return np.inf
     return value if np.isnan(known) else known + weight * (value - known)
 
 

@@ -55,7 +55,7 @@ def instrumented_run(
 
     def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
         if not instruments:
-            instruments.append(Instrument(handle, reaches(kinds, tick.num_steps), tick.num_steps))
+            instruments.append(Instrument(handle, reaches(kinds, tick.num_steps, all_kinds), tick.num_steps))
             if state is not None:
                 instruments[0].resume(state)
             identity.update(made_for(handle))

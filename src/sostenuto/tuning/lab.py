@@ -302,7 +302,7 @@ class Lab:
         def done(rows: int) -> None:
             if rehearsal is not None:
                 steps = rehearsal.num_steps
-                self._show(rows * instrumented_share(reaches(kinds, steps), rehearsal.macs, steps))
+                self._show(rows * instrumented_share(reaches(kinds, steps, all_kinds), rehearsal.macs, steps))
 
         return instrumented_run(self.settings, self.folder, kinds, all_kinds, done)
 
@@ -336,11 +336,17 @@ class Lab:
         if self._probed is None:
             self._probed = torch.cat(generate(probing, 0, NoCache()).latents)
         caused: list[tuple[float, int]] = []
-        drive = _perturb_at(step, kind, order, caused)
-        run = generate(probing, 0, tapped_for((kind,)), drive, order + 1)
-        left = float((torch.cat(run.latents) - self._probed).square().mean())
-        error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
-        return {"left": left / max(error, 1e-30), "work": float(run.rows)}
+        work = 0.0
+        for near in (step, step + 1, step - 1, step + 2, step - 2):
+            run = generate(probing, 0, tapped_for((kind,)), _perturb_at(near, kind, order, caused), order + 1)
+            work += run.rows
+            if caused:  # else a pass began there, as where guidance ends in the middle, and had nothing to reuse
+                left = float((torch.cat(run.latents) - self._probed).square().mean())
+                error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
+                return {"left": left / max(error, 1e-30), "work": work}
+        raise MethodError(
+            f"nothing could be reused at the steps around {step}: guidance that changes from step to step can't be tuned"
+        )
 
     # --- generations ---------------------------------------------------------------------------------------------
 

@@ -84,14 +84,13 @@ def joined_kinds(parts: Sequence[Measurement]) -> Measurement:
     )
 
 
-def reaches(kinds: tuple[Kind, ...], num_steps: int) -> dict[Kind, Reach]:
-    """What is measured of each kind in a generation of so many steps."""
+def reaches(kinds: tuple[Kind, ...], num_steps: int, others: tuple[Kind, ...] = ()) -> dict[Kind, Reach]:
+    """What is measured of each kind in a generation of so many steps; ``others`` are measured by other processes."""
     near = (1, 2, 3, 4, 6, 8)
     found = {}
     for kind in kinds:
-        if (
-            kind is Kind.BRANCHES and Kind.STACK in kinds
-        ):  # no plan is made of them: what they tell of noise is one step's
+        # Beside a stack no plan is made of branches: what they tell of noise is one step's.
+        if kind is Kind.BRANCHES and Kind.STACK in (*kinds, *others):
             found[kind] = Reach(1, ((0,), (1,)))
             continue
         whole = kind in WHOLES

@@ -152,6 +152,8 @@ class _Tuner:
         self._check_work(kinds)
         if self.scored and (few := _too_few(lab.settings.score, lab.rehearsals["scored"])):
             self._warn(few)
+        # Before the expensive part: a score that can't judge the model's own images ends here.
+        uncached_score = lab.scored(None).score if self.scored else None
         self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
         here = gather(lab.settings.machine)
@@ -163,7 +165,6 @@ class _Tuner:
         self.notes += notes_on(self.measured, lab.rehearsals["paired"].clean_samples)
         self.costs = dict(self.measured.macs) if self.options.budget == "macs" else self.measured.times
         self.weights = probe(lab, self.measured)
-        uncached_score = lab.scored(None).score if self.scored else None
         targets = self._targets()
         pivot = min(targets, key=lambda target: (abs(target - self.speedup), target))
         others = sorted(set(targets) - {pivot}, key=lambda target: abs(target - pivot))
@@ -400,7 +401,7 @@ class _Tuner:
     @cached_property
     def _on_cpu(self) -> bool:
         denoiser = compat.find_denoiser(self.lab.settings.target)
-        return next(denoiser.parameters()).device.type == "cpu"
+        return compat.execution_device(denoiser).type == "cpu"
 
     def _warn(self, words: str) -> None:
         self.notes.append(words)

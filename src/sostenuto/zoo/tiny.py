@@ -36,7 +36,7 @@ class TinyModel:
         """
         model_class = diffusers_name(self.name)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of the GPUs, which nobody would set back
             try:
                 model = model_class(**self.config)
             except TypeError as error:
