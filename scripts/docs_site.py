@@ -36,9 +36,10 @@ def _methods() -> str:
     ]
     for name, kind in available_methods().items():
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", kind.paper)
+        compiled = "yes" if kind().works_compiled else "with random tokens" if kind.compiles else "no"
         lines.append(
             f"| `{name}`<br>`{kind.__name__}` | {paper} | {kind.summary} | {'needed' if kind.calibrated else '–'} | "
-            f"{'yes' if kind.compiles else 'no'} | {kind.state} | {kind.bytes_per_token} | {kind.denoisers} |"
+            f"{compiled} | {kind.state} | {kind.bytes_per_token} | {kind.denoisers} |"
         )
     lines += ["", f"Bytes per token, for each row of the batch: {LETTERS}."]
     return "\n".join(lines) + "\n"
@@ -47,18 +48,18 @@ def _methods() -> str:
 def _presets() -> str:
     """The published settings of every model: the constructors of the methods' classes."""
     from sostenuto.methods import available_methods
+    from sostenuto.methods.base import presets_of
 
     found: dict[str, list[str]] = defaultdict(list)
     for kind in available_methods().values():
-        for name, member in vars(kind).items():
-            if isinstance(member, classmethod) and not name.startswith("_"):
-                wanted = [
-                    parameter.name
-                    for parameter in inspect.signature(getattr(kind, name)).parameters.values()
-                    if parameter.default is parameter.empty
-                ]
-                about = (inspect.getdoc(getattr(kind, name)) or "").partition("\n")[0]
-                found[name].append(f"| `{kind.__name__}.{name}({', '.join(wanted)})` | {about} |")
+        for name in presets_of(kind):
+            wanted = [
+                parameter.name
+                for parameter in inspect.signature(getattr(kind, name)).parameters.values()
+                if parameter.default is parameter.empty
+            ]
+            about = (inspect.getdoc(getattr(kind, name)) or "").partition("\n")[0]
+            found[name].append(f"| `{kind.__name__}.{name}({', '.join(wanted)})` | {about} |")
     rows = [row for name in sorted(found) for row in found[name]]
     return "\n".join(["| constructor | what was published |", "|---|---|", *rows])
 

@@ -1,10 +1,13 @@
 """A row of a benchmark: what it says is what ran; large models counted without weights; how methods are written."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import sostenuto
 from fake_peer import DIT, FLUX, QUICK, fake_peers  # noqa: F401 (a fixture)
+from sostenuto.bench import quality
 from sostenuto.bench.cases import Case, Settings
 from sostenuto.bench.dry import planned
 from sostenuto.bench.generation import Timed, counted
@@ -52,9 +55,9 @@ def test_a_row_holds_the_documented_columns_and_its_ideal_is_that_of_the_steps_s
     assert sum(row.step_s) <= 1.5 * row.wall_s_max
     assert row.cache_bytes_peak == 2 * 2 * (2 * 16 * 64) * 4  # blocks × branches × tokens of the batch × float32
     assert row.relative_error > 0
-    unknown = [name for name in ("psnr", "lpips", "frechet_distance", "graphs") if content[name] is None]
-    assert len(unknown) == 4
-    assert all(row.missing[name] for name in unknown)
+    assert {"psnr", "lpips", "frechet_distance", "recall", "graphs"} <= set(row.blank)
+    assert set(row.missing) == set(row.blank)
+    assert all(content[name] is None for name in row.blank)
 
 
 def test_nothing_enabled_is_its_own_baseline_and_everything_computed_has_no_error():
@@ -81,6 +84,21 @@ def test_a_peer_is_counted_too_named_with_its_version_and_leaves_nothing(peers):
     assert row.baseline_macs == 2 * row.macs
 
 
+def test_lpips_is_computed_where_its_network_is_at_hand(monkeypatch):
+    at_once = []
+
+    def network():
+        return lambda images, twins: (
+            at_once.append(len(images)) or (images.float() - twins.float()).abs().flatten(1).mean(1)
+        )
+
+    monkeypatch.setattr(quality, "_lpips_network", network)
+    row = measure(Case("f", "fora:interval=2", "demo", 4), replace(QUICK, batch_size=20))
+    assert 0 < row.lpips < 128
+    assert at_once[:2] == [16, 16]
+    assert "lpips" not in row.missing
+
+
 def test_the_demo_is_judged_and_compared_in_pairs(tmp_path):
     row = measure(Case("f", "fora:interval=2", "demo", 4), QUICK, tmp_path)
     assert row.error is None
@@ -90,7 +108,7 @@ def test_the_demo_is_judged_and_compared_in_pairs(tmp_path):
     assert 0 < row.psnr < 100
     assert 0 < row.ssim < 1
     assert row.lpips is None
-    assert "weights" in row.missing["lpips"]
+    assert "torchvision" in row.missing["lpips"] or "weights" in row.missing["lpips"]
     assert (tmp_path / row.samples).read_bytes()[:4] == b"\x89PNG"
     fewer = measure(Case("3 steps", "uncached", "demo", 3, baseline_steps=4), QUICK)
     assert fewer.psnr is None

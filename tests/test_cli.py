@@ -277,6 +277,33 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(missin
     assert ran.stderr.splitlines()[-1].startswith(f"sostenuto: {words}")
 
 
+def test_methods_are_listed_with_their_presets_and_whether_they_work_compiled(tmp_path, capsys):
+    assert main(["methods", "--json", str(tmp_path / "methods.json")]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "methods.json").read_text())}
+    assert "flux_dev" in rows["taylorseer"]["presets"]
+    assert "taylorseer.flux_dev" in capsys.readouterr().out
+    assert [rows[name]["compiles"] for name in ("fora", "toca", "teacache", "duca")] == [True, False, False, True]
+
+
+def test_a_class_that_cannot_be_checked_is_named(monkeypatch, capsys):
+    from sostenuto.families import ANATOMIES
+
+    monkeypatch.setitem(ANATOMIES, "Own", ANATOMIES["DiTTransformer2DModel"])
+    assert main(["models", "--check", "--names", "Own"]) == 1
+    assert "there is no tiny Own to check" in capsys.readouterr().err
+
+
+def test_what_draws_is_named_where_it_is_missing(tmp_path):
+    program = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import sostenuto\nfrom sostenuto.tuning.result import Tuned\n"
+        "try: Tuned.draw(None, sys.argv[1])\n"
+        "except sostenuto.DependencyError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "pip install 'sostenuto[report]'" in ran.stdout
+
+
 def test_what_torchao_says_of_itself_is_not_shown_but_for_debug(monkeypatch, capsys):
     monkeypatch.setattr("sostenuto.cli._QUIET", ("a.package",))
     for debug, level in ((["--debug"], logging.NOTSET), ([], logging.ERROR)):

@@ -22,8 +22,10 @@ from sostenuto import (
     CacheTable,
     Config,
     EBCache,
+    EpsilonScaling,
     Forecast,
     JointHandle,
+    MethodError,
     RatioSchedule,
     SmoothCache,
     StepState,
@@ -199,6 +201,20 @@ def test_yaml_without_pyyaml_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(sostenuto.DependencyError, match="pip install pyyaml"):
         sostenuto.load_config(tmp_path / "c.yaml")
+
+
+def test_a_table_in_a_file_that_scales_nothing_goes_with_what_scales(tmp_path):
+    plain, scaled = tmp_path / "plain.json", tmp_path / "scaled.json"
+    actions = (StepState.COMPUTE, StepState.REUSE_BOTH)
+    CacheTable(actions).save(plain)
+    CacheTable(actions, eps_scale=(0.98, 0.98)).save(scaled)
+    config = Config(EBCache(plain) | EpsilonScaling(1.01))
+    config.save(tmp_path / "config.json")
+    assert sostenuto.load_config(tmp_path / "config.json") == config
+    with pytest.raises(MethodError, match="each scales the noise"):
+        EBCache(scaled) | EpsilonScaling(1.01)
+    with pytest.raises(MethodError, match="each scales the noise"):  # of which nothing is known yet
+        EBCache(tmp_path / "later.json") | EpsilonScaling(1.01)
 
 
 def test_a_method_of_one_s_own_has_no_configuration(tmp_path):

@@ -194,6 +194,14 @@ def test_a_score_by_reference_is_the_judges_on_the_images_that_are_asked_for():
         FrechetDistance(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), "demo")
 
 
+def test_many_videos_are_refused_before_the_first(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sostenuto.enable", lambda *_, **__: pytest.fail("something was generated"))
+    words = ["generate", "--model", "wan", "--prompt", "a fox", "--num-images", "2", "--output", str(tmp_path / "made")]
+    assert main([*words, "--method", "fora"]) == 1
+    assert "makes videos, and this writes images" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
 def test_tune_scores_by_a_reference(tmp_path, monkeypatch, capsys):
     class Other(DemoPipeline):
         """A pipeline of which the library knows nothing."""

@@ -1,5 +1,6 @@
 import pytest
 
+from sostenuto import MethodError
 from sostenuto.forecast import lagrange_weights
 from sostenuto.plan import Action, Op, Plan, fit, lower, peak_bytes
 
@@ -49,7 +50,7 @@ def test_fit_gives_up_the_last_sites_until_the_budget_holds():
 
 
 def test_rows_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="same sites"):
+    with pytest.raises(MethodError, match="same sites"):
         Plan(((C,), (C, C)))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sostenuto.demo import train as training
 from sostenuto.demo import train_classifier
-from sostenuto.demo.data import load, read_idx
+from sostenuto.demo.data import NoDataError, load, read_idx
 from sostenuto.demo.network import build_denoiser
 
 
@@ -46,7 +46,7 @@ def test_images_are_read_in_range_and_order(data):
 
 def test_a_missing_folder_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.setattr("sostenuto.demo.data.DEBIAN_FOLDER", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+    with pytest.raises(NoDataError, match="dataset-fashion-mnist"):
         load("train", tmp_path / "nothing")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -400,6 +401,19 @@ def block_lists_of_diffusers() -> tuple[str, ...]:
 
 def _block_registry() -> Any:
     return diffusers_name("TransformerBlockRegistry", "hooks._helpers")
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports that come with an extra of this package.
+
+    Raises:
+        DependencyError: one of them is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise DependencyError(f"{error.name} is not installed: pip install 'sostenuto[{name}]'") from None
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
 from functools import cached_property, lru_cache
 
+from sostenuto.errors import MethodError
 from sostenuto.forecast import lagrange_weights
 
 Weights = Callable[[Sequence[int], int], Sequence[float]]
@@ -99,9 +100,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if len({len(step) for step in self.actions}) > 1:
-            raise ValueError("every step of a plan must name the same sites")
+            raise MethodError("every step of a plan must name the same sites")
         if isinstance(self.forecast_order, tuple) and len(self.forecast_order) != len(self.actions):
-            raise ValueError(f"{len(self.forecast_order)} forecast orders for {len(self.actions)} steps")
+            raise MethodError(f"{len(self.forecast_order)} forecast orders for {len(self.actions)} steps")
 
     @property
     def num_steps(self) -> int:

@@ -58,8 +58,12 @@ def check_taps(method: Method, taps: Sequence[Tap], actions: Sequence[Sequence[A
     """Every site can carry out what the plan wants of it.
 
     Raises:
-        MethodError: one can't.
+        MethodError: one can't, or the plan is of other sites.
     """
+    if actions and len(actions[0]) != len(taps):
+        raise MethodError(
+            f"the plan of {type(method).__name__} names {len(actions[0])} sites, it has {len(taps)}: give facts.sites in plan()"
+        )
     for tap, column in zip(taps, zip(*actions, strict=True), strict=bool(actions)):
         odd = next((action for action in set(column) if not tap.can(action)), None)
         if odd is None:

@@ -31,7 +31,7 @@ from sostenuto.errors import InputError
 from sostenuto.files import publish, publish_json, tidy
 from sostenuto.measured import fingerprint
 from sostenuto.methods.base import Method
-from sostenuto.pipelines import Conditions, call_arguments, first_output, pipeline_sample
+from sostenuto.pipelines import Conditions, call_arguments, first_output, parameters_of, pipeline_sample
 from sostenuto.seeds import noise_seed
 from sostenuto.switch import is_switched_off
 
@@ -105,8 +105,13 @@ def sample_images(
         ``ideal_speedup``; the same on every process.
 
     Raises:
-        InputError: the folder holds images of another model, method or setting.
+        InputError: the folder holds images of another model, method or setting, or the pipeline makes videos.
     """
+    if "num_frames" in parameters_of(pipe):
+        raise InputError(
+            f"{type(pipe).__name__} makes videos, and this writes images: generate without a number of images for a picture "
+            "of the middle frames, or call the pipeline in Python under sostenuto.enable"
+        )
     shared = {"guidance_scale": images.guidance_scale, "arguments": images.arguments}
     call_arguments(pipe, images.conditions, **shared)  # refuses before anything is written
     store = _Npz(output) if output.suffix == ".npz" else _Pngs(output)

@@ -27,7 +27,8 @@ from sostenuto.analysis.similarity import SIMILARITY
 from sostenuto.analysis.snr import SNR
 from sostenuto.analysis.subject import Subject
 from sostenuto.analysis.token_importance import TOKENS
-from sostenuto.errors import AlreadyEnabledError, InputError, SostenutoError
+from sostenuto.compat import extra
+from sostenuto.errors import AlreadyEnabledError, DependencyError, InputError, SostenutoError
 from sostenuto.progress import progress
 from sostenuto.table import CacheTable
 
@@ -132,7 +133,7 @@ class Analysis:
             The page, which needs no file beside it and no network.
 
         Raises:
-            ImportError: what draws is not installed; the numbers are written. It comes with ``sostenuto[report]``.
+            DependencyError: what draws is not installed; the numbers are written. It comes with ``sostenuto[report]``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +144,9 @@ class Analysis:
             if observation.error:
                 continue
             try:
-                files = observation.figure()
-            except ImportError:
+                with extra("report"):
+                    files = observation.figure()
+            except DependencyError:
                 raise
             except Exception as error:
                 undrawn[name] = f"{type(error).__name__}: {error}"
@@ -158,7 +160,8 @@ class Analysis:
         return page
 
     def _page(self, pictures: dict[str, str], undrawn: dict[str, str]) -> str:
-        import jinja2
+        with extra("report"):
+            import jinja2
 
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("sostenuto.analysis", "."),

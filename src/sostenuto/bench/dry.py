@@ -106,8 +106,7 @@ def count(case: Case, row: Row) -> Row:
 
     own, other = of(case.method, steps), of(case.baseline, case.baseline_steps or steps)
     macs, baseline = sum(own.step_macs), sum(other.step_macs)
-    unmeasured = ("wall_s", "speedup", "efficiency", "relative_error", "psnr", "ssim", "lpips", "frechet_distance")
-    return replace(
+    counted = replace(
         row,
         scheduler=type(scheduler).__name__,
         batch_size=batch,
@@ -117,8 +116,9 @@ def count(case: Case, row: Row) -> Row:
         step_macs=own.step_macs,
         baseline_step_macs=other.step_macs,
         cache_bytes_peak=own.cache_bytes_peak,
-        missing=dict.fromkeys(unmeasured, _REASON) | ({"macs": _WITHOUT_SCORES} if own.lacks_scores else {}),
     )
+    without = {"macs": _WITHOUT_SCORES} if own.lacks_scores else {}
+    return replace(counted, missing=dict.fromkeys(counted.blank, _REASON) | without)
 
 
 def _bare(value: Any) -> Any:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sostenuto.bench.subjects import Subject
+from sostenuto.errors import MetricError
+from sostenuto.quality.perceptual import Scorer, load_lpips
 
 JUDGED = ("frechet_distance", "inception_score", "class_accuracy", "precision", "recall")
 PAIRED = ("psnr", "ssim", "lpips")
 GRID_COLUMNS = 10
+_AT_ONCE = 16  # images before the network of LPIPS
 _FEWEST = 4  # precision and recall look at three neighbours
 
 
@@ -51,8 +55,23 @@ def compared(
     values |= {"psnr": paired_psnr(own, other), "ssim": paired_ssim(own, other)}
     if math.isinf(values["psnr"]):
         missing["psnr"] = "infinite: the images are identical"
-    missing["lpips"] = "the weights of its network are not at hand"
+    try:
+        values["lpips"] = _lpips(own, other)
+    except (MetricError, RuntimeError) as error:  # RuntimeError: images too small for its network
+        missing["lpips"] = str(error).partition("\n")[0]
     return values, missing
+
+
+@cache
+def _lpips_network() -> Scorer:
+    return load_lpips({}, "cpu")
+
+
+def _lpips(own: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean over images in ``[0, 1]``."""
+    score = _lpips_network()
+    pairs = zip(*((images.clamp(0, 1) * 255).round().byte().split(_AT_ONCE) for images in (own, other)), strict=True)
+    return float(torch.cat([score(*pair) for pair in pairs]).mean())
 
 
 def _relative_error(own: torch.Tensor, other: torch.Tensor) -> float:

@@ -16,6 +16,9 @@ from sostenuto.measured import is_number, parse_json
 FORMAT, VERSION = "sostenuto-bench", 1
 
 
+_NO_MEASUREMENTS = ("scheduler", "batch_size", "peer", "axis", "value", "n", "samples", "error")
+
+
 @dataclass(frozen=True)
 class Row:
     """What was measured of one method on one model; ``None`` where a value doesn't exist, with the reason in ``missing``.
@@ -106,6 +109,11 @@ class Row:
     samples: str | None = None
     error: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def blank(self) -> list[str]:
+        """The columns of measurements that hold none."""
+        return [name for name, value in vars(self).items() if value is None and name not in _NO_MEASUREMENTS]
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain JSON data; what is no finite number is null."""

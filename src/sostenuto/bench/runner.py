@@ -89,8 +89,11 @@ def _filled(
     ideal = other.macs / own.macs if own.macs else None
     if ideal is None:
         missing["ideal_speedup"] = missing["efficiency"] = "nothing that is counted ran"
-    if row.cache_bytes_peak is None and case.method != UNCACHED:
-        missing["cache_bytes_peak"] = "the library doesn't say what it keeps"
+    if row.cache_bytes_peak is None:
+        keeps = (
+            "the uncached sampler keeps nothing" if case.method == UNCACHED else "the library doesn't say what it keeps"
+        )
+        missing["cache_bytes_peak"] = keeps
     if case.mode == "eager":
         missing |= dict.fromkeys(("graphs", "graph_breaks", "recompiles"), "eager mode")
     if pairs.own[0].device_bytes_peak is None:
@@ -114,7 +117,7 @@ def _filled(
         failed = quality.save_samples(folder / name, pairs.own[0].output)
         values["samples"] = None if failed else name
         missing |= {"samples": failed} if failed else {}
-    return replace(
+    filled = replace(
         row,
         repeats=len(walls),
         wall_s=median(walls),
@@ -143,8 +146,8 @@ def _filled(
             else {}
         ),
         **{name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)},
-        missing=missing,
     )
+    return replace(filled, missing=dict.fromkeys(filled.blank, "not a finite number") | missing)
 
 
 @dataclass(frozen=True)

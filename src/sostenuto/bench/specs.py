@@ -14,6 +14,7 @@ from typing import Any
 
 from sostenuto.errors import InputError
 from sostenuto.methods import EBCache, Method, available_methods
+from sostenuto.methods.base import presets_of
 from sostenuto.step_state import StepState
 from sostenuto.table import CacheTable
 
@@ -66,7 +67,7 @@ def _single(text: str, num_inference_steps: int) -> Method:
     make: Any = known[name]
     taken = [field.name for field in fields(make)]
     if preset:
-        presets = [key for key, value in vars(make).items() if isinstance(value, classmethod)]
+        presets = presets_of(make)
         if preset not in presets:
             raise InputError(f"{name} has no preset {preset!r}; {nearest(preset, presets)}")
         make = partial(_changed, getattr(make, preset))

@@ -129,7 +129,7 @@ class Analyze:
         generations = -(-self.num_samples // len(labels))
         try:
             return data.of_labels("test", labels * generations, self.data)
-        except FileNotFoundError:
+        except data.NoDataError:
             if self.data is not None:
                 raise
             return None

@@ -28,9 +28,10 @@ class Generate:
     compare: bool = True
     """Also generate without caching (of a few images)."""
     num_images: int | None = None
-    """Generate so many images, image i with label or prompt i modulo their number; the same by any number of processes."""
+    """Generate so many images (no videos), image i with label or prompt i modulo their number; the same by any number of
+    processes."""
     batch_size: int = 32
-    """With --num-images: images of one call; another size changes the last bits of the images."""
+    """With --num-images: images of one call, 1 for a large model; another size changes the last bits of the images."""
     json: Path | None = None
     """Write the statistics to this file."""
 

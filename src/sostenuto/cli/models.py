@@ -52,6 +52,9 @@ class Models:
         from sostenuto.zoo.check import check
         from sostenuto.zoo.matrix import markdown, row
 
+        odd = next((name for name in self.names if name not in TINY_MODELS), None)
+        if odd is not None:
+            raise InputError(f"there is no tiny {odd} to check: its class is not among diffusers' models")
         results = []
         for name in names:
             if name in TINY_MODELS:

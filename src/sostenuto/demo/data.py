@@ -19,16 +19,20 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the package dataset
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
+class NoDataError(InputError, FileNotFoundError):
+    """Fashion-MNIST is not at hand; the message says where to get it."""
+
+
 def find_folder(folder: str | Path | None = None) -> Path:
     """The folder of the IDX files: the argument, ``$FASHION_MNIST``, or where Debian's package puts it.
 
     Raises:
-        FileNotFoundError: none of them is a folder.
+        NoDataError: none of them is a folder.
     """
     for candidate in (folder, os.environ.get(ENVIRONMENT_VARIABLE), DEBIAN_FOLDER):
         if candidate and Path(candidate).is_dir():
             return Path(candidate)
-    raise FileNotFoundError(
+    raise NoDataError(
         f"no Fashion-MNIST at {folder or DEBIAN_FOLDER}: install Debian's package dataset-fashion-mnist, or pass a folder "
         f"with its four IDX files (or set ${ENVIRONMENT_VARIABLE})"
     )
@@ -40,7 +44,7 @@ def read_idx(path: Path) -> np.ndarray:
     with opener(path, "rb") as file:
         content = file.read()
     if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
+        raise InputError(f"{path} is not an IDX file of unsigned bytes")
     dimensions = content[3]
     shape = np.frombuffer(content, ">u4", count=dimensions, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -59,7 +63,7 @@ def load(split: str, folder: str | Path | None = None) -> tuple[torch.Tensor, to
         for path in (root / f"{stem}.gz", root / stem):
             if path.exists():
                 return read_idx(path)
-        raise FileNotFoundError(f"{root} has neither {stem} nor {stem}.gz")
+        raise NoDataError(f"{root} has neither {stem} nor {stem}.gz")
 
     images = torch.from_numpy(read("images", 3).copy()).unsqueeze(1).float() / 127.5 - 1
     labels = torch.from_numpy(read("labels", 1).astype(np.int64))

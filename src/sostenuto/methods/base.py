@@ -60,7 +60,8 @@ class Method:
         paper: where it was published.
         summary: one line.
         calibrated: whether it needs a calibration for each model and sampler.
-        compiles: whether it works on a compiled denoiser; what decides on data while the network runs doesn't.
+        compiles: whether it works on a compiled denoiser, with some settings at least; what decides on data while the network
+            runs doesn't.
         state: what it keeps, in words; see ``handle.predicted_cache_bytes`` for bytes.
         bytes_per_token: of features that it keeps at most with its usual settings, for each token of a row of the batch, in the
             letters of :data:`LETTERS`.
@@ -95,6 +96,11 @@ class Method:
     def shifts_time(self) -> bool:
         """Whether the method changes the timestep that the denoiser is given."""
         return type(self).time_shifter is not Method.time_shifter
+
+    @property
+    def works_compiled(self) -> bool:
+        """Whether it works on a compiled denoiser, with the settings that it has."""
+        return self.compiles
 
     @property
     def refines(self) -> bool:
@@ -158,6 +164,13 @@ class Method:
         if not isinstance(other, Method):
             return NotImplemented
         return Combination((*parts(self), *parts(other)))
+
+
+def presets_of(method: type[Method]) -> list[str]:
+    """The names of the constructors that hold published settings, and others that make the method of something."""
+    return [
+        name for name, member in vars(method).items() if isinstance(member, classmethod) and not name.startswith("_")
+    ]
 
 
 def parts(method: Method) -> tuple[Method, ...]:

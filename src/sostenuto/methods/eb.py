@@ -53,9 +53,8 @@ class EBCache(ScaledTableMethod):
     @property
     def scales_noise(self) -> bool:
         """Unless every factor is 1, here or in the table."""
-        if self.eps_scale is None and isinstance(self.table, CacheTable):
-            return any(s != 1 for s in self.table.eps_scale)
-        return super().scales_noise
+        table = self.known_table if self.eps_scale is None else None
+        return super().scales_noise if table is None else any(s != 1 for s in table.eps_scale)
 
     def noise_scale(self, facts: Facts) -> Sequence[float]:
         """b at every step."""

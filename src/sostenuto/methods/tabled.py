@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from sostenuto.correct import check_noise_scale
-from sostenuto.errors import MethodError
+from sostenuto.errors import MethodError, TableError
 from sostenuto.forecast import check_forecast_order
 from sostenuto.methods.base import Facts, Method
 from sostenuto.plan import Plan
@@ -43,9 +44,16 @@ class TableMethod(Method):
             check_forecast_order(self.forecast_order)
 
     @property
+    def known_table(self) -> CacheTable | None:
+        """The table, or what its file holds; ``None`` where that is not known before it is prepared for a network."""
+        with suppress(TableError):  # which is told when the method is enabled
+            return None if self.table is None else loaded(self.table)
+        return None
+
+    @property
     def skips_every_kind(self) -> bool:
         """Where the table is known, and reuses all branches of a step."""
-        return isinstance(self.table, CacheTable) and StepState.REUSE_BOTH in self.table.actions
+        return (table := self.known_table) is not None and StepState.REUSE_BOTH in table.actions
 
     @property
     def num_inference_steps(self) -> int | None:

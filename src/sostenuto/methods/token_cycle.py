@@ -228,6 +228,11 @@ class TokenCycle(Method):
         fused = site.kind is SiteKind.FUSED and site.takes_some_tokens
         return FusedTap(site, denoiser) if fused else super().tap(site, denoiser)
 
+    @property
+    def works_compiled(self) -> bool:
+        """With random tokens, which no score is read for."""
+        return self.selection == "random"
+
     def observed(self, denoiser: nn.Module) -> list[str]:
         """The attention that the scores are read off."""
         return observed_modules(self.selection, denoiser, inspect(denoiser))

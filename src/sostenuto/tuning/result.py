@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sostenuto.compat import extra
 from sostenuto.files import publish_json
 from sostenuto.methods import EBCache
 from sostenuto.table import CacheTable
@@ -195,9 +196,10 @@ class Tuned:
         """Draw the frontier and its plans, each as PNG and as PDF, ``frontier.png`` and so on; returns the files.
 
         Raises:
-            ImportError: matplotlib is not installed; it comes with ``sostenuto[report]``.
+            DependencyError: matplotlib is not installed; it comes with ``sostenuto[report]``.
         """
-        from sostenuto.report.frontier import save_figures
+        with extra("report"):
+            from sostenuto.report.frontier import save_figures
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         return save_figures(Path(folder), self)
