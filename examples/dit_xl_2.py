@@ -1,4 +1,4 @@
-"""DiT-XL/2 with EB-Cache: a calibrated table says which branches each step reuses, and the noise predicted is scaled.
+"""DiT-XL/2 with EB-Cache: a calibrated table says which branches each step reuses.
 
 The table is measured once on a few images and kept in a file. Presets of other methods for this model, for --method:
 fora.dit_xl_2, duca.dit_xl_2, toca.dit_xl_2, taylorseer.dit_xl_2, delta-dit.dit_xl_2.

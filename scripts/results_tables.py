@@ -44,7 +44,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{f"papers-{name}.json": reproduced for name in CLAIMS},
     "exposure-bias.json": quality,
     "clean-sample.json": quality,
-    "clean-sample.json frontier": frontier,
     "tune-ddpm50-more.json": quality,
     **{f"tune-{name}.json": tuned for name in ("ddpm50", "dpm20", "second-ddpm50", "second-dpm20")},
 }

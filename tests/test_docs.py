@@ -52,6 +52,19 @@ def test_the_code_of_a_guide_runs(guide, tmp_path, monkeypatch):
     assert {name for name in GUIDES[guide] if not (tmp_path / name).is_file()} == set()
 
 
+PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_of_the_library_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    kinds = {name: getattr(sostenuto, name) for name in sostenuto.__all__ if name[0].isupper()}
+    named = [(kind, name) for kind, name in re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)\(", text) if kind in kinds]
+    assert [f"{kind}.{name}" for kind, name in named if not hasattr(kinds[kind], name)] == []
+    called = re.findall(r"\bsostenuto\.([A-Za-z]\w*)\(", text)
+    assert [name for name in called if not hasattr(sostenuto, name)] == []
+
+
 def run_the_code_of(page):
     names = {"__name__": "guide"}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
