@@ -45,6 +45,7 @@ IN_SDIST = (
     r"CHANGELOG\.md",
     r"CITATION\.cff",
     r"README\.md",
+    r"mkdocs\.yml",
     r"pyproject\.toml",
 )
 

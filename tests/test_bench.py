@@ -17,6 +17,7 @@ from sostenuto.bench.runner import measure, step_figures
 from sostenuto.bench.session import RESULTS, run
 from sostenuto.bench.specs import method_of
 from sostenuto.bench.subjects import build_subject
+from sostenuto.cli import main
 
 # --- what is counted and timed ------------------------------------------------------------------------------------------
 
@@ -82,6 +83,23 @@ def test_a_peer_is_counted_too_named_with_its_version_and_leaves_nothing(peers):
     assert row.cache_bytes_peak is None
     assert row.missing["cache_bytes_peak"]
     assert row.baseline_macs == 2 * row.macs
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["--methods", "fora:intervall=3"], "no parameter 'intervall'"),
+        (["--methods", "fora", "--only", "nothing"], "nothing to measure"),
+        (["--models", "dit"], "--models is for --methods"),
+        (["--suite", "overhead", "--schedulers", "DDIMScheduler"], "--schedulers is for --methods"),
+        (["--methods", "fora", "--repeats", "0"], "repeats"),
+    ],
+)
+def test_a_command_that_cannot_run_leaves_what_was_measured(words, refusal, tmp_path, capsys):
+    (tmp_path / RESULTS).write_text("measured")
+    assert main(["bench", "--fresh", "--output", str(tmp_path), *words]) == 1
+    assert refusal in capsys.readouterr().err
+    assert (tmp_path / RESULTS).read_text() == "measured"
 
 
 def test_lpips_is_computed_where_its_network_is_at_hand(monkeypatch):

@@ -111,6 +111,13 @@ def test_wrong_widgets_are_told_before_anything_runs(parameters, words):
     with pytest.raises(sostenuto.SostenutoError, match=words):
         CACHE.apply(build(), "fora", parameters)
     assert CACHE.VALIDATE_INPUTS("fora", "", 0) is True
+    linked = [
+        CACHE.VALIDATE_INPUTS("fora", None, 0),
+        CACHE.VALIDATE_INPUTS(None, "{}", 0),
+        CONFIG.VALIDATE_INPUTS(None),
+    ]
+    linked += [CACHE.VALIDATE_INPUTS("fora", "{}", None), CALIBRATE.VALIDATE_INPUTS("eb", None, 1, "a")]
+    assert linked == [True] * 5  # what another node gives isn't there yet
 
 
 def test_a_file_s_node_runs_anew_when_the_file_changes(tmp_path):
@@ -118,7 +125,9 @@ def test_a_file_s_node_runs_anew_when_the_file_changes(tmp_path):
     assert "can't be read" in CONFIG.VALIDATE_INPUTS(str(path))
     before = CONFIG.IS_CHANGED(path=str(path), model=None)
     path.write_text(json.dumps({"method": [{"name": "fora", "interval": 2}, "forecast"]}))
-    assert CONFIG.IS_CHANGED(path=str(path), model=None) != before
+    assert (second := CONFIG.IS_CHANGED(path=str(path), model=None)) != before
+    path.with_name(f"{path.stem}.eb-table.json").write_text("{}")  # what was measured lies beside it
+    assert CONFIG.IS_CHANGED(path=str(path), model=None) != second
     assert CONFIG.VALIDATE_INPUTS(str(path)) is True
     model = CONFIG.apply(build(), str(path))[0]
     generate(model)

@@ -217,6 +217,12 @@ def test_a_table_in_a_file_that_scales_nothing_goes_with_what_scales(tmp_path):
         EBCache(tmp_path / "later.json") | EpsilonScaling(1.01)
 
 
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path):
+    Config(FORA(4)).save(tmp_path / "caching.JSON")
+    assert json.loads((tmp_path / "caching.JSON").read_text())["method"] == {"name": "fora", "interval": 4}
+    assert sostenuto.load_config(tmp_path / "caching.JSON").method == FORA(4)
+
+
 def test_a_method_of_one_s_own_has_no_configuration(tmp_path):
     class Mine(FORA):
         name = "mine"

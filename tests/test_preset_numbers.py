@@ -8,7 +8,9 @@ from sostenuto.methods.base import Facts
 
 _EVENLY = dict(spatial_bonus=0.0, threshold_weight=0.0, middle_interval=None)
 _DIT = dict(tile=2, threshold_weight=0.4, middle_interval=2, staleness_weight=0.25, ratio_schedule="ddim50")
-_PIXART = dict(spatial_bonus=0.4, tile=4, middle_interval=None, staleness_weight=0.25, ratio_schedule="pixart")
+_PIXART = dict(
+    anchor="start", spatial_bonus=0.4, tile=4, middle_interval=None, staleness_weight=0.25, ratio_schedule="pixart"
+)
 _VIDEO = dict(ratio_schedule="open-sora", anchor="start", first_full_steps=3, cross_attention_every=2, **_EVENLY)
 _FLUX = dict(ratio_schedule="flux", anchor="last-full", first_full_steps=3, **_EVENLY)
 _UPWARD = dict(ratio_schedule="constant", anchor="last-full", first_full_steps=1, **_EVENLY)

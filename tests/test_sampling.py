@@ -17,7 +17,7 @@ from PIL import Image
 
 import processes
 import sostenuto
-from sostenuto import InputError
+from sostenuto import CacheTable, Config, EBCache, InputError, StepState
 from sostenuto.cli import main
 from sostenuto.demo.pipeline import load_demo_pipeline
 from sostenuto.sampling import Images, sample_images
@@ -110,6 +110,19 @@ def test_a_run_goes_on_with_what_is_missing_and_refuses_other_settings(made, tmp
         assert main(["generate", *WORDS, *words, "--output", str(folder)]) == 1
         assert f"another {words[0].strip('-').replace('-', '_')}" in capsys.readouterr().err
     assert bytes_in(folder) == bytes_in(made)
+
+
+@pytest.mark.parametrize("how", ["config", "method"])
+def test_images_of_another_table_of_the_same_name_are_refused(tmp_path, capsys, how):
+    table, config = tmp_path / "table.json", tmp_path / "caching.json"
+    CacheTable((StepState.COMPUTE, StepState.REUSE_BOTH, StepState.COMPUTE)).save(table)
+    Config(EBCache(table)).save(config)
+    words = ["--config", str(config)] if how == "config" else ["--method", f"eb:table='{table}'"]
+    words = ["generate", "--num-inference-steps", "3", "--num-images", "2", *words, "--output", str(tmp_path / "made")]
+    assert main(words) == 0
+    CacheTable((StepState.COMPUTE, StepState.COMPUTE, StepState.REUSE_BOTH)).save(table)
+    assert main(words) == 1
+    assert "holds images of a run with another table" in capsys.readouterr().err
 
 
 def test_a_limit_of_kept_bytes_holds_for_many_images_too(tmp_path, capsys):

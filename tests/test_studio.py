@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import sostenuto
 from browser import open_page
 from sostenuto import FORA, CacheTable, EBCache, StepState
 from sostenuto.cli import main
-from sostenuto.demo.pipeline import load_demo_pipeline
+from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.engine import handle_of
 from sostenuto.studio.catalogue import choose, predicted_speedup
 from sostenuto.studio.session import EDITED, Session, Wish
@@ -51,6 +52,51 @@ def test_both_sides_start_from_the_same_noise_and_tell_every_step(session, pipe)
     assert again[0]["image"] == again[1]["image"] == images[0]["image"] != images[1]["image"]
     assert images[1]["macs"] < images[1]["macs_uncached"] == images[0]["macs"]
     assert handle_of(pipe.transformer) is None
+
+
+class Silent(DemoPipeline):
+    """A pipeline that doesn't tell of its steps, as that of DiT."""
+
+    def __call__(self, class_labels, num_inference_steps=50, generator=None, guidance_scale=1.0):
+        return super().__call__(class_labels, num_inference_steps, guidance_scale=guidance_scale, generator=generator)
+
+
+def test_a_pipeline_that_does_not_tell_of_its_steps_runs_and_stops_all_the_same(pipe, tmp_path):
+    silent = Silent(pipe.transformer, pipe.scheduler)
+    session = Session(silent, tmp_path)
+    events = list(session.generate(wish({"method": "none"}, {"method": "fora", "speedup": 2})))
+    assert events[-1] == {"event": "done"}
+    steps = [(event["side"], event["step"], event["total"]) for event in events if event["event"] == "step"]
+    assert steps == [(side, step, 6) for side in (0, 1) for step in range(6)]
+    assert "step" not in vars(silent.scheduler)
+    running = session.generate(wish({"method": "none"}, steps=40))
+    next(running)
+    running.close()
+    assert not session._busy.acquire(timeout=30) or session._busy.release() is None
+
+
+def test_a_saved_plan_has_the_timesteps_that_ran_also_of_shifted_schedules(pipe, tmp_path):
+    class Shifted(FlowMatchEulerDiscreteScheduler):
+        init_noise_sigma = 1.0
+
+        def scale_model_input(self, sample, _):
+            return sample
+
+    other = DemoPipeline(pipe.transformer, Shifted(use_dynamic_shifting=True))
+    asked = other.scheduler.set_timesteps
+
+    def own(steps, device=None, **given):  # as FLUX's pipeline sets them
+        asked(sigmas=[1 - i / steps for i in range(steps)], mu=given.get("mu", 0.7), device=device)
+
+    other.scheduler.set_timesteps = own
+    session = Session(other, tmp_path)
+    plan = {"states": ["compute", "reuse-both", "compute", "reuse-both", "compute", "compute"]}
+    session.save("before.json", plan)  # nothing ran: something near will do
+    events = list(session.generate(wish({"method": "fora", "speedup": 2}, {"method": EDITED, "plan": plan})))
+    assert events[-1] == {"event": "done"}
+    session.save("after.json", plan)
+    with sostenuto.enable(other, EBCache(tmp_path / "after.json")):
+        other([3], 6, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_steps_that_are_told_are_those_that_ran(session, pipe):
@@ -202,6 +248,7 @@ def client(session):
 
 def test_other_hosts_origins_and_sizes_are_refused(client):
     assert client.get("/").status_code == 200
+    assert client.get("/", headers={"host": "[::1]:7870"}).status_code == 200
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
     plan = {"states": ["compute", "compute"]}
     assert (

@@ -16,6 +16,8 @@ from sostenuto.cli import main
 from sostenuto.methods.base import Facts
 from sostenuto.methods.teacache import polynomial
 from sostenuto.seeds import noise_seed
+from sostenuto.zoo import TINY_MODELS
+from sostenuto.zoo.sampling import flow_sampler
 
 NAN = float("nan")
 BENT = (2.0, 1.0, 0.0)  # 2d² + d
@@ -120,6 +122,42 @@ def test_it_computes_what_the_independent_forward_computes(two, scheduler, separ
         got, _ = sample_loop(two, scheduler, 10, separate_guidance=separate)
         assert {"c", "r"} == set(oracle.rows(handle))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "module"),
+    [
+        ("CogVideoXTransformer3DModel", TeaCache.cogvideox_5b(), "time_embedding"),
+        ("ConsisIDTransformer3DModel", TeaCache.consisid(), "time_embedding"),
+        ("HiDreamImageTransformer2DModel", TeaCache.hidream(0.17), "t_embedder"),
+    ],
+)
+def test_where_the_polynomial_is_of_the_timesteps_embedding_that_is_watched(name, preset, module):
+    network, sample, scheduler = flow_sampler(TINY_MODELS[name])
+    made = []
+    hook = network.get_submodule(module).register_forward_hook(lambda *_: made.append(_[-1].detach().float()))
+    sample(network, torch.Generator().manual_seed(0), 12)
+    hook.remove()
+    distances = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(made)]
+    method = TeaCache((1.0, 0.0), 2.5 * sorted(distances)[5], signal=preset.signal)
+    with sostenuto.enable(network, method, scheduler=scheduler) as handle:
+        sample(network, torch.Generator().manual_seed(0), 12)
+        ran = ["s" if "reuse" in row else "c" for row in handle.stats.plan]
+    assert ["s" if skip else "c" for skip in method.replay(distances)] == ran
+    assert set(ran) == {"s", "c"}
+
+
+def test_a_fit_remembers_what_it_was_made_on(two, scheduler, tmp_path):
+    watched = TeaCacheCalibration(1, 0.5, TeaCache(signal="pos_embed"))
+    fit = calibrate(two, scheduler, watched, num_samples=2)
+    fit.save(tmp_path / "fit.json")
+    for method, signal in ((TeaCache(tmp_path / "fit.json"), "pos_embed"), (TeaCache(), "modulated-input")):
+        with sostenuto.enable(two, method, scheduler=scheduler) as handle:
+            assert handle.method.signal == signal
+    with pytest.raises(MethodError, match="has no such module: name one in front of its blocks"):
+        sostenuto.enable(two, TeaCache(signal="nowhere"), scheduler=scheduler)
+    with pytest.raises(MethodError, match="the path of a module, not 3"):
+        TeaCache(signal=3)
 
 
 def test_every_pass_decides_for_itself(two, scheduler):

@@ -59,7 +59,8 @@ def test_kinds_of_steps_are_the_published_sequences(interval):
         (DuCa.hunyuan_video(), 11, "FCACAFCACAF"),
         (DuCa.qwen_image(), 10, "FCACACACAF"),
         (ToCa.hunyuan_video(), 11, "FCCCCFCCCCF"),
-        (DuCa.pixart_alpha(), 20, "FFACFACFACFACFACFACF"),
+        (DuCa.pixart_alpha(), 20, "FCAFCAFCAFCAFCAFCAFC"),
+        (ToCa.pixart_alpha(), 20, "FCCCFCFCCFCCFCCFCCFC"),
     ],
 )
 def test_kinds_of_steps_by_option_and_preset(method, num_steps, expected):

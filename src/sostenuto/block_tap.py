@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
 from sostenuto.source import accepts, argument_names
 from sostenuto.tap import Tap, Watched, first_argument
 
-Watch = Literal["modulated-input", "front-residual"]
+_IN_THE_BLOCKS = ("modulated-input", "front-residual")
 Decide = Callable[[torch.Tensor], Op]
 
 
@@ -37,13 +37,13 @@ class BlocksTap(Tap):
         site: the range.
         denoiser: the network.
         watch: ``"modulated-input"``, what the first attention of the range is given (normalised and modulated by the timestep);
-            or ``"front-residual"``, what the blocks in front of the range add to their input.
+            ``"front-residual"``, what the blocks in front of the range add to their input; or the path of a module in front of
+            the blocks, whose output it is, as that of the timestep's embedding.
     """
 
-    def __init__(self, site: Site, denoiser: nn.Module, watch: Watch | None = None) -> None:
+    def __init__(self, site: Site, denoiser: nn.Module, watch: str | None = None) -> None:
         super().__init__(site)
         assert site.last_block is not None
-        self.watch = watch
         self.decide: Decide | None = None
         places = blocks_of(denoiser)
         members = places[site.block : site.last_block + 1]
@@ -64,7 +64,8 @@ class BlocksTap(Tap):
         self._front = denoiser.get_submodule(front.path) if front is not None and watch == "front-residual" else None
         self._front_streams = None if front is None or self._front is None else _Streams(front, self._front)
         self._attention = _first_branch(denoiser, site) if watch == "modulated-input" else None
-        self._beginning: torch.Tensor | None = None  # what the first of all blocks was given
+        self._source = None if watch is None or watch in _IN_THE_BLOCKS else denoiser.get_submodule(watch)
+        self._beginning: torch.Tensor | None = None  # what the first of all blocks was given, or the source has made
         self._entry: dict[str, Any] = {}  # what the range was given, stream by stream
         self._entry_version = 0
         self._entered = False
@@ -75,8 +76,10 @@ class BlocksTap(Tap):
         return Watched(self.blocks[0], self.blocks[-1])
 
     def replacements(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """All blocks of the range, and the first of all blocks where the residual in front of the range is watched."""
+        """All blocks of the range, and what is watched in front of it: the first of all blocks, or another module."""
         found = []
+        if self._source is not None:
+            found.append((self._source, self._take_down(runs(self._source))))
         if self._front is not None:
             found.append((self._front, self._remember(runs(self._front))))
         for index, block in enumerate(self.blocks):
@@ -112,6 +115,15 @@ class BlocksTap(Tap):
 
         return forward
 
+    def _take_down(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = compute(*args, **kwargs)
+            if self.op == Op.DECIDE:
+                self._beginning = output
+            return output
+
+        return forward
+
     def _block(self, compute: Callable[..., Any], index: int) -> Callable[..., Any]:
         streams, is_first, is_last = self._streams[index], index == 0, index == len(self.blocks) - 1
 
@@ -141,8 +153,8 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
-        if self.op == Op.DECIDE and self.watch == "front-residual" and self._beginning is None:
-            self.op = int(Op.COMPUTE)  # a pass that leaves out the blocks in front has no signal
+        if self.op == Op.DECIDE and self._attention is None and self._beginning is None:
+            self.op = int(Op.COMPUTE)  # a pass that leaves out what is in front has no signal
             return
         if not torch.compiler.is_dynamo_compiling():
             self._entered = True
@@ -222,10 +234,10 @@ class BlocksTap(Tap):
     def _signal(
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        if self.watch == "front-residual":
+        if self._attention is None:
             beginning, self._beginning = self._beginning, None
             assert beginning is not None
-            return streams.main(args, kwargs) - beginning
+            return beginning if self._source is not None else streams.main(args, kwargs) - beginning
         # Run the block as far as its first attention: the same normalisation and modulation in every family of networks.
         assert self._attention is not None
 

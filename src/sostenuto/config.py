@@ -49,7 +49,7 @@ class Config:
             DependencyError: YAML is wanted and pyyaml isn't installed.
         """
         path = _file(path)
-        yaml = _yaml() if path.suffix != ".json" else None
+        yaml = _yaml() if path.suffix.lower() != ".json" else None
         methods = [_written(method, path, place) for place, method in enumerate(parts(self.method), 1)]
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         content["method"] = methods[0] if len(methods) == 1 else methods

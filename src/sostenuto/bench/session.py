@@ -13,7 +13,7 @@ from sostenuto.bench.machine import prepare
 from sostenuto.bench.rows import ResultsFile, Row
 from sostenuto.bench.runner import check, measure
 from sostenuto.bench.sharing import environment_of_a_row, forget, measure_shared
-from sostenuto.distributed.world import world
+from sostenuto.distributed.world import on_main, world
 from sostenuto.errors import InputError
 from sostenuto.progress import progress
 
@@ -55,6 +55,7 @@ def run(
     isolate: bool = True,
     time_limit: float = 1800.0,
     retry: bool = False,
+    fresh: bool = False,
     show: bool = True,
 ) -> Outcome | None:
     """Measure what is missing of the cases in ``folder/results.jsonl``.
@@ -70,6 +71,7 @@ def run(
             one, without a limit.
         time_limit: seconds for a row.
         retry: whether to measure again what ended in an error.
+        fresh: whether to forget what the folder holds, once it is known that the cases can be measured.
         show: a progress bar.
 
     Raises:
@@ -84,6 +86,8 @@ def run(
     keys = [key_of(case, settings) for case in cases]
     keyed = dict(zip(keys, cases, strict=True))
     machine, unwritten = prepare(settings), None
+    if fresh:
+        on_main(lambda: (forget(folder), (folder / RESULTS).unlink(missing_ok=True)))
 
     def measured(case: Case) -> Row:
         if not isolate or case.kind != "measure":

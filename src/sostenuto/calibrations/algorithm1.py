@@ -37,8 +37,8 @@ class Algorithm1Options:
             ``"norm_gap"``, the paper's difference of the norms of ε with the cached one scaled by b. The second does not see
             a stale direction: taken alone it lets attention grow stale until images collapse.
         max_consecutive_reuse: most steps in a row for which a branch may be reused; ``None``: no bound.
-        aggregation: ``"batch_mean"`` thresholds the mean over the samples, ``"vote"`` takes the majority of the samples'
-            own decisions, ties to less reuse.
+        aggregation: ``"batch_mean"`` thresholds the mean over the samples, ``"vote"`` takes the deepest reuse
+            that more than half of the samples accept by their own gaps; the calls of a step vote, ties to less reuse.
         advance: which prediction the calibration's trajectory follows: that of the ``"selected"`` state, or ``"no_cache"``.
         forecast_order: how reused branches are filled, while calibrating and afterwards: 0 last value, 1 linear.
         fill: what is kept for the steps that reuse everything: ``"branches"``, as in the paper, the whole ``"stack"`` as one

@@ -17,7 +17,7 @@ from sostenuto.clock import Tick
 from sostenuto.engine import Prober
 from sostenuto.errors import MethodError
 from sostenuto.methods.checks import check_finite, check_whole
-from sostenuto.methods.teacache import TeaCache, TeaCacheFit
+from sostenuto.methods.teacache import MODULATED_INPUT, TeaCache, TeaCacheFit
 from sostenuto.plan import Op
 from sostenuto.signals import relative_l1
 
@@ -35,7 +35,7 @@ class TeaCacheCalibration(Calibration):
         degree: of the polynomial, 0 or more; the paper's 4; in its ablation 1 is almost as good.
         target_skipped: share of the steps to be skipped, 0 to 1, for which a threshold is chosen by replaying the policy on the
             series; the uncached series, so that a cached generation may skip a few more or fewer. ``None``: no threshold.
-        policy: the policy to replay, whose coefficients and threshold are replaced.
+        policy: the policy to replay, whose coefficients and threshold are replaced; its signal is what is measured.
     """
 
     degree: int = 4
@@ -58,7 +58,8 @@ class TeaCacheCalibration(Calibration):
 
     def run(self, settings: Settings) -> TeaCacheFit:
         """Measure, fit, choose the threshold."""
-        series, identity = measure_uncached(settings, TeaCache(), _changes)
+        signal = self.policy.signal or MODULATED_INPUT
+        series, identity = measure_uncached(settings, TeaCache(signal=signal), _changes)
         known = [[pair for pair in pairs.values() if pair is not None] for pairs in series]
         inputs = [[change for change, _ in pairs] for pairs in known]
         outputs = [[change for _, change in pairs] for pairs in known]
@@ -69,6 +70,7 @@ class TeaCacheCalibration(Calibration):
         calibration = {
             **identity["calibration"],
             "degree": self.degree,
+            "signal": signal,
             "target_skipped": self.target_skipped,
             "skipped": skipped,
             "modulated_input": inputs,

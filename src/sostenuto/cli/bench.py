@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from sostenuto.cli.common import write_json
-from sostenuto.distributed.world import on_main
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,19 @@ class Bench:
             InputError: a suite, method or setting makes no sense, or no row could be measured or written.
         """
         from sostenuto.bench.session import RESULTS, run
-        from sostenuto.bench.sharing import forget
         from sostenuto.errors import InputError
         from sostenuto.report.bench_page import render
         from sostenuto.report.bench_table import terminal_table
 
         cases = self._cases()
-        if self.fresh:
-            on_main(lambda: (forget(self.output), (self.output / RESULTS).unlink(missing_ok=True)))
         outcome = run(
-            cases, self._settings(), self.output, isolate=self.isolate, time_limit=self.time_limit, retry=self.retry
+            cases,
+            self._settings(),
+            self.output,
+            isolate=self.isolate,
+            time_limit=self.time_limit,
+            retry=self.retry,
+            fresh=self.fresh,
         )
         if outcome is None:
             return
@@ -96,7 +98,8 @@ class Bench:
         from sostenuto.bench.cases import Settings
         from sostenuto.bench.suites import SUITES
 
-        repeats = self.repeats or max((SUITES[name].repeats for name in self.suite), default=5)
+        usual = max((SUITES[name].repeats for name in self.suite), default=5)
+        repeats = usual if self.repeats is None else self.repeats
         names = ("warmup", "batch_size", "seed", "threads", "device", "dtype", "attention", "malloc", "compiler")
         return Settings(repeats=repeats, **{name: getattr(self, name) for name in names})
 
@@ -106,6 +109,10 @@ class Bench:
         from sostenuto.bench.suites import cases_of, grid
         from sostenuto.errors import InputError
 
+        given = {"models": self.models != ("demo",), "schedulers": self.schedulers, "modes": self.modes != ("eager",)}
+        idle = next((name for name, is_given in given.items() if is_given and not self.methods), None)
+        if idle is not None:
+            raise InputError(f"--{idle} is for --methods: name some, such as --methods fora:interval=3 taylorseer")
         cases = cases_of(self.suite or (() if self.methods else ("demo-quality",)), self.device)
         steps = list(self.num_inference_steps)
         if steps and cases:

@@ -45,12 +45,14 @@ class Demo:
         from sostenuto.demo.join import joined, read_results
         from sostenuto.demo.rows import Settings
         from sostenuto.demo.show import terminal_table, write_pictures
+        from sostenuto.switch import check_not_switched_off
 
         others = [read_results(path) for path in self.join]  # before hours of sampling
         settings = Settings(self.num_images, self.batch_size, self.seeds, self.search_images, self.shard, self.dtype)
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.fresh:
+            check_not_switched_off("the comparison")
             if (self.output / "batches").is_dir():
                 shutil.rmtree(self.output / "batches")
             for made in (*self.output.glob("table-*.json"), self.output / "run.json"):

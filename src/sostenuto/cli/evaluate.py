@@ -66,6 +66,8 @@ class Evaluate:
         if self.statistics is not None and self.statistics.suffix != ".safetensors":
             raise InputError(f"--statistics writes a .safetensors file, not {self.statistics.name}")
         launch = world()
+        if self.shard[1] > 1 and launch.size > 1:
+            raise InputError("the processes of a launch share the images by themselves: leave out --shard")
         first, *more = self.samples
         if self.write_npz is not None and (more or first.endswith(".safetensors")):
             raise InputError("--write-npz needs the images themselves, not statistics")

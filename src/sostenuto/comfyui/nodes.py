@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,8 +42,13 @@ class SostenutoCache:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, method: str, parameters: str, max_cache_mib: int) -> bool | str:
-        """True, or what is wrong with the widgets: ComfyUI shows it before anything runs."""
+    def VALIDATE_INPUTS(cls, method: str | None, parameters: str | None, max_cache_mib: int | None) -> bool | str:
+        """True, or what is wrong with the widgets: ComfyUI shows it before anything runs.
+
+        What comes from another node is None here, and checked when it is there.
+        """
+        if method is None or parameters is None or max_cache_mib is None:
+            return True
         try:
             _config(method, parameters, max_cache_mib)
         except SostenutoError as error:
@@ -74,8 +80,10 @@ class SostenutoConfig:
         return {"required": {"model": ("MODEL",), "path": ("STRING", {"default": "sostenuto.json"})}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, path: str) -> bool | str:
-        """True, or what is wrong with the file."""
+    def VALIDATE_INPUTS(cls, path: str | None) -> bool | str:
+        """True, also where another node gives the path, or what is wrong with the file."""
+        if path is None:
+            return True
         try:
             load_config(path)
         except SostenutoError as error:
@@ -84,8 +92,10 @@ class SostenutoConfig:
 
     @classmethod
     def IS_CHANGED(cls, path: str, **_: Any) -> str:
-        """The content of the file: ComfyUI runs the node anew when it is another."""
-        return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+        """The contents of the file and of those beside it that it names: ComfyUI runs the node anew when they change."""
+        file = Path(path)
+        beside = sorted(file.parent.glob(f"{file.stem}.*")) if file.is_file() else []
+        return " ".join(hashlib.sha256(one.read_bytes()).hexdigest() for one in beside if one.is_file())
 
     def apply(self, model: Any, path: str) -> tuple[Any]:
         """The patched model.
@@ -122,8 +132,12 @@ class SostenutoCalibrate:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, method: str, options: str, samples: int, name: str) -> bool | str:
-        """True, or what is wrong with the widgets."""
+    def VALIDATE_INPUTS(
+        cls, method: str | None, options: str | None, samples: int | None, name: str | None
+    ) -> bool | str:
+        """True, also where another node gives some of them, or what is wrong with the widgets."""
+        if method is None or options is None or samples is None or name is None:
+            return True
         try:
             Calibrating(method, _object(options), samples, name)
         except SostenutoError as error:

@@ -71,6 +71,7 @@ class DuCa(TokenCycle):
         return cls(
             fresh_ratio=0.75,
             ratio_schedule="pixart",
+            anchor="start",
             spatial_bonus=0.4,
             tile=4,
             threshold_weight=0.0,

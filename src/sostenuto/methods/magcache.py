@@ -55,7 +55,8 @@ class MagCache(Method):
     more than K were skipped in a row. All of it follows from the ratios alone, so the plan is known before the first step.
 
     A ratio table of another length is read at the nearest index. The steps kept at the beginning are rounded as in the authors'
-    code, ``⌊retention·S + ½⌋``; the last step is not forced to compute. All passes of a step follow one plan.
+    code for FLUX, ``⌊retention·S + ½⌋`` (that for HunyuanVideo and Qwen-Image rounds down); the last step is not forced to
+    compute. All passes of a step follow one plan.
 
     Attributes:
         ratios: γ for each step, or the measured :class:`MagCacheRatios`, or its file.

@@ -58,11 +58,15 @@ class TeaCacheFit(Measured):
             raise TableError(f"threshold must be 0 or more, not {self.threshold!r}")
 
 
+MODULATED_INPUT = "modulated-input"
+
+
 @dataclass(frozen=True)
 class TeaCache(Method):
     """TeaCache (arXiv 2411.19108): a step is skipped until the estimated change of the output adds up to δ.
 
-    The signal is the input of the first attention, normalised and modulated by the timestep. From one step to the next it
+    The signal is the input of the first attention, normalised and modulated by the timestep, or for some models the embedding
+    of the timestep. From one step to the next it
     changes by ``d = mean|m − m_prev| / mean|m_prev|`` (taken in float32); a polynomial turns d into an estimate of the
     output's relative change: ``acc ← acc + poly(d)``. While ``acc < δ`` all blocks are skipped, ``x_out = x_in + R``;
     otherwise ``acc ← 0``, the blocks run and their residual R is kept. Each pass of a step decides for itself.
@@ -74,6 +78,8 @@ class TeaCache(Method):
         threshold: the paper's δ, 0 or more; by default the fit's, else 0.1.
         clamp_negative: take a negative estimate as 0. Published polynomials have negative values in places and, as in the
             authors' code, those lower the sum.
+        signal: what is watched: ``"modulated-input"``, or the path of a module in front of the blocks whose output it is, as
+            ``"time_embedding"``; by default what the fit was made on. A polynomial belongs to its signal.
         first_steps: how many steps at the beginning are computed, 1 or more.
         last_steps: how many steps at the end are computed, 0 or more. The authors: 1 and 1; for Wan also 5 and 0.
     """
@@ -83,6 +89,7 @@ class TeaCache(Method):
     clamp_negative: bool = False
     first_steps: int = 1
     last_steps: int = 1
+    signal: str | None = None
 
     name: ClassVar[str] = "teacache"
     paper: ClassVar[str] = "arXiv 2411.19108"
@@ -107,6 +114,8 @@ class TeaCache(Method):
         check_flag("TeaCache's clamp_negative", self.clamp_negative)
         check_whole("TeaCache's first_steps", self.first_steps, least=1)
         check_whole("TeaCache's last_steps", self.last_steps, least=0)
+        if self.signal is not None and not (isinstance(self.signal, str) and self.signal):
+            raise MethodError(f"TeaCache's signal is 'modulated-input' or the path of a module, not {self.signal!r}")
 
     @classmethod
     def flux_dev(cls, threshold: float = 0.25) -> TeaCache:
@@ -120,18 +129,18 @@ class TeaCache(Method):
 
     @classmethod
     def cogvideox_5b(cls, threshold: float = 0.1) -> TeaCache:
-        """CogVideoX-5B: δ from 0.1 to 0.3."""
-        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.COGVIDEOX_5B), threshold)
+        """CogVideoX-5B: δ from 0.1 to 0.3; the signal is the embedding of the timestep, as in the authors' code."""
+        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.COGVIDEOX_5B), threshold, signal="time_embedding")
 
     @classmethod
     def consisid(cls, threshold: float = 0.1) -> TeaCache:
         """ConsisID, with the polynomial of CogVideoX-5B: δ from 0.1 to 0.3."""
-        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.CONSISID), threshold)
+        return cls(TeaCacheFit(_COGVIDEOX_5B, model=published.CONSISID), threshold, signal="time_embedding")
 
     @classmethod
     def cogvideox_2b(cls, threshold: float) -> TeaCache:
         """CogVideoX-2B; no δ is at hand."""
-        return cls(TeaCacheFit(_COGVIDEOX_2B, model=published.COGVIDEOX_2B), threshold)
+        return cls(TeaCacheFit(_COGVIDEOX_2B, model=published.COGVIDEOX_2B), threshold, signal="time_embedding")
 
     @classmethod
     def open_sora(cls, threshold: float = 0.1) -> TeaCache:
@@ -160,12 +169,16 @@ class TeaCache(Method):
 
     @classmethod
     def hidream(cls, threshold: float) -> TeaCache:
-        """HiDream; no δ is at hand."""
-        return cls(TeaCacheFit(_HIDREAM, model=published.HIDREAM), threshold)
+        """HiDream-I1 Full, 50 steps: δ = 0.17, 0.25, 0.3, 0.45 for 1.5×, 1.7×, 2.0×, 2.6×.
+
+        As in the authors' code the signal is the embedding of the timestep, and the first tenth of the steps is computed.
+        """
+        fit = TeaCacheFit(_HIDREAM, model=published.HIDREAM)
+        return cls(fit, threshold, first_steps=5, last_steps=0, signal="t_embedder")
 
     @classmethod
     def lumina_2(cls, threshold: float) -> TeaCache:
-        """Lumina-2; no δ is at hand."""
+        """Lumina-2: δ = 0.2, 0.3, 0.4, 0.5 for 1.25×, 1.56×, 2.08×, 2.5×."""
         return cls(TeaCacheFit(_LUMINA_2, model=published.LUMINA_2), threshold)
 
     @classmethod
@@ -180,15 +193,22 @@ class TeaCache(Method):
             fit = TeaCacheFit.load(fit)
         if isinstance(fit, TeaCacheFit):
             fit.check(denoiser, scheduler)
-        return replace(self, coefficients=fit)
+        made_on = fit.calibration.get("signal") if isinstance(fit, TeaCacheFit) else None
+        signal = self.signal or (made_on if isinstance(made_on, str) else MODULATED_INPUT)
+        if signal != MODULATED_INPUT and signal not in dict(denoiser.named_modules(remove_duplicate=False)):
+            raise MethodError(
+                f"TeaCache watches {signal!r}, and this {type(denoiser).__name__} has no such module: name one in front of its "
+                f"blocks, or {MODULATED_INPUT!r}"
+            )
+        return replace(self, coefficients=fit, signal=signal)
 
     def sites(self, denoiser: nn.Module) -> list[Site]:
         """The residual of all blocks."""
         return [stack(denoiser)]
 
     def tap(self, site: Site, denoiser: nn.Module) -> BlocksTap:
-        """Watches what the first attention is given."""
-        return BlocksTap(site, denoiser, watch="modulated-input")
+        """Watches what the first attention is given, or another module makes."""
+        return BlocksTap(site, denoiser, watch=self.signal or MODULATED_INPUT)
 
     def policy(self, facts: Facts) -> _Policy:
         """Accumulate the estimated change."""

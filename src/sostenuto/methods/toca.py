@@ -50,6 +50,7 @@ class ToCa(TokenCycle):
             fresh_ratio=0.3,
             selection="cross-entropy",
             ratio_schedule="pixart",
+            anchor="start",
             spatial_bonus=0.4,
             tile=4,
             threshold_weight=0.2,

@@ -180,13 +180,14 @@ class TokenCycle(Method):
             offset = counted % threshold
             if step < first_step + self.first_full_steps or offset == 0:
                 kinds.append(StepKind.FULL)
-                last_full, threshold = step, self._threshold(index / num_steps)
+                time = (num_steps - step if self.anchor == "start" else index) / num_steps
+                last_full, threshold = step, self._threshold(time)
             else:
                 kinds.append(self.between(offset, step - last_full))
         return tuple(kinds)
 
     def _threshold(self, time: float) -> int:
-        """Distance to the next full step, after one at ``time = i/S``."""
+        """Distance to the next full step, after one at ``time = i/S``; counted from the start at ``1 − p/S``."""
         if self.interval == 1:
             return 1
         if self.middle_interval is not None and 0.2 <= time < 0.4:

@@ -14,7 +14,7 @@ from sostenuto.quality.arrays import open_npz, read_moments
 from sostenuto.quality.measure import Instruments, measure
 from sostenuto.quality.metrics import Gaussian
 from sostenuto.quality.moments import Moments
-from sostenuto.quality.networks import FeatureNetwork, load_network
+from sostenuto.quality.networks import FeatureNetwork, available_networks, load_network
 from sostenuto.quality.registry import Subject
 from sostenuto.quality.sources import Source, open_source
 from sostenuto.quality.statistics import Statistics
@@ -117,7 +117,10 @@ class Reference:
             assert self._moments is not None
             return self._moments
         if isinstance(network, str):
-            network = load_network(chosen or name.partition("-")[0], weights, self.source.shape, device)
+            registered = (
+                name if name in available_networks() else name.partition("-")[0]
+            )  # "inception-v3-…" by its kind
+            network = load_network(chosen or registered, weights, self.source.shape, device)
             if network.name != name:
                 raise MetricError(f"the images were measured with {name}, and only {network.name} is at hand")
         kept = None if folder is None else folder / f"reference-{_digest(self.source, network, batch_size)}.safetensors"

@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -15,8 +14,6 @@ from sostenuto.plan import Action
 from sostenuto.report.figures import ACCENT, INK, MUTED
 from sostenuto.step_state import StepActions, StepState
 from sostenuto.tuning.result import Tuned
-
-matplotlib.use("agg")
 
 # Of different lightness, so that they are told apart in grey.
 _SHADES = dict(zip(StepState, ("#1d4f9e", "#7fa7dd", "#e3a65b", "#f1f3f8"), strict=True))

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from sostenuto.errors import InputError, SostenutoError
 from sostenuto.studio.session import Session, Wish
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # an address of IPv6 stands in brackets in a request
 _MOST_BYTES = 2**20
 # Everything is in the page itself: nothing is fetched from elsewhere, and no other page may send requests here.
 _HEADERS = {
@@ -49,6 +49,8 @@ def app(session: Session, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
                 return JSONResponse(await run_in_threadpool(work, request, body), headers=_HEADERS)
             except SostenutoError as error:
                 return JSONResponse({"message": " ".join(str(error).split())}, 400, headers=_HEADERS)
+            except Exception as error:  # whatever a scheduler or a pipeline raises is told to the page
+                return JSONResponse({"message": f"{type(error).__name__}: {error}"}, 500, headers=_HEADERS)
 
         return route
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import copy
+import functools
 import io
+import itertools
 import json
 import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +106,7 @@ class Session:
         if hasattr(pipe, "set_progress_bar_config"):
             pipe.set_progress_bar_config(disable=True)
         self._takes = parameters_of(pipe)
+        self._schedulers: dict[int, Any] = {}  # as a generation of so many steps left it
 
     def describe(self) -> dict[str, Any]:
         """What the page needs to know at its beginning."""
@@ -121,9 +126,17 @@ class Session:
             "version": sostenuto.__version__,
         }
 
-    def _scheduler(self) -> Any:
-        """A scheduler like the pipeline's, whose timesteps may be set."""
-        return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+    def _scheduler(self, num_inference_steps: int) -> Any:
+        """A scheduler like the pipeline's with the timesteps of so many steps: those that ran, where some did.
+
+        Pipelines may choose their own (sigmas, shifts by the size of the image).
+        """
+        if num_inference_steps in self._schedulers:
+            return self._schedulers[num_inference_steps]
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+        scheduler.set_timesteps(num_inference_steps, **shifted)
+        return scheduler
 
     @property
     def _takes_labels(self) -> bool:
@@ -181,14 +194,21 @@ class Session:
                 if cancelled.is_set():
                     raise _CancelledError
                 row = _groups(handle) if isinstance(handle, Handle) else {}
-                events.put({"event": "step", "side": side, "step": step, "row": row})
+                total = len(self.pipe.scheduler.timesteps)  # of some schedulers more than steps were asked for
+                events.put({"event": "step", "side": side, "step": step, "total": total, "row": row})
                 return {}
 
             generator = torch.Generator().manual_seed(wish.seed)
             began = time.perf_counter()
-            output = self.pipe(**self._arguments(wish, generator), callback_on_step_end=told)
+            given = self._arguments(wish, generator)
+            if "callback_on_step_end" in self._takes:
+                output = self.pipe(**given, callback_on_step_end=told)
+            else:
+                with _after_steps(self.pipe.scheduler, lambda step: told(self.pipe, step, None, {})):
+                    output = self.pipe(**given)
             seconds = time.perf_counter() - began
             stats = handle.stats
+        self._schedulers[wish.num_inference_steps] = copy.deepcopy(self.pipe.scheduler)
         events.put(
             {
                 "event": "image",
@@ -201,6 +221,7 @@ class Session:
                 "ideal_speedup": stats.ideal_speedup,
                 "cache_bytes_peak": stats.cache_bytes_peak,
                 "states": _states(stats.plan, stats.site_kinds),
+                "num_inference_steps": wish.num_inference_steps,
                 **_filling(handle),
             }
         )
@@ -224,8 +245,7 @@ class Session:
             return EBCache(self.table_of(asked.get("plan") or {}, num_steps))
         if name == "none":
             return NoCache()
-        scheduler = self._scheduler()
-        scheduler.set_timesteps(num_steps)
+        scheduler = self._scheduler(num_steps)
         timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
         speedup = asked.get("speedup", 2.0)
         if not isinstance(speedup, int | float):
@@ -244,8 +264,9 @@ class Session:
         states = plan.get("states")
         if not isinstance(states, list) or not states:
             raise InputError("there is no plan yet: generate once, or load a table")
-        if num_steps is not None and len(states) != num_steps:
-            raise InputError(f"the plan has {len(states)} steps, the generation {num_steps}: use the same number")
+        ran = None if num_steps is None else len(self._scheduler(num_steps).timesteps)
+        if ran is not None and len(states) != ran:
+            raise InputError(f"the plan has {len(states)} steps, the generation {ran}: use the same number")
         content = {
             "format": "sostenuto-cache-table",
             "version": 1,
@@ -271,9 +292,15 @@ class Session:
             TableError: the plan is not valid.
         """
         table = self.table_of(plan)
-        steps = table.num_inference_steps
-        scheduler = self._scheduler()
-        scheduler.set_timesteps(steps)
+        steps = plan.get("num_inference_steps", table.num_inference_steps)
+        if not isinstance(steps, int) or not 2 <= steps <= _MOST_STEPS:
+            raise InputError(f"the number of steps must be 2 to {_MOST_STEPS}, not {steps!r}")
+        scheduler = self._scheduler(steps)
+        if len(scheduler.timesteps) != table.num_inference_steps:
+            raise InputError(
+                f"the plan has {table.num_inference_steps} steps, a generation {len(scheduler.timesteps)}: generate with "
+                "it first"
+            )
         table = replace(table, **identity(self._denoiser, scheduler))
         path = self._path(name)
         self.tables.mkdir(parents=True, exist_ok=True)
@@ -342,9 +369,27 @@ def _groups(handle: Handle) -> dict[str, str]:
     if found and whole - {"compute"}:
         found = dict.fromkeys(found, whole)
     return {
-        group: next(iter(actions)) if len(actions) == 1 else "mixed"
+        group: "mixed" if len(actions) > 1 else next(iter(actions), "compute")  # without a site everything is computed
         for group, actions in (found or {"whole": whole}).items()
     }
+
+
+@contextmanager
+def _after_steps(scheduler: Any, tell: Callable[[int], object]) -> Iterator[None]:
+    """Tell of every step of a sampler, for pipelines that don't."""
+    step, done = scheduler.step, itertools.count()
+
+    @functools.wraps(step)  # pipelines read its signature
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        tell(next(done))
+        return result
+
+    scheduler.step = stepping
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _filling(handle: Any) -> dict[str, Any]:
