@@ -143,6 +143,8 @@ class Anatomy:
         noisy_last: whether conditions stand before the noisy sample in what its pipelines give it as latents, and text or
             conditions in what it returns, so that the sample comes last; else it comes first.
         stepwise: names of other arguments of ``forward`` that change from step to step, such as a second stream's latents.
+        converted: tells from the network's configuration whether its pipelines turn what it returns into something else before
+            the scheduler sees it, so that the scheduler doesn't tell what the network predicts.
         prefill: tells from a call's arguments by name whether it fills a key-value cache of the network's own: such a call
             always runs in full, and steps after it begin anew.
     """
@@ -157,6 +159,7 @@ class Anatomy:
     noisy_last: bool = False
     stepwise: tuple[str, ...] = ()
     prefill: Callable[[Mapping[str, Any]], bool] | None = None
+    converted: Callable[[Mapping[str, Any]], bool] | None = None
 
     def __post_init__(self) -> None:
         _check_all(self.blocks, BlockList, "Anatomy's blocks")

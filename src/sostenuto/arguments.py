@@ -17,6 +17,7 @@ from sostenuto.sites import known_anatomy
 from sostenuto.source import argument_names
 from sostenuto.timesteps import GivenAs
 
+_UNTIL = ("timestep_r", "r_timestep", "target_timestep")
 _VALUES = (torch.Tensor, bool, int, float, complex, str)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,12 +32,14 @@ class Given(NamedTuple):
         conditioning: the names of all other arguments, and what those hold that stay the same from step to step: tensors
             and plain values.
         prefill: whether the call fills a key-value cache of the network's own.
+        until: the timestep up to which a network predicts the mean velocity, where it does.
     """
 
     latents: Feature
     timestep: Any
     conditioning: list[Any]
     prefill: bool = False
+    until: Any = None
 
 
 class Reader:
@@ -54,6 +57,7 @@ class Reader:
         self.given_as = _given_as(anatomy)
         self.negated_prediction = anatomy.negated_prediction
         self.noisy_last = anatomy.noisy_last
+        self.converts = anatomy.converted is not None and anatomy.converted(compat.config_of(denoiser))
         self._prefill = anatomy.prefill
         self._stepwise = compat.STEPWISE_ARGUMENTS | {*anatomy.stepwise}
         for role, name in (("latents", self.latents), ("timestep", self.timestep)):
@@ -82,7 +86,9 @@ class Reader:
             values = [value] if plain else [leaf for leaf in tree_leaves(value) if isinstance(leaf, _VALUES)]
             if values:  # of what changes every step only whether it is there
                 conditioning += [name] if name in self._stepwise else [name, *values]
-        return Given(latents, timestep, conditioning, self._prefill is not None and self._prefill(named))
+        until = next((named[name] for name in _UNTIL if named.get(name) is not None), None)
+        prefill = self._prefill is not None and self._prefill(named)
+        return Given(_noisy(latents), timestep, conditioning, prefill, until)
 
     def with_timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: Any) -> Arguments:
         """The arguments with another timestep."""
@@ -90,6 +96,10 @@ class Reader:
 
     def with_latents(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Feature) -> Arguments:
         """The arguments with other latents."""
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        known: Any = named.get(self.latents)
+        if _is_nested(known):
+            latents = [[*sample[:-1], latent] for sample, latent in zip(known, latents, strict=True)]
         return self._with(self.latents, args, kwargs, latents)
 
     def _with(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> Arguments:
@@ -97,6 +107,15 @@ class Reader:
         if place < len(args):
             return (*args[:place], value, *args[place + 1 :]), kwargs
         return args, {**kwargs, name: value}
+
+
+def _is_nested(latents: Any) -> bool:
+    return isinstance(latents, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in latents)
+
+
+def _noisy(latents: Feature) -> Feature:
+    """The noisy latents, of a list whose samples are lists of conditions and latents (Z-Image Omni) the last of each."""
+    return [sample[-1] for sample in latents] if _is_nested(latents) else latents
 
 
 def _given_as(anatomy: Anatomy) -> GivenAs | None:

@@ -173,8 +173,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-# What pipelines call their denoisers. The second ones serve a part of the schedule (Wan 2.2), or one pass (Ideogram 4).
-DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+# What pipelines call their denoisers. The others serve a part of the schedule (Wan 2.2), one pass (Ideogram 4), or references.
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "transformer_ref", "unet")
 
 
 def find_denoisers(target: Any) -> dict[str, nn.Module]:

@@ -73,6 +73,7 @@ class Handle:
         self._programs: dict[int, Program] = {}  # the lowered plan, by the step at which a pass begins
         self._shifter: TimeShifter | None = None
         self._noise_scale: NoiseScale | None = None
+        self._mean_over: tuple[Any, Any] = (None, None)  # timesteps between which the network predicts a mean velocity
         self._reused = False  # whether the call under way filled anything in
         self._conversions: dict[Conversions, tuple[Conversion, ...]] = {}  # of this generation, once they are asked for
         self._passes: dict[int, PassState] = {}
@@ -302,6 +303,7 @@ class Handle:
                 self._forget_counts()
             self._dry_runs.let_go()
             self._record = Record(self._clock.source, num_steps=tick.num_steps)
+        self._mean_over = given.timestep, given.until
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         number = self._dry_runs.number(args, kwargs)
         clean = self._conversion(tick, clean_conversions) if self._mount.keeps_clean else None
@@ -335,6 +337,7 @@ class Handle:
 
     def _conversion(self, tick: Tick, kind: Conversions = conversions) -> Conversion:
         """How the noise, or the clean sample, follows from what the network predicts at this step."""
+        refusals.check_prediction(self._denoiser, self._reader.converts, *self._mean_over)
         if kind not in self._conversions:
             self._conversions[kind] = kind(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
         return self._conversions[kind][tick.step]
@@ -484,13 +487,22 @@ def scheduler_of(target: Any, scheduler: Any = None) -> Any:
     """The scheduler that drives a pipeline's denoisers, or a bare one: the given one, else the pipeline's of now.
 
     Raises:
-        MethodError: a bare denoiser comes without one.
+        MethodError: a bare denoiser comes without one, or the pipeline has none.
     """
     if scheduler is not None:
         return scheduler
     if isinstance(target, nn.Module):
         raise MethodError("a bare denoiser needs its scheduler to tell the step of a call: pass scheduler=…")
-    return target.scheduler
+    found = getattr(target, "scheduler", None)
+    if found is None:
+        names = [name for name in getattr(target, "components", {}) if name.endswith("_scheduler")]
+        such = (
+            f", such as scheduler=pipe.{names[0]}" if names else "; where it has none at all, its steps can't be told"
+        )
+        raise MethodError(
+            f"this {type(target).__name__} has no scheduler by that name: pass the one that drives it{such}"
+        )
+    return found
 
 
 def handle_of(denoiser: nn.Module) -> Handle | None:

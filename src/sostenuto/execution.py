@@ -277,7 +277,7 @@ class Executor:
     def _network(self, call: Call) -> Any:
         self._shared.begin()
         try:
-            return call.inner(*call.args, **call.kwargs)
+            return call.run()
         finally:
             self._shared.leave()
 

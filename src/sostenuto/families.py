@@ -173,10 +173,11 @@ ANATOMIES: dict[str, Anatomy] = {
     "OmniGenTransformer2DModel": _one_list(
         "layers", Branch(_SELF, "self_attn", ("input_layernorm",)), Branch(_MLP, "mlp", ("post_attention_layernorm",))
     ),
-    "PRXTransformer2DModel": _one_list(
+    "PRXTransformer2DModel": _one_list(  # in pixels, behind a bottleneck, it predicts x₀, of which the pipeline makes a flow
         "blocks",
         Branch(_SELF, "attention", ("img_pre_norm",)),
         Branch(_MLP, "down_proj", ("post_attention_layernorm",)),
+        converted=lambda config: config.get("bottleneck_size") is not None,
     ),
     "NucleusMoEImageTransformer2DModel": _one_list(  # every block projects the text anew and none changes it
         "transformer_blocks",

@@ -17,6 +17,7 @@ from sostenuto import compat
 from sostenuto.errors import TableError
 from sostenuto.files import publish_json
 from sostenuto.sites import num_blocks
+from sostenuto.timesteps import called_timesteps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,7 +49,7 @@ def identity(denoiser: nn.Module, scheduler: Any) -> dict[str, dict[str, Any]]:
         "scheduler": {
             "class": type(scheduler).__name__,
             "prediction_type": config.get("prediction_type") if hasattr(config, "get") else None,
-            "timesteps": [float(t) for t in scheduler.timesteps],
+            "timesteps": called_timesteps(scheduler).tolist(),
         },
     }
 

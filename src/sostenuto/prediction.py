@@ -11,6 +11,7 @@ import torch
 
 from sostenuto.errors import MethodError
 from sostenuto.schedulers import FLOWS, clipped_to, is_preconditioned, noise_levels, preconditioning, predicts
+from sostenuto.timesteps import called_timesteps
 
 _LEAST = 1e-30  # its reciprocal is a number of float32 too
 _PURE_NOISE = 1e-3  # share of x₀ in x_t below which x_t itself is the noise
@@ -150,7 +151,7 @@ def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool 
 def tells_clean_samples(scheduler: Any) -> bool:
     """Whether the clean sample follows from what a scheduler is given, at the timesteps that it was set up for."""
     try:
-        clean_conversions(scheduler, [float(t) for t in scheduler.timesteps])
+        clean_conversions(scheduler, called_timesteps(scheduler).tolist())
     except (MethodError, AttributeError, TypeError):
         return False
     return True

@@ -31,6 +31,12 @@ class Call:
     noisy_last: bool = False
     clean: Conversion | None = None
 
+    def run(self) -> Any:
+        """The network's output; lists are given as copies, since a network may empty them and be asked again."""
+        args = [list(value) if type(value) is list else value for value in self.args]
+        kwargs = {name: list(value) if type(value) is list else value for name, value in self.kwargs.items()}
+        return self.inner(*args, **kwargs)
+
 
 class Policy(Protocol):
     """Decides at every step of one pass, once its site is reached, whether the site is skipped. One object per pass."""

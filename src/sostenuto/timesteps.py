@@ -22,6 +22,16 @@ _WHOLE = 0.99999  # what casting to whole numbers may cut off, of readings that 
 _UNIT_INTERVAL = 2.0  # a network may be given t / 1000 where the scheduler's timesteps go beyond this
 
 
+_TRIGONOMETRIC = "SCMScheduler"  # Sana-Sprint's: its timesteps are angles
+
+
+def called_timesteps(scheduler: Any) -> torch.Tensor:
+    """The timesteps at which a sampler calls its network, in float64: without a last one to which it only goes."""
+    listed = torch.as_tensor(scheduler.timesteps, dtype=torch.float64, device="cpu")
+    ends_idle = type(scheduler).__name__ in (_TRIGONOMETRIC, "LTXEulerAncestralRFScheduler")
+    return listed[:-1] if ends_idle and len(listed) > 1 and listed[-1] == 0 else listed
+
+
 class Timesteps:
     """The scheduler's list of timesteps, and what a network may be given for each.
 
@@ -31,11 +41,11 @@ class Timesteps:
     Args:
         scheduler: the scheduler.
         given_as: what the network is given for a timestep t, where that is not t or t / 1000, nor the noise level σ or
-            σ / (1 + σ).
+            σ / (1 + σ), nor of an angle its share of the sine.
     """
 
     def __init__(self, scheduler: Any, given_as: GivenAs | None) -> None:
-        listed = torch.as_tensor(scheduler.timesteps, dtype=torch.float64, device="cpu")
+        listed = called_timesteps(scheduler)
         self.values = tuple(listed.tolist())
         self._usual: list[_Reading] = []
         self._others: list[_Reading] = []
@@ -50,6 +60,8 @@ class Timesteps:
         if sigmas is not None and len(sigmas) >= len(listed):
             sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")[: len(listed)]
             self._others = [_Reading(sigmas), _Reading(sigmas / (1 + sigmas))]
+        if type(scheduler).__name__ == _TRIGONOMETRIC:
+            self._others.append(_Reading(listed.sin() / (listed.cos() + listed.sin())))
 
     def find(self, levels: Levels, scheduler: Any, last_step: int, same_latents: Callable[[], bool]) -> int:
         """The step of a call.

@@ -168,7 +168,7 @@ def _stock(prober: Prober) -> Any:
     """The output without any of our replacements."""
     prober.handle._mount.detach()
     try:
-        return prober.call.inner(*prober.call.args, **prober.call.kwargs)
+        return prober.call.run()
     finally:
         prober.handle._mount.attach()
 

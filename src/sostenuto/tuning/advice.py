@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sostenuto import compat
+from sostenuto.arguments import Reader
 from sostenuto.calibrations.base import Sample, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, scheduler_of
@@ -128,7 +129,8 @@ def advise(
     errors = measured.relative(measured.whole, 0, 0, 1)
     worth = speedup >= _WORTH
     notes = [f"reusing the whole step before changes the output by {np.nanmedian(errors):.1%} (median over the steps)"]
-    notes += notes_on(measured, tells_clean_samples(scheduler_of(target, scheduler)))
+    tells = tells_clean_samples(scheduler_of(target, scheduler)) and not Reader(compat.unwrapped(denoiser)).converts
+    notes += notes_on(measured, tells)
     notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search" if worth else _NOT_WORTH)
     return Advice(
         worth=worth,

@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
+from sostenuto.arguments import Reader
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.calibrations.claims import Sketch
 from sostenuto.clock import Tick
@@ -91,7 +92,8 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             said = float(settings.score(run.result))
     said = said if said is not None and math.isfinite(said) else None
     made = len(run.result) if hasattr(run.result, "__len__") else None
-    tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler))
+    reader = Reader(compat.unwrapped(compat.find_denoiser(settings.target)))
+    tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler)) and not reader.converts
     return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made, tells)
 
 
