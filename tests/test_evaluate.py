@@ -341,7 +341,9 @@ def _evaluated(folder, *more):
     )
 
 
-@pytest.mark.parametrize("size", [2, 5], ids=["two", "more than there are batches"])
+@pytest.mark.parametrize(
+    "size", [2, pytest.param(5, marks=pytest.mark.slow)], ids=["two", "more than there are batches"]
+)
 def test_several_processes_find_what_one_finds(tmp_path, size):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -303,7 +303,7 @@ class Handle:
                 self._forget_counts()
             self._dry_runs.let_go()
             self._record = Record(self._clock.source, num_steps=tick.num_steps)
-        self._mean_over = given.timestep, given.until
+        self._mean_over = (None, None) if given.until is None else (given.timestep, given.until)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         number = self._dry_runs.number(args, kwargs)
         clean = self._conversion(tick, clean_conversions) if self._mount.keeps_clean else None
@@ -441,7 +441,7 @@ class Handle:
             raise refusals.displaced() from None
 
     def _drop_state(self) -> None:
-        self._passes = {}
+        self._passes, self._mean_over = {}, (None, None)
         self._clock.forget()
         self._mount.reset()
 
