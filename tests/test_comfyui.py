@@ -125,9 +125,17 @@ def test_a_file_s_node_runs_anew_when_the_file_changes(tmp_path):
     assert "can't be read" in CONFIG.VALIDATE_INPUTS(str(path))
     before = CONFIG.IS_CHANGED(path=str(path), model=None)
     path.write_text(json.dumps({"method": [{"name": "fora", "interval": 2}, "forecast"]}))
-    assert (second := CONFIG.IS_CHANGED(path=str(path), model=None)) != before
-    path.with_name(f"{path.stem}.eb-table.json").write_text("{}")  # what was measured lies beside it
-    assert CONFIG.IS_CHANGED(path=str(path), model=None) != second
+    second = CONFIG.IS_CHANGED(path=str(path), model=None)
+    assert second != before
+    table = path.with_name("measured.json")
+    path.write_text(json.dumps({"method": {"name": "eb", "table": table.name}}))
+    seen = {second, CONFIG.IS_CHANGED(path=str(path), model=None)}
+    for text in ("{}", "[]"):  # what was measured lies beside it
+        table.write_text(text)
+        seen.add(CONFIG.IS_CHANGED(path=str(path), model=None))
+    assert len(seen) == 4
+    assert CONFIG.IS_CHANGED(path=None, model=None) == ""
+    path.write_text(json.dumps({"method": [{"name": "fora", "interval": 2}, "forecast"]}))
     assert CONFIG.VALIDATE_INPUTS(str(path)) is True
     model = CONFIG.apply(build(), str(path))[0]
     generate(model)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sostenuto import compat
 from sostenuto.attachment import replace_forward, runs
-from sostenuto.errors import AnatomyError, EngineError
+from sostenuto.errors import AnatomyError, EngineError, MethodError
 from sostenuto.features import Feature, versions
 from sostenuto.plan import Action, Op
 from sostenuto.sites import Block, Site, anatomy_of, blocks_of, inspect
@@ -153,6 +153,9 @@ class BlocksTap(Tap):
         self, compute: Callable[..., Any], streams: _Streams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The range is reached: decide, remember what it is given, make what stands in for its output."""
+        if self.op == Op.DECIDE and self._source is not None and not isinstance(self._beginning, torch.Tensor):
+            what = "did not run in front of the blocks" if self._beginning is None else "returns no tensor"
+            raise MethodError(f"the module that is watched as the signal {what}: watch another, or 'modulated-input'")
         if self.op == Op.DECIDE and self._attention is None and self._beginning is None:
             self.op = int(Op.COMPUTE)  # a pass that leaves out what is in front has no signal
             return

@@ -412,14 +412,17 @@ def extra(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DependencyError(f"{error.name} is not installed: pip install 'sostenuto[{name}]'") from None
+    except ImportError as error:
+        raise DependencyError(f"{error}; what is needed comes with sostenuto[{name}]") from error
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done what it was told, so that a clock sees it."""
-    if device.type not in ("cpu", "meta"):
-        getattr(torch, device.type).synchronize(*([device] if device.type == "cuda" else []))
+    synchronized = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronized is not None and device.type != "cpu":
+        synchronized(*(() if device.type == "mps" else (device,)))
 
 
 def _hooks(part: nn.Module) -> Sequence[Any]:
@@ -430,8 +433,13 @@ def _hooks(part: nn.Module) -> Sequence[Any]:
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where a network computes, also where offloading keeps its weights elsewhere in between."""
-    hooks = (hook for part in unwrapped(module).modules() for hook in _hooks(part))
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    parts = list(unwrapped(module).modules())
+    devices = [getattr(hook, "execution_device", None) for part in parts for hook in _hooks(part)]
+    registries = [
+        vars(part)["_diffusers_hook"] for part in parts if "_diffusers_hook" in vars(part)
+    ]  # offloading by groups
+    groups = [hook for registry in registries for hook in registry.hooks.values()]
+    devices += [getattr(getattr(hook, "config", None), "onload_device", None) for hook in groups]
     found = next((device for device in devices if device is not None), None)
     return next(module.parameters()).device if found is None else torch.device(found)
 

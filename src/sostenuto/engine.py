@@ -291,6 +291,7 @@ class Handle:
         if given.prefill:
             return self._filled(inner, args, kwargs)
         tick = self._clock.tick(given.timestep, given.latents, given.conditioning)
+        self._mean_over = (None, None) if given.until is None else (given.timestep, given.until)
         if tick.new_generation:
             self._settle(between=True)
             self._reporter.tell()
@@ -303,7 +304,6 @@ class Handle:
                 self._forget_counts()
             self._dry_runs.let_go()
             self._record = Record(self._clock.source, num_steps=tick.num_steps)
-        self._mean_over = (None, None) if given.until is None else (given.timestep, given.until)
         args, kwargs = self._shifted(tick, given.latents, args, kwargs)
         number = self._dry_runs.number(args, kwargs)
         clean = self._conversion(tick, clean_conversions) if self._mount.keeps_clean else None

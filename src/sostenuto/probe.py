@@ -12,6 +12,7 @@ import torch
 from sostenuto import compat
 from sostenuto.clock import Tick
 from sostenuto.cost import Cost
+from sostenuto.errors import MethodError
 from sostenuto.features import as_rows, mapped
 from sostenuto.plan import Op, Row
 from sostenuto.prediction import predicted_noise, without_variance
@@ -39,6 +40,17 @@ class Prober:
     def batch_size(self) -> int:
         """Rows of the denoiser's batch."""
         return len(self.call.latents)  # of a tensor, or of a list of them
+
+    @property
+    def tells_noise(self) -> bool:
+        """Whether the network predicts what its scheduler takes, so that its noise and its clean sample can be told."""
+        from sostenuto.refusals import check_prediction  # which knows of methods, and they of this
+
+        try:
+            check_prediction(self.handle._denoiser, self.handle._reader.converts, *self.handle._mean_over)
+        except MethodError:
+            return False
+        return True
 
     def follow(self) -> Any:
         """The denoiser's output as the method's plan has it; no factor of the noise is applied yet."""

@@ -107,7 +107,7 @@ def sample_images(
     Raises:
         InputError: the folder holds images of another model, method or setting, or the pipeline makes videos.
     """
-    if "num_frames" in parameters_of(pipe):
+    if parameters_of(pipe).keys() & {"num_frames", "video_length", "frames"}:
         raise InputError(
             f"{type(pipe).__name__} makes videos, and this writes images: generate without a number of images for a picture "
             "of the middle frames, or call the pipeline in Python under sostenuto.enable"
@@ -166,7 +166,7 @@ def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
         "denoisers": {name: _weights(denoiser) for name, denoiser in compat.find_denoisers(pipe).items()},
         "scheduler": [type(pipe.scheduler).__name__, compat.config_of(pipe.scheduler)],
         "method": "switched off" if is_switched_off() else lockstep.digest(type(method).__name__, method),
-        "table": _files(method),
+        **({"table": files} if (files := _files(method)) else {}),
         **vars(images),
         "conditions": hashlib.sha256(json.dumps(list(images.conditions)).encode()).hexdigest(),
         "device": torch.cuda.get_device_name(device)

@@ -39,7 +39,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
     check_not_switched_off("a benchmark")
     if torch.device(settings.device).type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; leave it out to measure on the CPU")
-    if torch.device(settings.device).type == "cuda":
+    if torch.device(settings.device).index is not None:
         torch.cuda.set_device(torch.device(settings.device))  # whose events are timed and whose memory is counted
     if settings.threads:
         torch.set_num_threads(settings.threads)

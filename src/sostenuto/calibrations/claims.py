@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sostenuto import compat
 from sostenuto.calibrations.base import Settings
 from sostenuto.cost import autocast_state
@@ -33,7 +35,7 @@ def measured_with(settings: Settings) -> dict[str, Any]:
     """What is known of model, sampler and samples before anything runs."""
     denoiser = compat.unwrapped(compat.find_denoiser(settings.target))
     sampler = scheduler_of(settings.target, settings.scheduler)
-    weights = sum(float(weight.detach().cpu().double().abs().sum()) for _, weight in compat.weights_of(denoiser))
+    weights = sum(float(_wide(weight.detach()).abs().sum()) for _, weight in compat.weights_of(denoiser))
     # What begins with an underscore is diffusers' own bookkeeping, in an order that changes from process to process.
     chosen = {key: value for key, value in dict(getattr(sampler, "config", {})).items() if not key.startswith("_")}
     config = json.dumps(chosen, sort_keys=True, default=str)
@@ -51,6 +53,11 @@ def measured_with(settings: Settings) -> dict[str, Any]:
         "seed": settings.seed,
         MACHINE: settings.machine,
     }
+
+
+def _wide(weight: torch.Tensor) -> torch.Tensor:
+    """In float64, where its device has that."""
+    return weight.float() if weight.device.type == "mps" else weight.double()
 
 
 def claim(

@@ -78,8 +78,11 @@ class Generate:
 
         import sostenuto
         from sostenuto.pipelines import pictures
+        from sostenuto.switch import check_not_switched_off
 
         _check_picture(self.output)
+        if self.compare:
+            check_not_switched_off("a comparison (--no-compare generates without one)")
         pipe = self.choice.pipeline()
         sample = self.choice.sample(pipe, "pil")
         steps = self.choice.num_inference_steps

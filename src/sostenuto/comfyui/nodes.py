@@ -12,6 +12,7 @@ from sostenuto.comfyui.calibrating import METHODS, Calibrating
 from sostenuto.config import Config, load_config, parse_method
 from sostenuto.errors import ConfigError, SostenutoError
 from sostenuto.methods import available_methods
+from sostenuto.methods.base import parts
 
 _MIB = 2**20
 _CATEGORY = "model_patches/sostenuto"
@@ -91,11 +92,17 @@ class SostenutoConfig:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, path: str, **_: Any) -> str:
-        """The contents of the file and of those beside it that it names: ComfyUI runs the node anew when they change."""
-        file = Path(path)
-        beside = sorted(file.parent.glob(f"{file.stem}.*")) if file.is_file() else []
-        return " ".join(hashlib.sha256(one.read_bytes()).hexdigest() for one in beside if one.is_file())
+    def IS_CHANGED(cls, path: str | None, **_: Any) -> str:
+        """The contents of the file and of those that it names: ComfyUI runs the node anew when they change."""
+        if path is None or not Path(path).is_file():  # another node gives it, whose own change ComfyUI sees
+            return ""
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            measured = [Path(value) for part in parts(load_config(path).method) for value in vars(part).values()
+                        if isinstance(value, (str, Path))]  # fmt: skip
+        except SostenutoError:
+            measured = []
+        return " ".join([text, *(hashlib.sha256(one.read_bytes()).hexdigest() for one in measured if one.is_file())])
 
     def apply(self, model: Any, path: str) -> tuple[Any]:
         """The patched model.

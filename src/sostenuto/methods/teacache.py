@@ -186,6 +186,14 @@ class TeaCache(Method):
         """Lumina-T2X, with the polynomial of Lumina-2; no δ is at hand."""
         return cls(TeaCacheFit(_LUMINA_2, model=published.LUMINA_T2X), threshold)
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """That of the timesteps that the fit was made on."""
+        fit = self.coefficients
+        return (
+            len(fit.scheduler["timesteps"]) if isinstance(fit, TeaCacheFit) and "timesteps" in fit.scheduler else None
+        )
+
     def prepare(self, denoiser: nn.Module, scheduler: Any) -> TeaCache:
         """Load the fit and refuse one that was made on something else."""
         fit = self.coefficients

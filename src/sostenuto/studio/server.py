@@ -18,7 +18,7 @@ from starlette.routing import Route
 from sostenuto.errors import InputError, SostenutoError
 from sostenuto.studio.session import Session, Wish
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")  # an address of IPv6 stands in brackets in a request
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MOST_BYTES = 2**20
 # Everything is in the page itself: nothing is fetched from elsewhere, and no other page may send requests here.
 _HEADERS = {
@@ -75,7 +75,9 @@ def app(session: Session, hosts: tuple[str, ...] = LOOPBACK) -> Starlette:
             ),
             Route("/api/generate", generate, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts, *(f"[{host}]" for host in hosts if ":" in host)])
+        ],
     )
 
 

@@ -377,7 +377,7 @@ def _groups(handle: Handle) -> dict[str, str]:
 @contextmanager
 def _after_steps(scheduler: Any, tell: Callable[[int], object]) -> Iterator[None]:
     """Tell of every step of a sampler, for pipelines that don't."""
-    step, done = scheduler.step, itertools.count()
+    before, step, done = vars(scheduler).get("step"), scheduler.step, itertools.count()
 
     @functools.wraps(step)  # pipelines read its signature
     def stepping(*args: Any, **kwargs: Any) -> Any:
@@ -390,6 +390,8 @@ def _after_steps(scheduler: Any, tell: Callable[[int], object]) -> Iterator[None
         yield
     finally:
         del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
 def _filling(handle: Any) -> dict[str, Any]:

@@ -340,10 +340,12 @@ class Lab:
         for near in (step, step + 1, step - 1, step + 2, step - 2):
             run = generate(probing, 0, tapped_for((kind,)), _perturb_at(near, kind, order, caused), order + 1)
             work += run.rows
-            if caused:  # else a pass began there, as where guidance ends in the middle, and had nothing to reuse
-                left = float((torch.cat(run.latents) - self._probed).square().mean())
-                error = sum(e * n for e, n in caused) / sum(n for _, n in caused)
+            # Where a pass began there, as where guidance ends in the middle, it had nothing to reuse; or the reuse overflowed.
+            left = float((torch.cat(run.latents) - self._probed).square().mean())
+            error = sum(e * n for e, n in caused) / max(1, sum(n for _, n in caused))
+            if caused and math.isfinite(left) and math.isfinite(error):
                 return {"left": left / max(error, 1e-30), "work": work}
+            caused.clear()
         raise MethodError(
             f"nothing could be reused at the steps around {step}: guidance that changes from step to step can't be tuned"
         )

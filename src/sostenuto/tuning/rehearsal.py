@@ -12,7 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sostenuto import compat
-from sostenuto.arguments import Reader
 from sostenuto.calibrations.base import Settings, Tapped
 from sostenuto.calibrations.claims import Sketch
 from sostenuto.clock import Tick
@@ -71,6 +70,7 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
     sketch: list[tuple[float, float]] = []
     macs: dict[str, float] = {}
     rows: list[int] = []
+    told: list[bool] = []  # whether the scheduler takes what the network predicts
 
     def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
         what = tick.pass_index, signature(prober.call.latents)
@@ -79,6 +79,7 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             given = tree_leaves((prober.call.args, prober.call.kwargs))
             sketch.extend(_sketched(value) for value in given if isinstance(value, (torch.Tensor, int, float)))
             rows.append(prober.batch_size)
+            told.append(prober.tells_noise)
             if not macs:
                 macs.update(macs_of(prober, kinds) | {Kind.SAMPLE.value: 0.0})
         noise = torch.Generator().manual_seed(1000 * tick.step + tick.pass_index)
@@ -92,8 +93,7 @@ def rehearse(settings: Settings, stream: int, tapped: Tapped, kinds: Sequence[Ki
             said = float(settings.score(run.result))
     said = said if said is not None and math.isfinite(said) else None
     made = len(run.result) if hasattr(run.result, "__len__") else None
-    reader = Reader(compat.unwrapped(compat.find_denoiser(settings.target)))
-    tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler)) and not reader.converts
+    tells = tells_clean_samples(scheduler_of(settings.target, settings.scheduler)) and all(told)
     return Rehearsal(run.rows, run.num_steps, sum(rows) / run.num_steps, macs, tuple(sketch), said, made, tells)
 
 
