@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,12 @@ def parse_method(value: Any, folder: Path) -> Method:
     for other in value[1:]:
         method = method | parse_method(other, folder)
     return method
+
+
+def file_digests(method: Method) -> list[str]:
+    """What the files that a method names hold (tables, routers, ratios), by sha256; those that are there."""
+    named = [Path(value) for part in parts(method) for value in vars(part).values() if isinstance(value, (str, Path))]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in named if path.is_file()]
 
 
 def _file(path: str | Path) -> Path:

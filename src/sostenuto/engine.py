@@ -29,7 +29,7 @@ from sostenuto.methods import by_name
 from sostenuto.methods.base import Facts, Method, check_steps
 from sostenuto.mount import Mount
 from sostenuto.plan import Action, Op, Plan, Program, Row, lower, uniform
-from sostenuto.prediction import Conversion, clean_conversions, conversions
+from sostenuto.prediction import Conversion, check_prediction, clean_conversions, conversions
 from sostenuto.probe import Prober
 from sostenuto.sites import Site
 from sostenuto.state import Call, PassState
@@ -337,7 +337,7 @@ class Handle:
 
     def _conversion(self, tick: Tick, kind: Conversions = conversions) -> Conversion:
         """How the noise, or the clean sample, follows from what the network predicts at this step."""
-        refusals.check_prediction(self._denoiser, self._reader.converts, *self._mean_over)
+        check_prediction(self._denoiser, self._reader.converts, *self._mean_over)
         if kind not in self._conversions:
             self._conversions[kind] = kind(self._scheduler(), tick.timesteps, self._reader.negated_prediction)
         return self._conversions[kind][tick.step]

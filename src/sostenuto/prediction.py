@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sostenuto.errors import MethodError
 from sostenuto.schedulers import FLOWS, clipped_to, is_preconditioned, noise_levels, preconditioning, predicts
@@ -146,6 +147,20 @@ def clean_conversions(scheduler: Any, timesteps: Sequence[float], negated: bool 
                 "nothing of it: forecast what the network predicts"
             )
     return _as_returned([replace(step, bound=bound) for step in steps], negated)
+
+
+def check_prediction(denoiser: nn.Module, converted: bool, timestep: Any, until: Any) -> None:
+    """What a network predicts must be what its scheduler takes, for its noise or its clean sample to be told.
+
+    Raises:
+        MethodError: pipelines convert it, or it is a mean over the steps to another timestep.
+    """
+    if converted or (until is not None and not bool((torch.as_tensor(timestep) == torch.as_tensor(until)).all())):
+        what = "what its pipeline turns into something else" if converted else "a mean velocity, up to another timestep"
+        raise MethodError(
+            f"this {type(denoiser).__name__} predicts {what}: neither its noise nor its clean sample follows from that; use "
+            "eps_scale=1 (no scaling), and forecasts of features or of the prediction itself"
+        )
 
 
 def tells_clean_samples(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ from sostenuto.cost import Cost
 from sostenuto.errors import MethodError
 from sostenuto.features import as_rows, mapped
 from sostenuto.plan import Op, Row
-from sostenuto.prediction import predicted_noise, without_variance
+from sostenuto.prediction import check_prediction, predicted_noise, without_variance
 from sostenuto.state import Call, PassState
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ class Prober:
     @property
     def tells_noise(self) -> bool:
         """Whether the network predicts what its scheduler takes, so that its noise and its clean sample can be told."""
-        from sostenuto.refusals import check_prediction  # which knows of methods, and they of this
-
         try:
             check_prediction(self.handle._denoiser, self.handle._reader.converts, *self.handle._mean_over)
         except MethodError:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import nn
 
 from sostenuto.errors import EngineError, MethodError
@@ -41,20 +39,6 @@ def check_graph(method: Method, denoiser: nn.Module, in_graph: bool) -> None:
                 f"{type(part).__name__} looks at features while the network runs, which a compiled denoiser can't: use "
                 "the denoiser uncompiled, or a method with a plan (and random tokens)"
             )
-
-
-def check_prediction(denoiser: nn.Module, converted: bool, timestep: Any, until: Any) -> None:
-    """What a network predicts must be what its scheduler takes, for its noise or its clean sample to be told.
-
-    Raises:
-        MethodError: pipelines convert it, or it is a mean over the steps to another timestep.
-    """
-    if converted or (until is not None and not bool((torch.as_tensor(timestep) == torch.as_tensor(until)).all())):
-        what = "what its pipeline turns into something else" if converted else "a mean velocity, up to another timestep"
-        raise MethodError(
-            f"this {type(denoiser).__name__} predicts {what}: neither its noise nor its clean sample follows from that; use "
-            "eps_scale=1 (no scaling), and forecasts of features or of the prediction itself"
-        )
 
 
 def check_neighbours(denoiser: nn.Module) -> None:

@@ -24,13 +24,14 @@ from torch import nn
 
 import sostenuto
 from sostenuto import compat
+from sostenuto.config import file_digests
 from sostenuto.distributed import lockstep
 from sostenuto.distributed.folder import complete, one_at_a_time
 from sostenuto.distributed.world import world
 from sostenuto.errors import InputError
 from sostenuto.files import publish, publish_json, tidy
 from sostenuto.measured import fingerprint
-from sostenuto.methods.base import Method, parts
+from sostenuto.methods.base import Method
 from sostenuto.pipelines import Conditions, call_arguments, first_output, parameters_of, pipeline_sample
 from sostenuto.seeds import noise_seed
 from sostenuto.switch import is_switched_off
@@ -166,7 +167,7 @@ def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
         "denoisers": {name: _weights(denoiser) for name, denoiser in compat.find_denoisers(pipe).items()},
         "scheduler": [type(pipe.scheduler).__name__, compat.config_of(pipe.scheduler)],
         "method": "switched off" if is_switched_off() else lockstep.digest(type(method).__name__, method),
-        **({"table": files} if (files := _files(method)) else {}),
+        **({"table": files} if (files := file_digests(method)) else {}),
         **vars(images),
         "conditions": hashlib.sha256(json.dumps(list(images.conditions)).encode()).hexdigest(),
         "device": torch.cuda.get_device_name(device)
@@ -174,12 +175,6 @@ def _identity(pipe: Any, method: Method, images: Images) -> dict[str, Any]:
         else torch.backends.cpu.get_cpu_capability(),
         "versions": {"torch": torch.__version__, "sostenuto": sostenuto.__version__},
     }
-
-
-def _files(method: Method) -> list[str]:
-    """The contents of the files that a method names: tables, routers, ratios."""
-    named = [Path(value) for part in parts(method) for value in vars(part).values() if isinstance(value, (str, Path))]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in named if path.is_file()]
 
 
 def _weights(denoiser: nn.Module) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sostenuto.comfyui.caching import Caching, patched, wrapper_of
 from sostenuto.comfyui.calibrating import METHODS, Calibrating
-from sostenuto.config import Config, load_config, parse_method
+from sostenuto.config import Config, file_digests, load_config, parse_method
 from sostenuto.errors import ConfigError, SostenutoError
 from sostenuto.methods import available_methods
-from sostenuto.methods.base import parts
 
 _MIB = 2**20
 _CATEGORY = "model_patches/sostenuto"
@@ -98,11 +96,10 @@ class SostenutoConfig:
             return ""
         text = Path(path).read_text(encoding="utf-8")
         try:
-            measured = [Path(value) for part in parts(load_config(path).method) for value in vars(part).values()
-                        if isinstance(value, (str, Path))]  # fmt: skip
+            measured = file_digests(load_config(path).method)
         except SostenutoError:
             measured = []
-        return " ".join([text, *(hashlib.sha256(one.read_bytes()).hexdigest() for one in measured if one.is_file())])
+        return " ".join([text, *measured])
 
     def apply(self, model: Any, path: str) -> tuple[Any]:
         """The patched model.

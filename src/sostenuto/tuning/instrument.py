@@ -241,12 +241,10 @@ class Instrument:
         runs = {kind: np.where(np.isfinite(values), values, np.nan) for kind, values in self._runs.items()}
         seconds = {name: float(np.median(times)) for name, times in self._seconds.items()}
         seconds["pause"] = pause
-        little, more = self._nudge_errors
+        little, more = np.where(np.isfinite(self._nudge_errors), self._nudge_errors, np.nan)
         # In proportion to the change the squared errors would be as 1 to 4; noise adds the same to both, and to a real reuse's.
         ratio = (NUDGES[1] / NUDGES[0]) ** 2
-        noise = (ratio * np.where(np.isfinite(little), little, np.nan) - np.where(np.isfinite(more), more, np.nan)) / (
-            ratio - 1
-        )
+        noise = (ratio * little - more) / (ratio - 1)
         roughness = np.full(len(noise), np.nan)
         if self._whole in self._reach:
             next_step = runs[self._whole][0, 0, :-1, 0, 0]  # squared error of reuse one step after a computed one
@@ -270,7 +268,7 @@ def _is_read(site: Site, kind: Kind) -> bool:
 
 def _averaged(known: float, value: float, weight: float) -> float:
     """The mean with one more value of this weight; the first replaces what is not a number, what overflowed stays so."""
-    if not (np.isfinite(value) and not np.isinf(known)):
+    if np.isinf(known) or not np.isfinite(value):
         return np.inf
     return value if np.isnan(known) else known + weight * (value - known)
 
