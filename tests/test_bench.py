@@ -1,5 +1,7 @@
 """A row of a benchmark: what it says is what ran; large models counted without weights; how methods are written."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from fake_peer import DIT, FLUX, QUICK, fake_peers  # noqa: F401 (a fixture)
 from sostenuto.bench import quality
 from sostenuto.bench.cases import Case, Settings
 from sostenuto.bench.dry import planned
-from sostenuto.bench.generation import Timed, counted
+from sostenuto.bench.generation import Timed, counted, timed
 from sostenuto.bench.networks import network_of
 from sostenuto.bench.published import DIT_XL, LARGE
 from sostenuto.bench.runner import measure, step_figures
@@ -34,6 +36,24 @@ def test_what_is_counted_while_a_generation_runs_is_what_the_engine_says_it_did(
     assert count.macs == stats.macs < stats.macs_uncached
     assert len(count.step_macs) == 5
     assert sum(count.step_macs) == count.macs
+
+
+def test_what_stood_around_a_schedulers_step_is_called_and_stays():
+    subject, steps = build_subject(DIT, 1, QUICK), []
+    scheduler = subject.owner.scheduler
+    own = scheduler.step
+
+    @functools.wraps(own)
+    def counting(*args, **kwargs):
+        steps.append(1)
+        return own(*args, **kwargs)
+
+    scheduler.step = counting
+    counted(subject, 0, 3)
+    assert len(timed(subject, 0, 3).step_s) == 3
+    assert len(steps) == 6
+    assert scheduler.step is counting
+    assert "set_timesteps" not in vars(scheduler)
 
 
 def test_a_row_holds_the_documented_columns_and_its_ideal_is_that_of_the_steps_skipped():

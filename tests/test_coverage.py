@@ -25,13 +25,25 @@ def test_every_exported_class_is_in_the_table_and_in_the_zoo(pytestconfig):
 # Built of a relative's blocks, which is tried in every run, and slow to count.
 RELATIVES = {
     "AnyFlowFARTransformer3DModel",
+    "AnyFlowTransformer3DModel",
+    "BriaFibo2Transformer2DModel",
     "BriaFiboTransformer2DModel",
+    "BriaTransformer2DModel",
+    "ChronoEditTransformer3DModel",
+    "CogView3PlusTransformer2DModel",
     "HunyuanImageTransformer2DModel",
+    "HunyuanVideoFramepackTransformer3DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "Kandinsky6SRTransformer3DModel",
     "Kandinsky6Transformer3DModel",
     "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel",
+    "SanaWMLTX2RefinerTransformer3DModel",
     "SanaWMTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
     "WanAnimate2Transformer3DModel",
+    "WanAnimateTransformer3DModel",
+    "WanVACETransformer3DModel",
 }
 CLASSES = [pytest.param(name, marks=[pytest.mark.slow] * (name in RELATIVES)) for name in TINY_MODELS]
 

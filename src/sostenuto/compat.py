@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -113,9 +114,9 @@ def is_traced() -> bool:
     return told is not None and callable(told())
 
 
-def place(module: nn.Module, **attributes: Any) -> Callable[[], None]:
-    """Put attributes on this instance of a module's class; returns what restores those that were there, but for a newer one."""
-    own = vars(module)
+def place(owner: Any, **attributes: Any) -> Callable[[], None]:
+    """Put attributes on this instance of a class; returns what restores those that were there, but for a newer one."""
+    own = vars(owner)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
 
@@ -126,6 +127,26 @@ def place(module: nn.Module, **attributes: Any) -> Callable[[], None]:
                 own.update({name: before[name]} if name in before else {})
 
     return restore
+
+
+@contextmanager
+def after_calls(owner: Any, **tell: Callable[[], object]) -> Iterator[None]:
+    """Within it, tell of each call of these methods of an object, when it has returned."""
+
+    def telling(method: Callable[..., Any], told: Callable[[], object]) -> Callable[..., Any]:
+        @functools.wraps(method)  # pipelines read the signatures of a scheduler's methods
+        def called(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            told()
+            return result
+
+        return called
+
+    restore = place(owner, **{name: telling(getattr(owner, name), told) for name, told in tell.items()})
+    try:
+        yield
+    finally:
+        restore()
 
 
 def is_compiled(module: nn.Module) -> bool:

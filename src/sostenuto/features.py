@@ -51,6 +51,13 @@ def as_rows(samples: Feature) -> torch.Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, size - len(row))) for row in rows])
 
 
+def moved(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """A tensor on a device, in a precision if it is one of floating point; anything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
 def num_bytes(feature: Feature | None) -> int:
     """Size of a feature's data in bytes."""
     return sum(tensor.nbytes for tensor in leaves(feature))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 
 from sostenuto.bench.machine import attention_backend
 from sostenuto.bench.subjects import Subject
+from sostenuto.compat import after_calls
 from sostenuto.counting import MacCounter
 
 
@@ -55,7 +55,7 @@ def timed(subject: Subject, seed: int, num_inference_steps: int) -> Timed:
     gc.disable()  # a collection in the middle of one side would be counted against it
     try:
         clock.mark()
-        with _step_hooks(subject.owner.scheduler, lambda: begins.append(clock.mark()), clock.mark):
+        with after_calls(subject.owner.scheduler, set_timesteps=lambda: begins.append(clock.mark()), step=clock.mark):
             output = subject.sample(generator, num_inference_steps)
         clock.mark()
     finally:
@@ -79,7 +79,7 @@ def counted(subject: Subject, seed: int, num_inference_steps: int) -> Counted:
         def begin() -> None:
             marks[:] = [counter.macs]
 
-        with _step_hooks(subject.owner.scheduler, begin, lambda: marks.append(counter.macs)):
+        with after_calls(subject.owner.scheduler, set_timesteps=begin, step=lambda: marks.append(counter.macs)):
             subject.sample(generator_of(seed), num_inference_steps)
         total = counter.macs
     return Counted(total, [after - before for before, after in pairwise(marks)])
@@ -94,30 +94,6 @@ def few_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextmanager
-def _step_hooks(scheduler: Any, begin: Callable[[], Any], end: Callable[[], Any]) -> Iterator[None]:
-    """Call ``begin`` after the timesteps were set, and ``end`` after every step of the sampler."""
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
-
-    @functools.wraps(set_timesteps)
-    def setting(*args: Any, **kwargs: Any) -> Any:
-        result = set_timesteps(*args, **kwargs)
-        begin()
-        return result
-
-    @functools.wraps(step)  # pipelines read its signature
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        end()
-        return result
-
-    scheduler.set_timesteps, scheduler.step = setting, stepping
-    try:
-        yield
-    finally:
-        del scheduler.set_timesteps, scheduler.step
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from sostenuto.bench.cases import Settings
 from sostenuto.bench.networks import NETWORKS, Network, network_of
 from sostenuto.bench.specs import nearest
 from sostenuto.errors import InputError
-from sostenuto.features import mapped
+from sostenuto.features import mapped, moved
 from sostenuto.measured import read_json, table_file
 from sostenuto.pipelines import PROMPT, as_images, first_output, pipeline_sample, suited
 
@@ -163,7 +163,8 @@ def _sampled(network: Network, batch_size: int, device: str, dtype: torch.dtype)
     def sample(generator: torch.Generator, num_inference_steps: int) -> torch.Tensor:
         scheduler = owner.scheduler
         scheduler.set_timesteps(num_inference_steps, device=device)
-        inputs = moved(network.inputs(network, batch_size, generator), device, dtype)
+        drawn = network.inputs(network, batch_size, generator)
+        inputs = {name: moved(value, device, dtype) for name, value in drawn.items()}
         latents = inputs["hidden_states"] * getattr(scheduler, "init_noise_sigma", 1.0)
         with _context(model):
             for timestep in scheduler.timesteps:
@@ -179,17 +180,6 @@ def _sampled(network: Network, batch_size: int, device: str, dtype: torch.dtype)
         return latents
 
     return Subject(model, model, owner, sample, batch_size)
-
-
-def moved(inputs: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs on a device, floating-point ones in a precision."""
-
-    def there(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-
-    return {name: there(value) for name, value in inputs.items()}
 
 
 def _tiny(name: str, device: str, dtype: torch.dtype) -> Subject:
@@ -214,7 +204,8 @@ def _tiny(name: str, device: str, dtype: torch.dtype) -> Subject:
         prediction: Any = None
         with _context(model):
             for timestep in scheduler.timesteps:
-                inputs = moved(tiny.inputs(float(timestep), torch.Generator().manual_seed(seed)), device, dtype)
+                given = tiny.inputs(float(timestep), torch.Generator().manual_seed(seed))
+                inputs = {name: moved(value, device, dtype) for name, value in given.items()}
                 if latents is not None:
                     _, inputs = reader.with_latents((), inputs, latents)
                 latents = reader.read((), inputs).latents

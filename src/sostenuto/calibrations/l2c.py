@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from sostenuto.attachment import replace_forward, runs
 from sostenuto.calibrations.base import Calibration, Settings, made_for
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import MethodError, TableError
+from sostenuto.features import moved
 from sostenuto.files import publish
 from sostenuto.methods import NoCache
 from sostenuto.methods.checks import check_number, check_whole
@@ -277,13 +279,8 @@ class _Training:
         arguments: dict[str, Any],
     ) -> torch.Tensor:
         """Mean square of what the gates change in the output of a cache step; only the gated call has gradients."""
-
-        def there(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
-
-        clean, noise, arguments = tree_map(there, (clean, noise, arguments))
+        given = (clean, noise, arguments)
+        clean, noise, arguments = tree_map(partial(moved, device=self.device, dtype=self.dtype), given)
         timestep = anatomy_of(self.denoiser).timestep
         before, now = (self.scheduler.timesteps[p].to(self.device).expand(len(clean)) for p in (step - 1, step))
         with torch.no_grad():

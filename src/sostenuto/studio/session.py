@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import functools
 import io
 import itertools
 import json
@@ -12,8 +11,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 
 import sostenuto
 from sostenuto.anatomy import SiteKind
+from sostenuto.compat import after_calls
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.measured import identity
@@ -204,7 +203,8 @@ class Session:
             if "callback_on_step_end" in self._takes:
                 output = self.pipe(**given, callback_on_step_end=told)
             else:
-                with _after_steps(self.pipe.scheduler, lambda step: told(self.pipe, step, None, {})):
+                done = itertools.count()
+                with after_calls(self.pipe.scheduler, step=lambda: told(self.pipe, next(done), None, {})):
                     output = self.pipe(**given)
             seconds = time.perf_counter() - began
             stats = handle.stats
@@ -372,26 +372,6 @@ def _groups(handle: Handle) -> dict[str, str]:
         group: "mixed" if len(actions) > 1 else next(iter(actions), "compute")  # without a site everything is computed
         for group, actions in (found or {"whole": whole}).items()
     }
-
-
-@contextmanager
-def _after_steps(scheduler: Any, tell: Callable[[int], object]) -> Iterator[None]:
-    """Tell of every step of a sampler, for pipelines that don't."""
-    before, step, done = vars(scheduler).get("step"), scheduler.step, itertools.count()
-
-    @functools.wraps(step)  # pipelines read its signature
-    def stepping(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        tell(next(done))
-        return result
-
-    scheduler.step = stepping
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if before is not None:
-            scheduler.step = before
 
 
 def _filling(handle: Any) -> dict[str, Any]:
