@@ -1,5 +1,6 @@
 """How some pipelines of diffusers call their networks or schedulers unlike all others."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,9 @@ def test_what_is_no_noise_for_the_scheduler_is_not_scaled_nor_turned_into_a_clea
         sample(network, torch.Generator().manual_seed(0), 6)
 
 
-def test_a_mean_velocity_is_not_scaled():
+@pytest.fixture
+def mean_velocity():
+    """A network that predicts a mean velocity where it is told another timestep, ``timestep_r``."""
     tiny = build_tiny()
 
     class Mean(type(tiny)):
@@ -122,15 +125,39 @@ def test_a_mean_velocity_is_not_scaled():
             return super().forward(hidden_states, timestep, class_labels, **rest)
 
     tiny.__class__ = Mean
-    sostenuto.register_anatomy(Mean, sostenuto.sites.known_anatomy(build_tiny()))
+    anatomy = replace(sostenuto.sites.known_anatomy(build_tiny()), stepwise=("timestep_r",))
+    sostenuto.register_anatomy(Mean, anatomy)
+    return tiny
+
+
+def test_a_mean_velocity_is_not_scaled(mean_velocity):
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(4)
     latents, labels, timestep = torch.randn(1, 2, 8, 8), torch.tensor([1]), scheduler.timesteps[0][None]
-    with torch.no_grad(), sostenuto.enable(tiny, EpsilonScaling(1.02), scheduler=scheduler):
-        tiny(latents, timestep=timestep, class_labels=labels, timestep_r=timestep)
+    with torch.no_grad(), sostenuto.enable(mean_velocity, EpsilonScaling(1.02), scheduler=scheduler):
+        mean_velocity(latents, timestep=timestep, class_labels=labels, timestep_r=timestep)
     with (
         torch.no_grad(),
-        sostenuto.enable(tiny, EpsilonScaling(1.02), scheduler=scheduler),
+        sostenuto.enable(mean_velocity, EpsilonScaling(1.02), scheduler=scheduler),
         pytest.raises(MethodError, match="a mean velocity"),
     ):
-        tiny(latents, timestep=timestep, class_labels=labels, timestep_r=scheduler.timesteps[1][None])
+        mean_velocity(latents, timestep=timestep, class_labels=labels, timestep_r=scheduler.timesteps[1][None])
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_clean_sample_is_not_advised_where_a_mean_velocity_is_predicted(mean_velocity, mean):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+
+    @torch.no_grad()
+    def turning(network, generator, num_inference_steps):
+        scheduler.set_timesteps(num_inference_steps)
+        until = [*scheduler.timesteps[1:], torch.tensor(0.0)]
+        for timestep, last in zip(scheduler.timesteps, until, strict=True):
+            latents = torch.randn(2, 2, 8, 8, generator=generator)  # forecasts of features that turn hurt
+            arguments = {"timestep_r": last[None]} if mean else {}
+            network(latents, timestep=timestep.expand(2), class_labels=torch.tensor([1, 2]), **arguments)
+        return latents
+
+    advice = sostenuto.advise(mean_velocity, turning, num_inference_steps=8, scheduler=scheduler)
+    assert any("forecasts hurt" in note for note in advice.notes)
+    assert any("forecast the clean sample" in note for note in advice.notes) is not mean

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from sostenuto import compat
-from sostenuto.arguments import Reader
 from sostenuto.calibrations.base import Sample, Settings, made_for
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, scheduler_of
@@ -121,7 +120,7 @@ def advise(
     denoiser = compat.find_denoiser(target)
     if is_unet(compat.unwrapped(denoiser)):
         return _advise_unet(settings)
-    measured = _measure(settings, Kind.STACK if has_stack(denoiser) else Kind.BRANCHES)
+    measured, tells_noise = _measure(settings, Kind.STACK if has_stack(denoiser) else Kind.BRANCHES)
     schedule = _tolerable(measured)
     order = max((segment.order for segment in schedule), default=0)
     table = replace(table_of(schedule), **measured.made_for)
@@ -129,8 +128,7 @@ def advise(
     errors = measured.relative(measured.whole, 0, 0, 1)
     worth = speedup >= _WORTH
     notes = [f"reusing the whole step before changes the output by {np.nanmedian(errors):.1%} (median over the steps)"]
-    tells = tells_clean_samples(scheduler_of(target, scheduler)) and not Reader(compat.unwrapped(denoiser)).converts
-    notes += notes_on(measured, tells)
+    notes += notes_on(measured, tells_noise and tells_clean_samples(scheduler_of(target, scheduler)))
     notes.append("sostenuto.tune finds the best plan for a speed-up; this one takes no search" if worth else _NOT_WORTH)
     return Advice(
         worth=worth,
@@ -191,19 +189,22 @@ def default_sample(target: Any) -> Sample:
     return pipeline_sample(target, suited(target, [0, 1]))
 
 
-def _measure(settings: Settings, kind: Kind) -> Measurement:
+def _measure(settings: Settings, kind: Kind) -> tuple[Measurement, bool]:
+    """The measurement, and whether the network predicts what its scheduler takes."""
     reach = {kind: Reach(2, ((0,), (1,)))}
     instruments: list[Instrument] = []
     identity: dict[str, Any] = {}
+    told: list[bool] = []
 
     def drive(handle: Handle, tick: Tick, prober: Prober) -> Any:
+        told.append(prober.tells_noise)
         if not instruments:
             instruments.append(Instrument(handle, reach, tick.num_steps))
             identity.update(made_for(handle))
         return instruments[0](tick, prober)
 
     run = _watched(settings, tapped_for((kind,)), drive, "measure")
-    return replace(instruments[0].result(run.rows, 0.0), made_for=identity)
+    return replace(instruments[0].result(run.rows, 0.0), made_for=identity), all(told)
 
 
 def _tolerable(measured: Measurement) -> Schedule:
