@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 
 import sostenuto
 from browser import open_page
@@ -119,6 +119,22 @@ def test_an_edited_plan_runs_as_it_is_drawn_is_saved_and_loaded(session):
     assert session.load("mine")["states"] == plan["states"]
     with sostenuto.enable(session.pipe, EBCache(table)):  # made for this model and sampler
         session.pipe([3], 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_solver_of_second_order_is_loaded_with_its_steps_and_runs(pipe, tmp_path):
+    heun = Session(DemoPipeline(pipe.transformer, HeunDiscreteScheduler.from_config(pipe.scheduler.config)), tmp_path)
+    event = next(e for e in heun.generate(wish({"method": "fora", "speedup": 2}, steps=4)) if e["event"] == "image")
+    assert len(event["states"]) == 7  # calls of the network
+    heun.save("heun", event)
+    loaded = heun.load("heun")
+    assert loaded["num_inference_steps"] == 4
+    fresh = Session(heun.pipe, tmp_path)
+    assert fresh.load("heun") == loaded
+    again = [
+        e for e in fresh.generate(wish({"method": EDITED, "plan": loaded}, steps=loaded["num_inference_steps"]))
+        if e["event"] == "image"
+    ]  # fmt: skip
+    assert again[0]["states"] == event["states"]
 
 
 @pytest.mark.parametrize("fill", ["branches", "stack"])

@@ -33,6 +33,7 @@ from sostenuto.step_state import StepState
 from sostenuto.studio.catalogue import choose, names
 from sostenuto.switch import check_not_switched_off
 from sostenuto.table import CacheTable
+from sostenuto.timesteps import called_timesteps
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_STEPS = 1000
@@ -137,6 +138,10 @@ class Session:
         scheduler.set_timesteps(num_inference_steps, **shifted)
         return scheduler
 
+    def _num_calls(self, num_inference_steps: int) -> int:
+        """Of the network, in a generation of so many steps."""
+        return len(called_timesteps(self._scheduler(num_inference_steps)))
+
     @property
     def _takes_labels(self) -> bool:
         return "class_labels" in self._takes
@@ -193,7 +198,7 @@ class Session:
                 if cancelled.is_set():
                     raise _CancelledError
                 row = _groups(handle) if isinstance(handle, Handle) else {}
-                total = len(self.pipe.scheduler.timesteps)  # of some schedulers more than steps were asked for
+                total = len(called_timesteps(self.pipe.scheduler))  # of some schedulers more than steps were asked for
                 events.put({"event": "step", "side": side, "step": step, "total": total, "row": row})
                 return {}
 
@@ -246,7 +251,7 @@ class Session:
         if name == "none":
             return NoCache()
         scheduler = self._scheduler(num_steps)
-        timesteps = tuple(float(timestep) for timestep in scheduler.timesteps)
+        timesteps = tuple(called_timesteps(scheduler).tolist())
         speedup = asked.get("speedup", 2.0)
         if not isinstance(speedup, int | float):
             raise InputError(f"the budget must be a number, not {speedup!r}")
@@ -264,7 +269,7 @@ class Session:
         states = plan.get("states")
         if not isinstance(states, list) or not states:
             raise InputError("there is no plan yet: generate once, or load a table")
-        ran = None if num_steps is None else len(self._scheduler(num_steps).timesteps)
+        ran = None if num_steps is None else self._num_calls(num_steps)
         if ran is not None and len(states) != ran:
             raise InputError(f"the plan has {len(states)} steps, the generation {ran}: use the same number")
         content = {
@@ -296,10 +301,10 @@ class Session:
         if not isinstance(steps, int) or not 2 <= steps <= _MOST_STEPS:
             raise InputError(f"the number of steps must be 2 to {_MOST_STEPS}, not {steps!r}")
         scheduler = self._scheduler(steps)
-        if len(scheduler.timesteps) != table.num_inference_steps:
+        calls = len(called_timesteps(scheduler))
+        if calls != table.num_inference_steps:
             raise InputError(
-                f"the plan has {table.num_inference_steps} steps, a generation {len(scheduler.timesteps)}: generate with "
-                "it first"
+                f"the plan has {table.num_inference_steps} steps, a generation {calls}: generate with it first"
             )
         table = replace(table, **identity(self._denoiser, scheduler))
         path = self._path(name)
@@ -321,7 +326,12 @@ class Session:
             raise InputError(
                 f"{name} has actions of single sites, or of cross-attention apart: that can't be edited here"
             )
+        calls = table.num_inference_steps
+        # Of a solver of second order a step is two calls, and the last one or two.
+        ways = (steps for steps in (calls, (calls + 1) // 2) if steps <= _MOST_STEPS)
+        steps = next((steps for steps in ways if self._num_calls(steps) == calls), calls)
         return {
+            "num_inference_steps": steps,
             "states": [state.value for state in table.actions if isinstance(state, StepState)],
             "eps_scale": list(table.eps_scale),
             "forecast_order": table.forecast_order,
