@@ -71,6 +71,24 @@ def test_a_path_is_what_the_network_was_given_and_said_and_ends_where_the_sample
         assert path.macs_uncached / path.macs == pytest.approx(handle.stats.ideal_speedup)
 
 
+def test_a_large_path_lies_in_a_file_that_nobody_sees_and_is_the_same(model, monkeypatch, tmp_path):
+    def recorded(num_samples):
+        options = {"num_inference_steps": STEPS, "num_samples": num_samples, "scheduler": model.scheduler_for_test}
+        return record(model, sample, FORA(2), **options)
+
+    in_memory = [recorded(1), recorded(5)]
+    monkeypatch.setattr("sostenuto.analysis.room._LARGE", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for wanted, path in zip(in_memory, [recorded(1), recorded(5)], strict=True):
+        assert path.rows == wanted.rows
+        for name in ("latents", "noise", "predictions", "clean"):
+            assert torch.equal(getattr(path, name), getattr(wanted, name))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("numpy.memmap", None)  # no room on the disk: not called
+    assert torch.equal(recorded(1).latents, in_memory[0].latents)
+
+
 def test_a_generation_cut_short_is_refused_and_leaves_nothing_behind(model):
     with pytest.raises(InputError, match="3 of 6 steps"):
         record(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sostenuto.analysis.room import room
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import InputError, MethodError
@@ -126,7 +127,11 @@ def record(
         raise InputError("sample must run the same timesteps every time")
 
     def joined(name: str) -> torch.Tensor:
-        return torch.cat([torch.stack(getattr(recorder, name)) for recorder in recorders], dim=1)
+        parts = [getattr(recorder, name) for recorder in recorders]
+        if len(parts) == 1:
+            return parts[0]
+        whole = room((len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:]))
+        return torch.cat(parts, dim=1, out=whole)
 
     clean = torch.cat([recorder.clean() for recorder in recorders])
     return Trajectory(
@@ -150,18 +155,18 @@ class _Recorder:
         self.handle, self.watch = handle, watch
         self.timesteps: tuple[float, ...] = ()
         self.levels: tuple[tuple[float, float], ...] = ()
-        self.latents: list[torch.Tensor] = []
-        self.noise: list[torch.Tensor] = []
-        self.predictions: list[torch.Tensor] = []
+        self.latents: torch.Tensor  # [steps, rows, …], as the others
+        self.noise: torch.Tensor
+        self.predictions: torch.Tensor
         self.reused: list[bool] = []
 
     @property
     def rows(self) -> int:
-        return self.latents[0].shape[0]
+        return self.latents.shape[1]
 
     def __call__(self, tick: Tick, prober: Prober) -> Any:
         if tick.new_generation:
-            if self.latents:
+            if self.reused:
                 raise InputError("sample must run one generation at a time")
             one_tensor(prober.call.latents)
             self.timesteps = tick.timesteps
@@ -173,16 +178,21 @@ class _Recorder:
         noise = prober.noise(output).float() * (1.0 if scale is None else scale.at(tick.step, reused))
         latents = prober.call.latents.float()
         shared = shared_part(noise, latents, prober.call.noisy_last)  # without an appended condition
-        self.latents.append(shared.of(latents).cpu())
-        self.noise.append(noise.cpu())
-        self.predictions.append(prober.prediction(output).float().cpu())
+        for name, values in (
+            ("latents", shared.of(latents)),
+            ("noise", noise),
+            ("predictions", prober.prediction(output).float()),
+        ):
+            if not self.reused:
+                setattr(self, name, room((len(self.timesteps), *values.shape)))
+            getattr(self, name)[tick.step] = values
         self.reused.append(reused)
         return output
 
     def check(self) -> None:
-        if not self.latents or len(self.latents) != len(self.timesteps):
+        if not self.reused or len(self.reused) != len(self.timesteps):
             raise InputError(
-                f"sample called the denoiser at {len(self.latents)} of {len(self.timesteps)} steps: it must run one whole "
+                f"sample called the denoiser at {len(self.reused)} of {len(self.timesteps)} steps: it must run one whole "
                 "generation"
             )
 
