@@ -32,6 +32,7 @@ from sostenuto.plan import Action
 from sostenuto.step_state import StepState
 from sostenuto.table import CacheTable
 from sostenuto.zoo import TINY_MODELS
+from sostenuto.zoo.sampling import flow_sampler
 from tiny_pixart import build_pixart, sample_pixart
 
 STEPS = 6
@@ -113,7 +114,7 @@ def test_signal_to_noise_of_exactly_noised_samples_is_that_of_the_forward_proces
     clean = torch.randn(path.clean.shape, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(path.clean.shape, generator=torch.Generator().manual_seed(2))
     latents = torch.stack([alpha * clean + sigma * noise for alpha, sigma in path.levels])
-    ratios, intensities = signal_to_noise(type(path)(**{**vars(path), "latents": latents, "clean": clean}))
+    ratios, intensities = signal_to_noise(replace(path, latents=latents, told=replace(path.told, clean=clean)))
     for (alpha, sigma), ratio, intensity in zip(path.levels, ratios, intensities, strict=True):
         power = (clean**2).mean() / (noise**2).mean()
         assert ratio == pytest.approx(10 * math.log10(alpha**2 / sigma**2 * power), abs=1e-3)
@@ -369,11 +370,49 @@ def test_the_words_tell_a_u_from_none():
     assert "no U" in finding(falling)
 
 
-@pytest.mark.parametrize("measure", [noise_norm_curves, probe_variance, probe_chain])
-def test_latents_that_are_a_list_are_refused(measure):
+# --- networks that don't tell everything ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", [noise_norm_curves, probe_variance])
+def test_noised_latents_that_are_a_list_are_refused(measure):
     network, sample, scheduler = sampler_of_lists()
     with pytest.raises(MethodError, match="the latents are a list of tensors"):
         measure(network, sample, torch.zeros(2, 4, 1, 8, 8), num_inference_steps=2, scheduler=scheduler)
+
+
+def test_a_path_of_lists_is_that_of_their_samples():
+    network, sample, scheduler = sampler_of_lists()
+    heard = []
+
+    def heard_of(network, generator, num_inference_steps):
+        handle = network.register_forward_pre_hook(lambda _, args, kwargs: heard.append(kwargs["x"]), with_kwargs=True)
+        heard.append(sample(network, generator, num_inference_steps))
+        handle.remove()
+
+    path = record(network, heard_of, num_inference_steps=4, num_samples=2, scheduler=scheduler)
+    assert path.rows == (2,)
+    for latents, given in zip((*path.latents, path.clean), heard, strict=True):
+        torch.testing.assert_close(latents, torch.stack(given))
+
+
+def test_instruments_that_need_no_noise_measure_where_it_is_not_told(capsys):
+    network, sample, scheduler = flow_sampler(TINY_MODELS["PRXTransformer2DModel"])
+    network.register_to_config(bottleneck_size=8)  # what it predicts its pipeline turns into something else
+    only = ("snr", "similarity", "feature-error", "consecutive-outputs", "components", "tokens", "error-images")
+    analysis = sostenuto.analyze(
+        network, sample, only=only, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler, show_progress=True
+    )
+    errors = {name: observation.error for name, observation in analysis.observations.items() if observation.error}
+    assert errors.keys() == {"snr", "tokens", "error-images"}
+    assert all("turns into something else" in error for error in errors.values())
+
+
+def test_every_instrument_but_one_measures_latents_that_are_a_list():
+    network, sample, scheduler = sampler_of_lists()
+    analysis = sostenuto.analyze(network, sample, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler)
+    errors = {name: observation.error for name, observation in analysis.observations.items() if observation.error}
+    assert errors.keys() == {"exposure-bias"}
+    assert "the latents are a list of tensors" in errors["exposure-bias"]
 
 
 # --- tokens and components ---------------------------------------------------------------------------------------

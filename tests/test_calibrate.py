@@ -15,6 +15,7 @@ from sostenuto.calibrations.base import Tapped
 from sostenuto.calibrations.eb import _vote
 from sostenuto.engine import attach
 from sostenuto.plan import Op
+from sostenuto.seeds import noise_seed
 
 C, A, M, B = StepState
 
@@ -200,7 +201,7 @@ def test_norm_matching_restores_the_uncached_norm_of_the_first_pass_at_every_ste
         return sample(model, generator, num_inference_steps, separate_guidance=separate)
 
     options = EBCalibration(target_fraction=0.6, eps_scale_rule="match_norm")
-    given = {"num_inference_steps": 8, "num_samples": 4, "scheduler": model.scheduler_for_test}
+    given = {"num_inference_steps": 8, "num_samples": 2, "scheduler": model.scheduler_for_test}
     table = sostenuto.calibrate(model, options, guided, **given)
 
     def norms(method):
@@ -213,6 +214,19 @@ def test_norm_matching_restores_the_uncached_norm_of_the_first_pass_at_every_ste
     assert norms(EBCache(table)) == pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert norms(EBCache(table, eps_scale=1.0)) != pytest.approx(norms(sostenuto.NoCache()), rel=1e-4)
     assert len(set(table.eps_scale)) > 1
+
+
+def test_matched_norms_are_those_of_all_generations(model):
+    options = EBCalibration((1e9, 0.0), None, eps_scale_rule="match_norm")  # the same states whatever the noise
+
+    def scales(num_samples, seed):
+        noise = torch.Generator().manual_seed(seed)
+        given = {"num_inference_steps": 6, "num_samples": num_samples, "generator": noise}
+        return sostenuto.calibrate(model, options, sample, scheduler=model.scheduler_for_test, **given).eps_scale
+
+    first, second = scales(2, 0), scales(2, noise_seed(0, 1))
+    assert first != second
+    assert scales(4, 0) == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
 
 
 @pytest.mark.parametrize("half", [None, "first", "second"])

@@ -1,6 +1,7 @@
 """Evaluating a set of images: every way in which it may come, and what is found."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from PIL import Image
 import processes
 from image_sets import Colours, pictures, run, write_folder
 from sostenuto.cli import main
+from sostenuto.cli.evaluate import write_adm
 from sostenuto.demo.judge import DemoFeatures, Judge
 from sostenuto.errors import InputError
 from sostenuto.quality import measure as measuring
+from sostenuto.quality import registry
 from sostenuto.quality.evaluate import evaluate
-from sostenuto.quality.metrics import precision_recall, ssim_per_image
+from sostenuto.quality.metrics import Gaussian, frechet_distance, precision_recall, ssim_per_image
 from sostenuto.quality.registry import Metric, Needs, Value, available_metrics, choose_metrics, register_metric
 from sostenuto.quality.sources import open_source
 from sostenuto.quality.statistics import Statistics, merge
@@ -95,6 +98,10 @@ def test_videos_count_once_though_their_frames_are_compared_one_by_one(tmp_path)
     half = 1.96 * per_frame.mean(1).std().item() / 2
     assert found["psnr"].interval[1] == pytest.approx(per_frame.mean().item() + half, rel=1e-4)
     assert found["frechet_distance"].n == 12
+    assert (
+        found["frechet_distance"].interval is None
+    )  # of four videos, though there are twice as many frames as features
+    assert any("FID of 4 says little" in warning for warning in found.warnings)
     assert found.as_dict()["n"] == 4
     for number, frames in enumerate(videos):
         write_folder(tmp_path / "v" / f"clip{number}", frames)
@@ -105,6 +112,36 @@ def test_videos_count_once_though_their_frames_are_compared_one_by_one(tmp_path)
     (tmp_path / "v" / "clip0" / "0.png").unlink()
     with pytest.raises(InputError, match="differ in length"):
         evaluate(tmp_path / "v", video=True, show=False)
+
+
+def test_prompts_go_over_and_over_as_generate_takes_them():
+    def load(given, device):
+        return lambda images, prompts: torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    register_metric(Metric("words", "words", Needs.PROMPTS, "higher", load=load))
+    try:
+        found = evaluate(pictures(6), prompts=["a", "bb"], metrics=("words",), batch_size=3, show=False)
+        videos = evaluate(pictures(8).view(4, 2, 3, 16, 16), prompts=["a", "bb"], metrics=("words",), show=False)
+    finally:
+        registry._BY_NAME.pop("words")
+    assert found.statistics.scores["words"].tolist() == [1, 2] * 3
+    assert videos.statistics.scores["words"].tolist() == [1, 1, 2, 2] * 2
+
+
+def test_a_copy_of_a_folder_is_the_same_images_and_other_ones_are_not(tmp_path):
+    made = write_folder(tmp_path / "made", pictures(6))
+    copied = shutil.copytree(made, tmp_path / "copied", copy_function=shutil.copyfile)  # with times of its own
+    other = write_folder(tmp_path / "other", pictures(6, 1))
+    np.savez(tmp_path / "a.npz", arr_0=pictures(6).permute(0, 2, 3, 1).numpy())
+    shutil.copyfile(tmp_path / "a.npz", tmp_path / "b.npz")
+
+    def part(source, place):
+        return evaluate(source, network=Colours(), batch_size=2, shard=(place, 2), show=False).statistics
+
+    assert merge([part(made, 0), part(copied, 1)]).complete
+    assert merge([part(tmp_path / "a.npz", 0), part(tmp_path / "b.npz", 1)]).complete
+    with pytest.raises(InputError, match="are not the same images"):
+        merge([part(made, 0), part(other, 1)])
 
 
 def test_floor_of_videos_is_that_of_other_videos():
@@ -234,7 +271,7 @@ def test_parts_of_different_sets_or_twice_the_same_are_refused(tmp_path):
     for path, seed in zip(paths, (0, 1), strict=False):
         evaluate(pictures(20, seed), network=Colours(), batch_size=5, shard=(0, 2), statistics=path, show=False)
     evaluate(pictures(20), network=Colours(), batch_size=4, shard=(1, 2), statistics=paths[2], show=False)
-    with pytest.raises(InputError, match="with identity"):
+    with pytest.raises(InputError, match="not the same images"):
         evaluate(paths[:2], show=False)
     with pytest.raises(InputError, match="with batch_size 4"):
         evaluate([paths[0], paths[2]], show=False)
@@ -288,6 +325,23 @@ def test_adm_files_are_written_and_read_back(tmp_path, capsys):
     assert run(grey, "--reference", "demo:test", "--write-npz", tmp_path / "g.npz") == 0
     with np.load(tmp_path / "g.npz") as archive:
         assert archive["arr_0"].shape == (5, 28, 28, 3)  # the evaluator takes RGB
+        assert archive.files == ["arr_0"]
+    assert run(grey, "--reference", "demo:test", "--write-npz", tmp_path / "g.npz", "--write-moments") == 1
+    assert "moments by Inception" in capsys.readouterr().err
+    assert run(grey, "--write-moments") == 1
+
+
+def test_moments_are_written_where_they_are_asked_for(tmp_path):
+    class Inceptionlike(Colours):
+        name = "inception-00000000"
+
+    folder = write_folder(tmp_path / "made", images := pictures(30))
+    found = evaluate(folder, network=Inceptionlike(), features=True, show=False)
+    write_adm(tmp_path / "r.npz", str(folder), False, found.statistics)
+    with np.load(tmp_path / "r.npz") as archive:
+        assert set(archive.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
+        features = Inceptionlike().extract(images).features.double()
+        np.testing.assert_allclose(archive["mu"], features.mean(0), atol=1e-4)
 
 
 def test_an_adm_reference_gives_moments_of_all_and_images_of_some(tmp_path):
@@ -314,6 +368,12 @@ def test_an_adm_reference_gives_moments_of_all_and_images_of_some(tmp_path):
     assert bare["precision"].value is None
     assert "give a reference with images" in bare["precision"].reason
     assert bare["frechet_distance"].floor is None
+    some = Inceptionlike().extract(real[:50][torch.arange(40) * 50 // 40])
+    floor = frechet_distance(
+        Gaussian.of(some.features), Gaussian.of(seen.features)
+    )  # beside the moments of all, as the images
+    assert full["frechet_distance"].floor == pytest.approx(floor, rel=1e-3)
+    assert full["frechet_distance"].floor_n == 40
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     narrow = evaluate(images, tmp_path / "narrow.npz", paired=images // 2, network=Inceptionlike(), show=False)
     assert narrow["frechet_distance"].reason == "the images have 6 features and the reference 3: use one network"

@@ -152,7 +152,7 @@ def test_pairs_and_prompts_must_fit(tmp_path, capsys):
     (other / "1.png").rename(other / "1x.png")
     with pytest.raises(InputError, match=r"has 1 where .* has 1x"):
         evaluate(one, paired=other, show=False)
-    with pytest.raises(InputError, match="3 images and there are 2 prompts"):
+    with pytest.raises(InputError, match="3 images and there are 2 prompts: give one for each"):
         evaluate(one, prompts=["a", "b"], show=False)
     (tmp_path / "p.txt").write_text("a piano\n\nanother\n")
     assert run(one, "--prompts", tmp_path / "p.txt") == 1

@@ -291,9 +291,16 @@ def test_image_reward_scores_each_image_with_its_prompt(tmp_path, monkeypatch):
     package = types.ModuleType("ImageReward")
     package.load = load
     monkeypatch.setitem(sys.modules, "ImageReward", package)
+    tokenizers = types.SimpleNamespace(from_pretrained=lambda name, local_files_only: tokens[name])
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(BertTokenizer=tokenizers))
     torch.save({"weight": torch.ones(1)}, tmp_path / "ImageReward.pt")
     (tmp_path / "med_config.json").write_text("{}")
-    given = {"image-reward": tmp_path}
+    given, tokens = {"image-reward": tmp_path}, {}
+    found = evaluate(pictures(2), paired=pictures(2).flip(0), prompts=["ab", "cd"], weights=given, show=False)
+    assert "bert-base-uncased" in found["image_reward"].reason
+    assert not asked  # the package would fetch it
+    assert found["psnr"].value is not None
+    tokens["bert-base-uncased"] = "there"
     found = evaluate(pictures(2), prompts=["ab", "abcd"], weights=given, metrics=("ImageReward",), show=False)
     assert found.statistics.scores["image_reward"].tolist() == [66, 68]
     assert asked == [(str(tmp_path / "ImageReward.pt"), "cpu", str(tmp_path / "med_config.json"))]

@@ -224,6 +224,40 @@ def test_tune_scores_by_a_reference(tmp_path, monkeypatch, capsys):
     assert "score" not in seen
 
 
+def test_calibrate_scores_by_a_reference_and_knows_the_demos_kind_by_its_pipeline(tmp_path, monkeypatch, capsys):
+    class Other(DemoPipeline):
+        """A pipeline of which the library knows nothing."""
+
+    demo, seen = load_demo_pipeline(), {}
+    monkeypatch.setattr(sostenuto, "calibrate", lambda *_, **given: seen.update(given) or 1 / 0)
+
+    def asked(kind, *words, output="t.json"):
+        pipe = kind(demo.transformer, demo.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        monkeypatch.setattr(SamplerChoice, "_load", lambda self: pipe)
+        seen.clear()
+        assert main(["calibrate", "--model", str(tmp_path), *words, "--output", str(tmp_path / output)]) == 1
+        return pipe, capsys.readouterr().err
+
+    pipe, _ = asked(
+        Other, "--reference", "demo:train", "--network", "demo", "--search-images", "4", "--labels", "2", "3"
+    )
+    images = seen["score_sample"](pipe, torch.Generator().manual_seed(0), 2)
+    assert len(images) == 4
+    assert seen["score"](images) == pytest.approx(Judge().distance(images), rel=1e-6)
+    asked(Other)
+    assert "score" not in seen
+    assert "give real ones with --reference" in asked(Other, "--eps-scale-grid", "0.98")[1]
+    assert "--data is of the demo model" in asked(Other, "--method", "epsilon-scaling", "--data", "x")[1]
+    assert "trains routers for the demo model" in asked(Other, "--method", "l2c", output="r.safetensors")[1]
+    pipe, _ = asked(DemoPipeline, "--search-images", "4", "--guidance-scale", "3")  # one that a user trained
+    given = []
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, *_, **arguments: given.append(arguments) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seen["score_sample"](pipe, torch.Generator(), 2)
+    assert given[0]["guidance_scale"] == 3  # scored as it is calibrated
+
+
 # --- devices -----------------------------------------------------------------------------------------------------
 
 

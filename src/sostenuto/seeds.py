@@ -7,6 +7,12 @@ import numpy as np
 OWN_SAMPLES = 1 << 30
 """Index from which on the noise of samples is that stand for real data: none that anything is measured with."""
 
+CALIBRATED = OWN_SAMPLES + 1
+"""Index of the noise that is calibrated on where the same call measures what was calibrated."""
+
+BENCHMARKED = 1 << 29
+"""Index from which on the noise of benchmarks is: none that a tuning or calibration with a seed like theirs looked at."""
+
 _BITS = 32  # of a seed that torch's CPU generator looks at
 
 

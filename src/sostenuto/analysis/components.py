@@ -11,6 +11,7 @@ from sostenuto.analysis.instrument import Data, Instrument
 from sostenuto.analysis.subject import Subject
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle
+from sostenuto.features import leaves
 from sostenuto.plan import Op
 from sostenuto.probe import Prober
 
@@ -72,7 +73,7 @@ def measure(subject: Subject) -> Data:
 
 def _timed(prober: Prober, ops: list[Op]) -> float:
     history = [(prober.tick.step,) if op == Op.REUSE else () for op in ops]
-    device = prober.call.latents.device
+    device = next(leaves(prober.call.latents)).device
     compat.synchronize(device)
     began = time.perf_counter()
     prober.run(ops, history)

@@ -95,6 +95,8 @@ class _Handing:
         sample = self.__signature__.bind(*args, **kwargs).arguments["sample"]
         self.rows = len(sample)
         given = self._latents[: self.rows]
+        if [size for size in given.shape[1:] if size > 1] == [size for size in sample.shape[1:] if size > 1]:
+            given = given.reshape(-1, *sample.shape[1:])  # the network may be given a picture as a video of one frame
         if given.shape[1:] != sample.shape[1:]:
             raise InputError(
                 f"latents of shape {list(given.shape[1:])} are not what the sampler's steps have: {list(sample.shape[1:])}"

@@ -100,22 +100,24 @@ def measure(subject: Subject) -> Data:
     num_steps = 1 + max(step for _, step, _ in fresh)
     share = None if subject.eb_table is None else subject.eb_table.macs_fraction
     # The one that costs nearest to EB-Cache's table.
-    interval = _INTERVAL if share is None else max(2, round(1 / share))
-    methods: dict[str, Method] = {f"every {interval}": subject.uniform(interval)}
-    left_out = {}
-    try:
-        methods["EB-Cache"] = subject.eb(branches=True)
-    except SostenutoError as error:
-        left_out["EB-Cache"] = str(error)
+    interval = _INTERVAL if share is None else min(range(2, num_steps + 2), key=lambda each: abs(1 / each - share))
+    left_out: dict[str, str] = {}
     maps: dict[str, Any] = {}
     places = subject.places
-    for name, method in methods.items():
+
+    def look(name: str, method: Method) -> None:
         subject.tell(f"features, {name}")
         errors = relative_error(fresh, features(subject, method))
         maps[name] = {
             kind: [[errors.get((place, step)) for step in range(num_steps)] for place in own]
             for kind, own in places.items()
         }
+
+    look(f"every {interval}", subject.uniform(interval))
+    try:
+        look("EB-Cache", subject.eb(branches=True))
+    except SostenutoError as error:
+        left_out["EB-Cache"] = str(error)
     return {
         "errors": maps,
         "sites": {kind: [subject.sites[place].id for place in own] for kind, own in places.items()},

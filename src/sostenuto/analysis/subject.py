@@ -19,7 +19,7 @@ from sostenuto.engine import scheduler_of
 from sostenuto.errors import InputError, MethodError, SostenutoError
 from sostenuto.methods import FORA, EBCache, EpsilonScaling
 from sostenuto.methods.base import Method
-from sostenuto.seeds import OWN_SAMPLES, noise_seed
+from sostenuto.seeds import CALIBRATED, OWN_SAMPLES, noise_seed
 from sostenuto.sites import Site, inspect
 from sostenuto.step_state import StepState
 from sostenuto.table import CacheTable
@@ -221,7 +221,7 @@ class Subject:
                     self.sample,
                     num_inference_steps=self.num_inference_steps,
                     num_samples=min(4, self.num_samples),
-                    generator=self.generator(),
+                    generator=torch.Generator().manual_seed(noise_seed(self.seed, CALIBRATED)),
                     scheduler=self.scheduler,
                 )
             return replace(made, eps_scale=(_SCALE,) * made.num_inference_steps)

@@ -42,11 +42,12 @@ def measure(subject: Subject) -> Data:
     base = subject.uncached
     if base.num_steps <= _INTERVAL:
         raise InputError(f"tokens are refreshed between full steps {_INTERVAL} apart: sample with more steps")
+    reference = base.clean  # refused before anything else is sampled where it isn't known
 
     def run(name: str, method: Method) -> dict[str, Any]:
         subject.tell(name)
         path = subject.record(method, count=True)
-        errors = path_errors(path.clean, base.clean)
+        errors = path_errors(path.clean, reference)
         share = path.macs / path.macs_uncached if path.macs_uncached else None
         return {"errors": errors, "mean": fmean(errors), "macs_share": share}
 

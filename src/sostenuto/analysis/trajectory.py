@@ -12,7 +12,7 @@ from sostenuto.analysis.room import room
 from sostenuto.clock import Tick
 from sostenuto.engine import Handle, attach
 from sostenuto.errors import InputError, MethodError
-from sostenuto.features import Feature
+from sostenuto.features import Feature, as_rows
 from sostenuto.methods.base import Method
 from sostenuto.prediction import shared_part
 from sostenuto.probe import Prober
@@ -23,37 +23,69 @@ Watch = Callable[[Handle, Tick, Prober], Any]
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a path tells where it is known how noisy each latent is and which noise the network predicts.
+
+    Attributes:
+        levels: α and σ of every step in ``x_t = α·x₀ + σ·ε``.
+        noise: the noise ε that the sampler was told, after any scaling, ``[steps, rows, …]`` as the latents.
+        clean: the clean samples that the last step ends at, ``[rows, …]``.
+    """
+
+    levels: tuple[tuple[float, float], ...]
+    noise: torch.Tensor
+    clean: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One or more generations by one method, rows one after the other.
 
     Attributes:
         timesteps: the sampler's timesteps.
-        levels: α and σ of every step in ``x_t = α·x₀ + σ·ε``.
         latents: the network's inputs x_t, ``[steps, rows, …]`` in float32 on the CPU, of each step's first pass.
-        noise: the noise ε that the sampler was told, after any scaling, in the same shape.
-        predictions: what the network predicted, before any scaling; the same as the noise where it predicts that.
+        predictions: what the network predicted, before any scaling, in the same shape.
         reused: whether a step filled in anything.
-        clean: the clean samples that the last step ends at, ``[rows, …]``.
         rows: rows of each generation.
         macs: multiply-accumulates, all generations together; 0 where they were not counted.
         macs_uncached: the same had every call been computed.
+        told: noise levels, noise and clean samples, or why this scheduler and network don't tell them.
     """
 
     timesteps: tuple[float, ...]
-    levels: tuple[tuple[float, float], ...]
     latents: torch.Tensor
-    noise: torch.Tensor
     predictions: torch.Tensor
     reused: tuple[bool, ...]
-    clean: torch.Tensor
     rows: tuple[int, ...]
     macs: int
     macs_uncached: int
+    told: Told | MethodError
 
     @property
     def num_steps(self) -> int:
         """Steps of a generation."""
         return len(self.timesteps)
+
+    @property
+    def levels(self) -> tuple[tuple[float, float], ...]:
+        """α and σ of every step; raises the :class:`MethodError` that says why they aren't told."""
+        return self._known.levels
+
+    @property
+    def noise(self) -> torch.Tensor:
+        """The noise ε that the sampler was told; raises as above."""
+        return self._known.noise
+
+    @property
+    def clean(self) -> torch.Tensor:
+        """The clean samples that the last step ends at; raises as above."""
+        return self._known.clean
+
+    @property
+    def _known(self) -> Told:
+        if isinstance(self.told, MethodError):
+            raise self.told
+        return self.told
 
     def clean_estimates(self, step: int) -> torch.Tensor:
         """The network's estimate of the clean samples at one step, ``x̂₀ = (x_t − σ·ε) / α``, ``[rows, …]``."""
@@ -105,7 +137,7 @@ def record(
 
     Raises:
         InputError: ``sample`` left out steps, or its generations differ in their steps.
-        MethodError: the scheduler's noise levels are not known, or the latents are no single tensor.
+        MethodError: latents and prediction differ in more than one dimension.
         AlreadyEnabledError: a method is enabled on the model.
         EngineError: the network can't be counted.
     """
@@ -133,18 +165,21 @@ def record(
         whole = room((len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:]))
         return torch.cat(parts, dim=1, out=whole)
 
-    clean = torch.cat([recorder.clean() for recorder in recorders])
+    untold = next((recorder.untold for recorder in recorders if recorder.untold is not None), None)
+    if untold is None:
+        clean = torch.cat([recorder.clean() for recorder in recorders])
+        told = Told(first.levels, joined("noise"), clean)
+    else:
+        told = untold
     return Trajectory(
         first.timesteps,
-        first.levels,
         joined("latents"),
-        joined("noise"),
         joined("predictions"),
         tuple(first.reused),
-        clean,
         tuple(recorder.rows for recorder in recorders),
         macs,
         macs_uncached,
+        told,
     )
 
 
@@ -155,6 +190,7 @@ class _Recorder:
         self.handle, self.watch = handle, watch
         self.timesteps: tuple[float, ...] = ()
         self.levels: tuple[tuple[float, float], ...] = ()
+        self.untold: MethodError | None = None
         self.latents: torch.Tensor  # [steps, rows, …], as the others
         self.noise: torch.Tensor
         self.predictions: torch.Tensor
@@ -168,26 +204,29 @@ class _Recorder:
         if tick.new_generation:
             if self.reused:
                 raise InputError("sample must run one generation at a time")
-            one_tensor(prober.call.latents)
             self.timesteps = tick.timesteps
-            self.levels = noise_levels(self.handle._scheduler(), tick.timesteps)
         output = prober.follow() if self.watch is None else self.watch(self.handle, tick, prober)
         if tick.pass_index:
             return output
-        scale, reused = self.handle._noise_scale, self.handle._reused
-        noise = prober.noise(output).float() * (1.0 if scale is None else scale.at(tick.step, reused))
-        latents = prober.call.latents.float()
-        shared = shared_part(noise, latents, prober.call.noisy_last)  # without an appended condition
-        for name, values in (
-            ("latents", shared.of(latents)),
-            ("noise", noise),
-            ("predictions", prober.prediction(output).float()),
-        ):
-            if not self.reused:
-                setattr(self, name, room((len(self.timesteps), *values.shape)))
-            getattr(self, name)[tick.step] = values
+        prediction, latents = prober.prediction(output).float(), as_rows(prober.call.latents).float()
+        shared = shared_part(prediction, latents, prober.call.noisy_last)  # without an appended condition
+        self._keep("latents", tick.step, shared.of(latents))
+        self._keep("predictions", tick.step, prediction)
+        reused = self.handle._reused
+        try:
+            self.levels = self.levels or noise_levels(self.handle._scheduler(), tick.timesteps)
+            scale = self.handle._noise_scale
+            factor = 1.0 if scale is None else scale.at(tick.step, reused)
+            self._keep("noise", tick.step, prober.noise(output).float() * factor)
+        except MethodError as error:
+            self.untold = self.untold or error
         self.reused.append(reused)
         return output
+
+    def _keep(self, name: str, step: int, values: torch.Tensor) -> None:
+        if not hasattr(self, name):
+            setattr(self, name, room((len(self.timesteps), *values.shape)))
+        getattr(self, name)[step] = values
 
     def check(self) -> None:
         if not self.reused or len(self.reused) != len(self.timesteps):

@@ -80,7 +80,7 @@ class Settings:
         repeats: pairs measured per row; medians, least and most are over them.
         warmup: pairs run before, not measured.
         batch_size: images of a generation, where a case doesn't say.
-        seed: of the first repeat; every further one has the next.
+        seed: from which the noise of every repeat follows; none that a tuning or calibration with the same seed looks at.
         threads: threads of torch; 0 leaves its default.
         device: ``cpu`` or ``cuda``.
         dtype: precision of the weights and latents.

@@ -12,6 +12,7 @@ from sostenuto.bench.generation import Counted, Timed, counted, few_collections,
 from sostenuto.bench.machine import attention_backend
 from sostenuto.bench.sides import Side, side_of
 from sostenuto.bench.subjects import Subject, build_subject
+from sostenuto.seeds import BENCHMARKED, noise_seed
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def run_pairs(case: Case, settings: Settings, subject: Subject, own: Half, other
                 generate_other = stack.enter_context(_compiled(plain, other, Pairs(), settings))
         stack.enter_context(few_collections())
         for repeat in range(-settings.warmup, settings.repeats):
-            seed, warming = settings.seed + max(0, repeat), repeat < 0
+            seed, warming = noise_seed(settings.seed, BENCHMARKED + max(0, repeat)), repeat < 0
             baseline = None if case.is_reference else generate_other(seed, warming)
             result = generate(seed, warming)
             if not warming:

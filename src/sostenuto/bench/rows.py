@@ -30,7 +30,7 @@ class Row:
         peer: library and version, for peers.
         baseline: what the other side of every pair was.
         axis, value: the size of a growth curve that was varied, and its value.
-        n: images that quality is about. seed: of the first of them. repeats: pairs measured.
+        n: images that quality is about. seed: from which their noise follows. repeats: pairs measured.
         wall_s, wall_s_min, wall_s_max: seconds of one generation: median, least and most.
         baseline_wall_s: the same of the other side, median.
         speedup, speedup_min, speedup_max: of the pairs, the other side's seconds over this one's.

@@ -31,6 +31,12 @@ Score = Callable[[Any], float]
 T = TypeVar("T")
 
 
+def too_few(score: Any, images: int | None) -> str | None:
+    """What a score that has a ``too_few(n)`` says of the number of its images; ``None``: nothing."""
+    judge = getattr(score, "__self__", score)  # of a method the object
+    return None if images is None or not hasattr(judge, "too_few") else judge.too_few(images)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The arguments of :func:`sostenuto.calibrate` that are the same for every method.

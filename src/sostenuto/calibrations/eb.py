@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from sostenuto.calibrations.algorithm1 import Algorithm1, Algorithm1Options, NormMatch, Trace
-from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for
+from sostenuto.calibrations.base import Calibration, Settings, Tapped, macs_fraction, made_for, too_few
 from sostenuto.distributed.world import on_main, spread, until, world
 from sostenuto.engine import attach
 from sostenuto.errors import InputError, MethodError
@@ -75,22 +76,31 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
         )
         return replace(table, macs_fraction=macs_fraction(table, facts["sites"], facts["cost"]))
 
-    def follow(states: Sequence[StepActions], wanted: Sequence[float] | None) -> NormMatch:
+    def follow(states: Sequence[StepActions], call: int, wanted: Sequence[float] | None) -> NormMatch:
         with attach(target, Tapped((options.fill,)), scheduler=scheduler) as handle:
             matching = NormMatch(handle, options, states, wanted)
             handle.driver, handle.driver_slots = matching, options.forecast_order + 1
-            settings.generate(settings.fresh_generator())
+            settings.generate(settings.generator_of(call))
         return matching
+
+    def matched(table: CacheTable) -> tuple[float, ...]:
+        """The factors that restore the norms of each generation's uncached twin, a mean over generations."""
+        steps = range(table.num_inference_steps)
+
+        def generation(call: int) -> tuple[int, list[float]]:
+            uncached = follow([StepState.COMPUTE] * len(steps), call, None)
+            own = follow(table.actions, call, [uncached.norms[step] for step in steps])
+            return own.trace.samples, [own.scales[step] for step in steps]
+
+        found = until(settings.enough(lambda generation: generation[0]), generation)
+        return tuple(map(fmean, zip(*(scales for _, scales in found), strict=True)))
 
     grid = options.eps_scale_grid if score is not None and options.eps_scale_rule == "search" else ()
     rounds = 1 if options.target_fraction is None else options.max_rounds
     with progress(rounds + len(grid), "calibrate", settings.show_progress) as bar:
         table = _bisect(lambda kappa: _kept(settings.kept, kappa, run), options, bar.update)
         if options.eps_scale_rule == "match_norm":
-            steps = range(table.num_inference_steps)
-            uncached = follow([StepState.COMPUTE] * len(steps), None)
-            matched = follow(table.actions, [uncached.norms[p] for p in steps])
-            return replace(table, eps_scale=tuple(matched.scales[p] for p in steps))
+            return replace(table, eps_scale=matched(table))
         if score is None or not grid:
             return table
 
@@ -101,6 +111,9 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
                 noise = settings.fresh_generator()
                 images = (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
             bar.update()
+            few = too_few(score, len(images) if hasattr(images, "__len__") else None)
+            if few:
+                warnings.warn(f"the noise scale is chosen by a score of few images: {few}", stacklevel=4)
             return score(images)
 
         scores = _scores(settings.kept, grid, judged, bar.update)

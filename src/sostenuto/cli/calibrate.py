@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
+from sostenuto.cli.judging import Judging, is_demo
 from sostenuto.distributed.world import apart, world
 from sostenuto.errors import InputError, MethodError
 
@@ -58,7 +59,9 @@ class Calibrate:
     num_samples: int | None = None
     """Samples to measure on; by default 8."""
     search_images: int | None = None
-    """On the demo model: images per value when the noise scale is searched, by default 200; 0 leaves it as it is."""
+    """On the demo model, or with --reference: images per value when the noise scale is searched, by default 200; 0 leaves it
+    as it is."""
+    judging: Annotated[Judging, tyro.conf.OmitArgPrefixes] = field(default_factory=Judging)
     eps_scale_grid: tuple[float, ...] | None = None
     """Values to try: of the noise scale (eb), of what its curve is multiplied by (feb)."""
     data: Path | None = None
@@ -77,13 +80,22 @@ class Calibrate:
                 raise InputError(f"--{name} is for running a method: say with --method what to calibrate")
         if self.data is not None and self.choice.method not in _ON_REAL_IMAGES:
             self._refuse("data")
-        if self.data is not None and self.choice.model != "demo":
-            raise InputError("--data is of the demo model; another's real images are passed from Python")
+        self.judging.check("--search-images", self._search_images)
         if self.choice.method != "l2c":
             self._make_table()
         elif world().is_main:  # one training run is no work to share
             with apart():
                 self._train_router()
+
+    @property
+    def _search_images(self) -> int:
+        return 200 if self.search_images is None else self.search_images
+
+    def _pipeline(self) -> Any:
+        pipe = self.choice.pipeline()
+        if self.data is not None and not is_demo(pipe):
+            raise InputError("--data is of the demo model; another's real images are passed from Python")
+        return pipe
 
     def _train_router(self) -> None:
         from dataclasses import replace
@@ -98,18 +110,24 @@ class Calibrate:
                 "place of --target-fraction"
             )
         self._refuse(*_OF_TABLES, "num_samples", "search_images")
-        if self.choice.model != "demo":
+        if self.judging.reference is not None:
             raise MethodError(
-                "this command trains routers for the demo model: for another one call sostenuto.calibrate"
+                "a router is trained on real images, not chosen by a distance to them: leave out --reference"
             )
         output = self.output or Path("table.safetensors")
         if output.suffix != ".safetensors":
             raise InputError(f"a router is written as .safetensors, not {output.name}: name the --output so")
+        pipe = self._pipeline()
+        if not is_demo(pipe):
+            raise MethodError(
+                "this command trains routers for the demo model and what sostenuto.demo.train made: for another one call "
+                "sostenuto.calibrate"
+            )
         checkpoint = output.with_suffix(".checkpoint")
         steps = self.choice.num_inference_steps
         given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
         router = sostenuto.calibrate(
-            self.choice.pipeline(),
+            pipe,
             replace(
                 sostenuto.L2CCalibration.demo(steps, self.data),
                 checkpoint=checkpoint,
@@ -132,27 +150,23 @@ class Calibrate:
 
         calibration = self.calibration()
         extra: dict[str, Any] = {}
-        search_images = 200 if self.search_images is None else self.search_images
         num_samples = 8 if self.num_samples is None else self.num_samples
-        scored = self.choice.model == "demo" and search_images > 0 and hasattr(calibration, "eps_scale_grid")
-        if self.search_images and not scored:
-            raise InputError(
-                "--search-images are scored for a noise scale on the demo model alone, with eb and feb: leave it out"
-            )
-        if self.eps_scale_grid is not None and not scored:
-            raise InputError(
-                "--eps-scale-grid is searched by a distance of images, which this command takes on the demo model alone "
-                "(--search-images above 0): for another model call sostenuto.calibrate with a score"
-            )
-        pipe = self.choice.pipeline()
-        if scored:
-            from sostenuto.demo.judge import Judge
-            from sostenuto.demo.rows import demo_sample
-
-            extra = {"score": Judge().distance, "score_sample": demo_sample(search_images)}
-        if self.choice.model == "demo" and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
-            calibration = self._with_real_images(calibration, num_samples)
         output = self.output or Path("table.json")
+        pipe, searched = self._pipeline(), hasattr(calibration, "eps_scale_grid")
+        if searched:
+            extra = self.judging.scoring(pipe, self.choice, self._search_images, output.parent)
+        if not extra and (self.search_images or self.judging.reference is not None):
+            raise InputError(
+                "images are scored for the noise scale of eb and feb, on the demo model or with --reference: leave out "
+                "--search-images and --reference"
+            )
+        if self.eps_scale_grid is not None and not extra:
+            raise InputError(
+                "--eps-scale-grid is searched by a distance of images: give real ones with --reference (the demo model has its "
+                "own), and --search-images above 0"
+            )
+        if is_demo(pipe) and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
+            calibration = self._with_real_images(calibration, num_samples)
         folder = self._kept(output, repr(calibration)) if isinstance(calibration, sostenuto.EBCalibration) else None
         made = sostenuto.calibrate(
             pipe,
@@ -183,7 +197,7 @@ class Calibrate:
         choice = self.choice
         asked = (
             choice.model, choice.scheduler, choice.num_inference_steps, choice.conditions(), choice.guidance_scale,
-            choice.pipe_arguments, choice.seed, choice.dtype, self.num_samples, self.search_images, calibration,
+            choice.pipe_arguments, choice.seed, choice.dtype, self.num_samples, self.search_images, self.judging, calibration,
         )  # fmt: skip
         return output.with_name(f"{output.name}.{hashlib.sha256(repr(asked).encode()).hexdigest()[:8]}.partial")
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tyro
 
 from sostenuto.cli.common import device_of, read_prompts, write_json
+from sostenuto.errors import InputError
 
 if TYPE_CHECKING:
     from sostenuto.quality.evaluate import Evaluation
+    from sostenuto.quality.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,17 @@ class Evaluate:
     device: str = "auto"
     """Where networks run: cpu, cuda, or auto."""
     write_npz: Path | None = None
-    """Also write the images as the .npz of ADM's evaluator, with their moments if the network is Inception."""
+    """Also write the images as the .npz of ADM's evaluator."""
+    write_moments: bool = False
+    """In that file also the moments by Inception, as in a file that is a reference: where it has them ADM's evaluator takes
+    them for FID and sFID in place of its own network's."""
     json: Path | None = None
     """Write the numbers to this file."""
 
     def run(self) -> None:
         """Evaluate, print a table, write what was asked for."""
         from sostenuto.distributed.world import gather, world
-        from sostenuto.errors import InputError, MetricError
+        from sostenuto.errors import MetricError
         from sostenuto.quality.evaluate import evaluate
         from sostenuto.quality.weights import parse_weights
 
@@ -71,6 +76,8 @@ class Evaluate:
         first, *more = self.samples
         if self.write_npz is not None and (more or first.endswith(".safetensors")):
             raise InputError("--write-npz needs the images themselves, not statistics")
+        if self.write_moments and self.write_npz is None:
+            raise InputError("--write-moments says what --write-npz FILE holds: give both")
         if launch.size > 1 and self.statistics is None and not first.endswith(".safetensors"):
             raise InputError(
                 "each process keeps what it measured in a file of its own: give --statistics FILE.safetensors"
@@ -85,7 +92,7 @@ class Evaluate:
             batch_size=self.batch_size,
             video=self.video,
             device=str(device_of(self.device)),
-            features=self.write_npz is not None,
+            features=self.write_moments,
         )
         merged = self.statistics if launch.size > 1 and not more else None  # of the parts that the processes measure
         if merged is not None:
@@ -103,13 +110,13 @@ class Evaluate:
         found = measured(reference=self.reference)
         if merged is not None:
             found.statistics.save(merged)
-        write_json(self.json, found.as_dict())
         for line in lines(found):
             print(line)
         for warning in found.warnings:
             print(f"note: {warning}", file=sys.stderr)
+        write_json(self.json, found.as_dict())
         if self.write_npz is not None:
-            write_adm(self.write_npz, first, self.video, found)
+            write_adm(self.write_npz, first, self.video, found.statistics if self.write_moments else None)
             print(f"images for ADM's evaluator: {self.write_npz}")
         if found.rows and all(row.value is None for row in found.rows) and not (self.statistics or self.write_npz):
             raise MetricError(f"no metric could be computed; {found.rows[0].label}: {found.rows[0].reason}")
@@ -139,15 +146,19 @@ def lines(found: Evaluation) -> Iterator[str]:
         yield f"not computed: {', '.join(labels)}: {reason}"
 
 
-def write_adm(path: Path, samples: str, video: bool, found: Evaluation) -> None:
-    """Write the images as ADM's evaluator reads them, grey ones as RGB."""
+def write_adm(path: Path, samples: str, video: bool, statistics: Statistics | None) -> None:
+    """Write the images as ADM's evaluator reads them, grey ones as RGB; with the moments of statistics by Inception."""
     from sostenuto.quality.arrays import write_npz
     from sostenuto.quality.sources import open_source
 
     source = open_source(samples, video)
     moments: dict[str, Any] = {}
-    if found.statistics.origin.network.startswith("inception") and found.statistics.complete and len(source) > 1:
-        for suffix, kept in (("", found.statistics.moments), ("_s", found.statistics.spatial)):
+    if statistics is not None:
+        if not statistics.origin.network.startswith("inception") or not statistics.complete or len(source) < 2:
+            raise InputError(
+                "--write-moments writes moments by Inception, of two images or more: there are none of these"
+            )
+        for suffix, kept in (("", statistics.moments), ("_s", statistics.spatial)):
             if kept is not None:
                 gaussian = kept.gaussian()
                 moments |= {f"mu{suffix}": gaussian.mean.numpy(), f"sigma{suffix}": gaussian.cov.numpy()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from sostenuto.cli.common import SamplerChoice, device_of, write_json
+from sostenuto.cli.common import SamplerChoice, write_json
+from sostenuto.cli.judging import Judging
 from sostenuto.distributed.world import world
-from sostenuto.pipelines import PROMPT, image_sample
+from sostenuto.pipelines import PROMPT
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,7 @@ class Tune:
     score_images: int = 128
     """On the demo model, or with --reference: how many images a distance is taken of, 128 or more to say something; 0 goes
     by nearness alone."""
-    reference: str | None = None
-    """Real images that the pipeline's own are scored against, in any form that "sostenuto evaluate" takes."""
-    network: str = "inception"
-    """With --reference: the feature network of the distance."""
-    weights: tuple[str, ...] = ()
-    """With --reference: its weights, as NAME=PATH, where they don't lie in torch's cache."""
+    judging: Annotated[Judging, tyro.conf.OmitArgPrefixes] = field(default_factory=Judging)
     json: Path | None = None
     """Also write the frontier to this file."""
 
@@ -61,17 +57,11 @@ class Tune:
 
         import sostenuto
         import sostenuto.report.frontier  # what draws is missed now, not when all is done
-        from sostenuto.errors import InputError
         from sostenuto.tuning.options import check_speedup
         from sostenuto.tuning.result import table_path
 
         check_speedup(self.speedup)  # before a model is loaded
-        if self.score_images < 4 and (self.score_images or self.reference):
-            raise InputError(
-                f"a distance needs 4 images at least, not {self.score_images}; 0 takes none, without --reference"
-            )
-        if self.reference is None and (self.weights or self.network != "inception"):
-            raise InputError("--network and --weights are of the distance to real images: give them with --reference")
+        self.judging.check("--score-images", self.score_images)
         pipe = self.choice.pipeline()
         options = sostenuto.TuneOptions(
             speedups=self.speedups,
@@ -84,7 +74,8 @@ class Tune:
         )
         if self.max_work is not None:
             options = replace(options, max_work=self.max_work)
-        sample, scoring = self.choice.sample(pipe), self._scoring(pipe)
+        sample = self.choice.sample(pipe)
+        scoring = self.judging.scoring(pipe, self.choice, self.score_images, self.output)
         if not scoring and self.score_images and world().is_main:
             print("no images are scored without --reference: plans are chosen by nearness alone", file=sys.stderr)
         tuned = sostenuto.tune(
@@ -106,23 +97,6 @@ class Tune:
         write_json(self.json, tuned.as_dict())
         for path in tuned.draw(self.output):
             print(path)
-
-    def _scoring(self, pipe: Any) -> dict[str, Any]:
-        """What judges images, and what makes them."""
-        if self.reference is not None:
-            from sostenuto.quality.distance import FrechetDistance
-            from sostenuto.quality.weights import parse_weights
-
-            where = str(device_of(self.choice.device))
-            weights = parse_weights(self.weights)
-            judge = FrechetDistance(self.reference, self.network, weights, where, folder=self.output)
-            return {"score": judge, "score_sample": image_sample(self.choice.sample(pipe, "pt"), self.score_images)}
-        if self.score_images and type(pipe).__name__ == "DemoPipeline":
-            from sostenuto.demo.judge import Judge
-            from sostenuto.demo.rows import demo_sample
-
-            return {"score": Judge().distance, "score_sample": demo_sample(self.score_images)}
-        return {}
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,13 @@ def labels_of(num_images: int) -> torch.Tensor:
     return torch.arange(num_images) % NUM_CLASSES
 
 
-def demo_sample(num_images: int) -> Callable[..., torch.Tensor]:
-    """A ``sample`` for calibration: images ``[n, 1, 28, 28]`` in ``[0, 1]`` with balanced labels, no guidance."""
+def demo_sample(num_images: int, guidance_scale: float = 1.0) -> Callable[..., torch.Tensor]:
+    """A ``sample`` for calibration: images ``[n, 1, 28, 28]`` in ``[0, 1]`` with balanced labels; 1 is no guidance."""
 
     def sample(pipe: DemoPipeline, generator: torch.Generator, num_inference_steps: int = NUM_STEPS) -> torch.Tensor:
         parts = labels_of(num_images).split(32)
-        made = [pipe(p.tolist(), num_inference_steps, generator=generator, output_type="pt").images for p in parts]
-        return torch.cat(made)
+        common: dict[str, Any] = {"generator": generator, "guidance_scale": guidance_scale, "output_type": "pt"}
+        return torch.cat([pipe(part.tolist(), num_inference_steps, **common).images for part in parts])
 
     return sample
 

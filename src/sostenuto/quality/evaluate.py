@@ -294,7 +294,8 @@ def _warnings(
     for metric in wanted:
         row = found.get(metric.name)
         floor = None if row is None or row.floor is None or row.floor_n is None else (row.floor, row.floor_n)
-        if row is not None and (few := metric.says_little(row.n, width, floor)):
+        frames = measured.origin.frames if metric.of_sets else 1
+        if row is not None and (few := metric.says_little(row.n // frames, width, floor)):
             warnings.append(few)
     if reference is not None and reference[1:] != measured.origin.shape[1:]:
         own = measured.origin.shape

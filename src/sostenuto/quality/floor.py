@@ -25,8 +25,9 @@ def floor_of(metric: Metric, reference: Subject, count: int) -> tuple[float, int
         return None
     real = reference.features if reference.held_out is None else reference.held_out
     assert real is not None
+    moments_of_more = reference.gaussian is not None and reference.gaussian.count == 0  # ADM's files: images are a part
     against_others = metric.needs is Needs.FEATURES and (
-        reference.held_out is None or metric.name != "frechet_distance"
+        metric.name != "frechet_distance" or (reference.held_out is None and not moments_of_more)
     )
     count = min(count, len(real) // 2 if against_others else len(real))
     part = chosen(len(real), count, reference.shuffled, reference.frames)  # frames of one video are no strangers

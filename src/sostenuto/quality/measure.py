@@ -30,7 +30,7 @@ class Companions:
 
     Attributes:
         twins: the same images without caching, in the same order.
-        prompts: what each image (or video) was asked to be.
+        prompts: what each image (or video) was asked to be, over and over.
     """
 
     twins: Source | None = None
@@ -43,8 +43,11 @@ class Companions:
             InputError: number, size or names differ.
         """
         count = len(source) // source.frames
-        if self.prompts is not None and len(self.prompts) != count:
-            raise InputError(f"{source.name} has {count} {_what(source)} and there are {len(self.prompts)} prompts")
+        if self.prompts is not None and count % len(self.prompts):
+            raise InputError(
+                f"{source.name} has {count} {_what(source)} and there are {len(self.prompts)} prompts: give one for each, or "
+                "those that went over and over through all of them"
+            )
         if self.twins is None:
             return
         twins = self.twins
@@ -68,7 +71,7 @@ class Companions:
             assert self.twins is not None
             return self.twins.read(start, stop)
         assert self.prompts is not None
-        return [self.prompts[index // source.frames] for index in range(start, stop)]
+        return [self.prompts[index // source.frames % len(self.prompts)] for index in range(start, stop)]
 
     def identity(self) -> str:
         """Digest of what they are."""

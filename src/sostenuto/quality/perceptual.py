@@ -141,8 +141,17 @@ def load_image_reward(given: Mapping[str, Path], device: str) -> Scorer:
     if not (checkpoint.is_file() and config.is_file()):
         raise weights_.missing(weights_.IMAGE_REWARD)
     weights_.read_state(checkpoint)  # it must hold nothing but tensors: the package unpickles it
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = package.load(str(checkpoint), device=device, med_config=str(config))
+    try:
+        from transformers import BertTokenizer
+
+        BertTokenizer.from_pretrained("bert-base-uncased", local_files_only=True)  # the package would fetch it
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = package.load(str(checkpoint), device=device, med_config=str(config))
+    except Exception as error:  # what it can't do takes no other metric with it
+        raise MetricError(
+            "ImageReward can't be loaded (besides its own files it wants the tokenizer bert-base-uncased in the hub's cache): "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
 
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images.expand(-1, 3, -1, -1)]

@@ -24,7 +24,7 @@ def of_share(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / (count + 4))
 
 
-def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian) -> torch.Tensor | None:
+def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian, frames: int = 1) -> torch.Tensor | None:
     """What each of the features ``[n, d]`` adds to the Fréchet distance, up to a constant: ``[n]``; the reference is fixed.
 
     The distance is a smooth function of mean and covariance, so to first order (the delta method) it is a mean of
@@ -35,9 +35,10 @@ def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian) -
     pairs (the same noise) differ by a mean of differences: their standard error is :func:`of_mean` of those.
 
     Returns:
-        The summands, or ``None`` with fewer than two images per feature, where the covariance is too uncertain.
+        The summands, or ``None`` with fewer than two images (or videos of so many ``frames``) per feature, where the
+        covariance is too uncertain.
     """
-    if len(features) < 2 * features.shape[1]:
+    if len(features) // frames < 2 * features.shape[1]:
         return None
     values = features.double()
     mean = values.mean(0)
@@ -49,14 +50,14 @@ def influence_on_frechet_distance(features: torch.Tensor, reference: Gaussian) -
 
 
 def of_frechet_distance(features: torch.Tensor, reference: Gaussian, frames: int = 1) -> float | None:
-    """Standard error of the Fréchet distance of features ``[n, d]``; ``None`` with fewer than two images per feature.
+    """Standard error of the Fréchet distance of features ``[n, d]``; ``None`` with fewer than two images or videos per feature.
 
     Args:
         features: of images, or of the frames of videos.
         reference: what they are compared with.
         frames: of a video, see :func:`of_mean`.
     """
-    influence = influence_on_frechet_distance(features, reference)
+    influence = influence_on_frechet_distance(features, reference, frames)
     return None if influence is None else of_mean(influence, frames)
 
 
@@ -70,5 +71,12 @@ def of_inception_score(logits: torch.Tensor, score: float, frames: int = 1) -> f
 
 
 def of_subsets(spread: float, subset_size: int, count: int) -> float | None:
-    """Standard error of a mean over subsets, as if the ``count / subset_size`` that are disjoint were all there are."""
-    return spread / math.sqrt(count / subset_size) if count >= 2 * subset_size else None
+    """Standard error of a mean over subsets drawn from ``count`` images, of which ``count / subset_size`` are disjoint.
+
+    Both sets are drawn from, so that both count as random. Subsets of few images overlap, and differ less than disjoint ones
+    by the factor √(1 − subset_size / count).
+    """
+    if count < 2 * subset_size:
+        return None
+    share = subset_size / count
+    return spread * math.sqrt(share / (1 - share))

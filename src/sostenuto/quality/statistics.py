@@ -189,6 +189,10 @@ class Collector:
             InputError: it belongs to another set, network or size of batches, or some images are in both.
         """
         for name, value in vars(self.origin).items():
+            if name == "identity" and part.origin.identity != value:
+                raise InputError(
+                    f"{part.origin.source} and {self.origin.source} are not the same images: parts are of one set, or of copies"
+                )
             if name != "source" and getattr(part.origin, name) != value:  # the same folder may be called otherwise
                 raise InputError(
                     f"statistics of {part.origin.source} with {name} {getattr(part.origin, name)!r} can't be put together "

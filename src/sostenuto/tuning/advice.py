@@ -191,7 +191,7 @@ def default_sample(target: Any) -> Sample:
 
 def _measure(settings: Settings, kind: Kind) -> tuple[Measurement, bool]:
     """The measurement, and whether the network predicts what its scheduler takes."""
-    reach = {kind: Reach(2, ((0,), (1,)))}
+    reach = {kind: Reach(2, ((0,), (1, 2, 3)))}  # two steps of reuse are the most, so a forecast looks back three
     instruments: list[Instrument] = []
     identity: dict[str, Any] = {}
     told: list[bool] = []

@@ -222,8 +222,8 @@ class Chooser:
 
         A number is b at every step. ``"early 0.98"`` is that in the noisy half of the time and 1 after it, ``"computed 0.98,
         reused 1.01"`` has a b for the steps that compute everything and one for the others, ``"b(τ)"`` is the curve of
-        FEB-Cache with its published values, ``"matched"`` the factor at every step, computed or reused, that restores the
-        norm of the uncached noise.
+        FEB-Cache with its published values, ``"matched"`` the ratio of the uncached sampler's noise norm to the plan's at every
+        step, computed or reused, each of an unscaled generation: where norms drift along, later factors are more than restores.
         """
         steps = table.num_inference_steps
         if not isinstance(scale, str):

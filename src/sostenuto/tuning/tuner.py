@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sostenuto import compat
-from sostenuto.calibrations.base import Calibration, Sample, Score, Settings
+from sostenuto.calibrations.base import Calibration, Sample, Score, Settings, too_few
 from sostenuto.distributed.world import gather, world
 from sostenuto.errors import InputError
 from sostenuto.methods import ABCache
@@ -150,11 +150,11 @@ class _Tuner:
             samples = lab.rehearsals["paired"], lab.rehearsals.get("scored")
             claim(lab.folder, rehearsed(lab.settings, *samples), begun=True)
         self._check_work(kinds)
-        if self.scored and (few := _too_few(lab.settings.score, lab.rehearsals["scored"])):
+        self._tell(kinds, lab.trial(None))
+        if self.scored and (few := too_few(lab.settings.score, lab.rehearsals["scored"].num_results)):
             self._warn(few)
         # Before the expensive part: a score that can't judge the model's own images ends here.
         uncached_score = lab.scored(None).score if self.scored else None
-        self._tell(kinds, lab.trial(None))
         self.measured = lab.measure(kinds, undisturbed=self.options.budget == "time" and self._on_cpu)
         here = gather(lab.settings.machine)
         if self.options.budget == "time" and self.measured.machine not in ("", here[0]):
@@ -465,14 +465,6 @@ class _Tuner:
             f"tune: about {work:.0f} uncached generations of one row, {minutes:.0f} minutes on this machine",
             file=sys.stderr,
         )
-
-
-def _too_few(score: Any, rehearsal: Rehearsal) -> str | None:
-    """What a score that has a ``too_few(n)`` says of the number of its images."""
-    judge = getattr(score, "__self__", score)  # of a method the object
-    if not hasattr(judge, "too_few") or rehearsal.num_results is None:
-        return None
-    return judge.too_few(rehearsal.num_results)
 
 
 def _kinds(target: Any, options: TuneOptions) -> tuple[Kind, ...]:
