@@ -136,6 +136,18 @@ def test_a_pass_that_begins_late_is_measured_from_where_it_begins(model):
     assert again.response(Kind.STACK, 1, 3) > 0  # at the step where the second pass begins, which has nothing kept
 
 
+def test_generations_count_alike_where_a_pass_begins_late(model):
+    def measured(*seeds):
+        with attach(model, Tapped(FILLS), scheduler=model.scheduler_for_test) as handle:
+            instrument = handle.driver = Instrument(handle, reaches((Kind.BRANCHES,), STEPS), STEPS)
+            for seed in seeds:
+                sample_loop(model, model.scheduler_for_test, STEPS, seed, separate_guidance=range(STEPS // 2, STEPS))
+        return instrument.result(2 * len(seeds), 0.0).runs[Kind.BRANCHES]
+
+    each = [measured(seed) for seed in range(3)]
+    np.testing.assert_allclose(measured(0, 1, 2), np.mean(each, axis=0), rtol=1e-6)
+
+
 def test_only_what_may_be_reused_is_kept_while_measuring(model):
     kept = set()
     with attach(model, Tapped(("stack",)), scheduler=model.scheduler_for_test) as handle:

@@ -266,8 +266,8 @@ def _advise_unet(settings: Settings) -> Advice:
     error = _error_of(settings, method)
     worth = speedup >= _WORTH and error <= _TOLERANCE
     notes = [
-        f"reusing the deep part changes the output by {error:.1%} (median over the steps that reuse it); the noise floor of the "
-        "features is not measured on a U-Net",
+        f"reusing the deep part changes the output by {error:.1%} (median over the steps that reuse it); its features' noise "
+        "floor is not measured on a U-Net",
         "a U-Net: the deep part is kept between steps; sostenuto.tune is for transformers" if worth else _NOT_WORTH,
     ]
     return Advice(

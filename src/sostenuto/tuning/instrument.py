@@ -91,6 +91,8 @@ class Instrument:
             kind: np.full((len(r.gaps), max(map(len, r.gaps)), num_steps, r.max_run, r.max_run), np.nan)
             for kind, r in reach.items()
         }
+        # Rows that each was measured on: a pass that begins late has nothing to reuse where another has.
+        self._counts = {kind: np.zeros(values.shape[:-1]) for kind, values in self._runs.items()}
         self._power = np.zeros(num_steps)
         self._rows = np.zeros(num_steps)
         self._errors: dict[tuple[int, Kind, int, int, int], list[torch.Tensor]] = {}  # …, computed step → its run
@@ -131,7 +133,7 @@ class Instrument:
             for kind, reach in self._reach.items():
                 for order, gaps in enumerate(reach.gaps):
                     for at, gap in enumerate(gaps):
-                        self._measure(tick, prober, fresh, weight, (kind, order, at), gap)
+                        self._measure(tick, prober, fresh, (kind, order, at), gap)
         finally:
             for kept in slots:
                 kept.insert(0, kept.pop())
@@ -156,9 +158,7 @@ class Instrument:
         finally:
             slots[:] = kept
 
-    def _measure(
-        self, tick: Tick, prober: Prober, fresh: torch.Tensor, weight: float, what: tuple[Kind, int, int], gap: int
-    ) -> None:
+    def _measure(self, tick: Tick, prober: Prober, fresh: torch.Tensor, what: tuple[Kind, int, int], gap: int) -> None:
         kind, order, at = what
         known = tick.step - self._first[tick.pass_index]  # steps of this pass so far
         for lag in range(1, min(self._reach[kind].max_run, known - order * gap) + 1):
@@ -167,7 +167,9 @@ class Instrument:
             computed = tick.step - lag
             run = self._errors.setdefault((tick.pass_index, kind, order, at, computed), [])
             run.append(self._values(prober, output) - fresh)
-            products = self._runs[kind][order, at, computed]
+            products, counts = self._runs[kind][order, at, computed], self._counts[kind][order, at, computed]
+            counts[lag - 1] += prober.batch_size
+            weight = prober.batch_size / counts[lag - 1]
             for place, earlier in enumerate(run):
                 mean = _averaged(products[place, lag - 1], _mean_product(earlier, run[-1]), weight)
                 products[place, lag - 1] = products[lag - 1, place] = mean
@@ -212,6 +214,7 @@ class Instrument:
         return {
             "arrays": {name: torch.from_numpy(values) for name, values in arrays.items()},
             "runs": {kind.value: torch.from_numpy(values) for kind, values in self._runs.items()},
+            "counts": {kind.value: torch.from_numpy(values) for kind, values in self._counts.items()},
             "seconds": self._seconds,
             "macs": self._macs,
             "sites": self._sites,
@@ -223,6 +226,7 @@ class Instrument:
         arrays = {name: values.numpy() for name, values in state["arrays"].items()}
         self._power, self._rows, self._nudge_errors = arrays["power"], arrays["rows"], arrays["nudges"]
         self._runs = {kind: state["runs"][kind.value].numpy() for kind in self._runs}
+        self._counts = {kind: state["counts"][kind.value].numpy() for kind in self._runs}
         self._seconds, self._macs, self._sites, self._bytes = (state[x] for x in ("seconds", "macs", "sites", "bytes"))
 
     def result(self, num_samples: int, pause: float) -> Measurement:
