@@ -1,6 +1,7 @@
 """A row of a benchmark: what it says is what ran; large models counted without weights; how methods are written."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sostenuto.bench.session import RESULTS, run
 from sostenuto.bench.specs import method_of
 from sostenuto.bench.subjects import build_subject
 from sostenuto.cli import main
+from sostenuto.cli.bench import said_of
 
 # --- what is counted and timed ------------------------------------------------------------------------------------------
 
@@ -136,6 +138,8 @@ def test_the_demo_is_judged_and_compared_in_pairs(tmp_path):
     assert row.error is None
     assert row.n == 8
     assert row.frechet_distance > 0
+    (few,) = said_of([row, replace(row, frechet_distance=None, n=9)])
+    assert few.startswith("FID of 8 says little, it wants 128; 8 real images get ")
     assert 0 <= row.class_accuracy <= 1
     assert 0 < row.psnr < 100
     assert 0 < row.ssim < 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -85,6 +87,8 @@ class Bench:
             return
         content = outcome.content()
         print(terminal_table(outcome.rows, outcome.machine))
+        for words in said_of(outcome.rows):
+            print(f"note: {words}", file=sys.stderr)
         page = self.output / "bench.html"
         page.write_text(render(content, self.output), encoding="utf-8")
         write_json(self.json, content)
@@ -122,3 +126,14 @@ class Bench:
         if self.methods:
             cases += grid(self.models, self.methods, self.schedulers or (None,), steps or [50], self.modes)
         return [case for case in cases if not self.only or any(part in case.name for part in self.only)]
+
+
+def said_of(rows: Sequence[Any]) -> list[str]:
+    """What distances of so few images are worth."""
+    counts = sorted({row.n for row in rows if row.frechet_distance is not None})
+    if not counts:
+        return []
+    from sostenuto.demo.judge import Judge
+
+    judge = Judge()
+    return [few for few in map(judge.too_few, counts) if few]
