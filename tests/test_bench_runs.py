@@ -39,7 +39,7 @@ def test_a_results_file_goes_on_and_a_torn_line_costs_only_its_row(tmp_path):
     assert list(again.rows) == ["a"]
     again.append(row_of("b", speedup=2.0))
     header, kept = read_results(path)
-    assert (header["format"], header["version"]) == ("sostenuto-bench", 1)
+    assert (header["format"], header["version"]) == ("sostenuto-bench", 2)
     assert [row.name for row in kept] == ["a", "b"]
     assert kept[0].wall_s is None
     assert kept[1].speedup == 2.0
@@ -49,9 +49,9 @@ def test_a_results_file_goes_on_and_a_torn_line_costs_only_its_row(tmp_path):
     ("not json\n", "no results file"),
     ('{"format": "other"}\n', "no results file"),
     (b"\xff\xfe\x00", "no results file"),
-    ('{"format": "sostenuto-bench", "version": 2, "machine": {}}\n', "version 2, this sostenuto writes 1"),
-    ('{"format": "sostenuto-bench", "version": 1, "machine": {"processor": "p", "threads": 2}}\n', r"threads = 2, not 1"),
-    ('{"format": "sostenuto-bench", "version": 1, "machine": {"processor": "p", "threads": 1}}\n{"x": 1}\n', "line 2"),
+    ('{"format": "sostenuto-bench", "version": 3, "machine": {}}\n', "version 3, this sostenuto writes 2"),
+    ('{"format": "sostenuto-bench", "version": 2, "machine": {"processor": "p", "threads": 2}}\n', r"threads = 2, not 1"),
+    ('{"format": "sostenuto-bench", "version": 2, "machine": {"processor": "p", "threads": 1}}\n{"x": 1}\n', "line 2"),
 ])  # fmt: skip
 def test_a_file_of_something_else_is_refused_and_left_as_it_was(tmp_path, text, match):
     path = tmp_path / "r.jsonl"

@@ -128,6 +128,23 @@ def test_prompts_go_over_and_over_as_generate_takes_them():
     assert videos.statistics.scores["words"].tolist() == [1, 1, 2, 2] * 2
 
 
+def test_the_floor_beside_a_file_with_its_own_moments_is_that_of_other_images(tmp_path):
+    class Inceptionlike(Colours):
+        name = "inception-00000000"
+
+    real = write_folder(tmp_path / "real", pictures(40, 3))
+    found = evaluate(real, network=Inceptionlike(), features=True, show=False)
+    write_adm(tmp_path / "r.npz", str(real), False, found.statistics)
+    own, plain = (
+        evaluate(pictures(40), reference, network=Inceptionlike(), metrics=("FID",), show=False)["frechet_distance"]
+        for reference in (tmp_path / "r.npz", real)
+    )
+    assert own.value == pytest.approx(plain.value, rel=1e-4)
+    assert own.floor == pytest.approx(plain.floor, rel=1e-4)
+    assert own.floor > 0
+    assert own.floor_n == plain.floor_n == 20
+
+
 def test_a_copy_of_a_folder_is_the_same_images_and_other_ones_are_not(tmp_path):
     made = write_folder(tmp_path / "made", pictures(6))
     copied = shutil.copytree(made, tmp_path / "copied", copy_function=shutil.copyfile)  # with times of its own

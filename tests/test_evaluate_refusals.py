@@ -34,7 +34,7 @@ from sostenuto.quality.statistics import Statistics
         (lambda t, a: t.update({"moments.count": torch.tensor([3, 1])}), "another number"),
         (lambda t, a: t.update({"moments.outer": t["moments.outer"].double()}), "malformed"),
         (lambda t, a: t.pop("moments.total"), "incomplete"),
-        (lambda t, a: a.update(version=1), "version 2: measure the images again"),
+        (lambda t, a: a.update(version=1), "version 3: measure the images again"),
         (lambda t, a: a.update(shape=[3, 16]), "makes no sense"),
         (lambda t, a: a.update(total="many"), "many"),
     ],
@@ -154,6 +154,8 @@ def test_pairs_and_prompts_must_fit(tmp_path, capsys):
         evaluate(one, paired=other, show=False)
     with pytest.raises(InputError, match="3 images and there are 2 prompts: give one for each"):
         evaluate(one, prompts=["a", "b"], show=False)
+    with pytest.raises(InputError, match="there are 0 prompts"):
+        evaluate(one, prompts=[], show=False)
     (tmp_path / "p.txt").write_text("a piano\n\nanother\n")
     assert run(one, "--prompts", tmp_path / "p.txt") == 1
     assert "none of them empty" in capsys.readouterr().err

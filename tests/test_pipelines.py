@@ -250,7 +250,8 @@ def test_calibrate_scores_by_a_reference_and_knows_the_demos_kind_by_its_pipelin
     assert "give real ones with --reference" in asked(Other, "--eps-scale-grid", "0.98")[1]
     assert "--data is of the demo model" in asked(Other, "--method", "epsilon-scaling", "--data", "x")[1]
     assert "trains routers for the demo model" in asked(Other, "--method", "l2c", output="r.safetensors")[1]
-    pipe, _ = asked(DemoPipeline, "--search-images", "4", "--guidance-scale", "3")  # one that a user trained
+    (tmp_path / "ema.safetensors").touch()  # one that a user trained
+    pipe, _ = asked(DemoPipeline, "--search-images", "4", "--guidance-scale", "3")
     given = []
     monkeypatch.setattr(type(pipe), "__call__", lambda self, *_, **arguments: given.append(arguments) or 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -146,6 +146,7 @@ class Subject:
     @cached_property
     def own_samples(self) -> torch.Tensor:
         """Samples that stand for real data, of noise of their own: paired with what made it, one would be known by it."""
+        _ = self.uncached.clean  # refused before more is sampled where it isn't known
         self.tell("sample in place of real data")
         noise = torch.Generator().manual_seed(noise_seed(self.seed, OWN_SAMPLES))
         return record(

@@ -84,7 +84,7 @@ class Trajectory:
     @property
     def _known(self) -> Told:
         if isinstance(self.told, MethodError):
-            raise self.told
+            raise MethodError(str(self.told))
         return self.told
 
     def clean_estimates(self, step: int) -> torch.Tensor:
@@ -219,14 +219,19 @@ class _Recorder:
             factor = 1.0 if scale is None else scale.at(tick.step, reused)
             self._keep("noise", tick.step, prober.noise(output).float() * factor)
         except MethodError as error:
-            self.untold = self.untold or error
+            self.untold = self.untold or MethodError(str(error))  # a raised one would keep the tensors of its frames
         self.reused.append(reused)
         return output
 
     def _keep(self, name: str, step: int, values: torch.Tensor) -> None:
         if not hasattr(self, name):
             setattr(self, name, room((len(self.timesteps), *values.shape)))
-        getattr(self, name)[step] = values
+        kept = getattr(self, name)
+        if values.shape != kept.shape[1:]:
+            raise InputError(
+                f"{name} of shape {list(values.shape)} follow such of {list(kept.shape[1:])}: sample must keep to one batch"
+            )
+        kept[step] = values
 
     def check(self) -> None:
         if not self.reused or len(self.reused) != len(self.timesteps):

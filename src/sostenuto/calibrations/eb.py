@@ -111,12 +111,12 @@ def _calibrate(options: EBCalibration, settings: Settings) -> CacheTable:
                 noise = settings.fresh_generator()
                 images = (score_sample or settings.sample)(target, noise, num_inference_steps=num_inference_steps)
             bar.update()
-            few = too_few(score, len(images) if hasattr(images, "__len__") else None)
-            if few:
-                warnings.warn(f"the noise scale is chosen by a score of few images: {few}", stacklevel=4)
+            facts["images"] = len(images) if hasattr(images, "__len__") else None
             return score(images)
 
         scores = _scores(settings.kept, grid, judged, bar.update)
+    if few := too_few(score, facts.get("images")):
+        warnings.warn(f"the noise scale is chosen by a score of few images: {few}", stacklevel=4)
     judged_well = [scale for scale in grid if math.isfinite(scores[scale])]
     if not judged_well:
         raise MethodError(f"the score is not finite with any noise scale: {list(scores.values())}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from sostenuto.cli.common import ModelChoice, write_json
-from sostenuto.cli.judging import Judging, is_demo
+from sostenuto.cli.judging import Judging
 from sostenuto.distributed.world import apart, world
 from sostenuto.errors import InputError, MethodError
 
@@ -80,6 +80,8 @@ class Calibrate:
                 raise InputError(f"--{name} is for running a method: say with --method what to calibrate")
         if self.data is not None and self.choice.method not in _ON_REAL_IMAGES:
             self._refuse("data")
+        if self.data is not None and not self.choice.is_demo:
+            raise InputError("--data is of the demo model; another's real images are passed from Python")
         self.judging.check("--search-images", self._search_images)
         if self.choice.method != "l2c":
             self._make_table()
@@ -90,12 +92,6 @@ class Calibrate:
     @property
     def _search_images(self) -> int:
         return 200 if self.search_images is None else self.search_images
-
-    def _pipeline(self) -> Any:
-        pipe = self.choice.pipeline()
-        if self.data is not None and not is_demo(pipe):
-            raise InputError("--data is of the demo model; another's real images are passed from Python")
-        return pipe
 
     def _train_router(self) -> None:
         from dataclasses import replace
@@ -117,8 +113,7 @@ class Calibrate:
         output = self.output or Path("table.safetensors")
         if output.suffix != ".safetensors":
             raise InputError(f"a router is written as .safetensors, not {output.name}: name the --output so")
-        pipe = self._pipeline()
-        if not is_demo(pipe):
+        if not self.choice.is_demo:
             raise MethodError(
                 "this command trains routers for the demo model and what sostenuto.demo.train made: for another one call "
                 "sostenuto.calibrate"
@@ -127,7 +122,7 @@ class Calibrate:
         steps = self.choice.num_inference_steps
         given = {"penalty": self.penalty, "num_iterations": self.num_iterations}
         router = sostenuto.calibrate(
-            pipe,
+            self.choice.pipeline(),
             replace(
                 sostenuto.L2CCalibration.demo(steps, self.data),
                 checkpoint=checkpoint,
@@ -149,25 +144,26 @@ class Calibrate:
         import sostenuto
 
         calibration = self.calibration()
-        extra: dict[str, Any] = {}
         num_samples = 8 if self.num_samples is None else self.num_samples
         output = self.output or Path("table.json")
-        pipe, searched = self._pipeline(), hasattr(calibration, "eps_scale_grid")
-        if searched:
-            extra = self.judging.scoring(pipe, self.choice, self._search_images, output.parent)
-        if not extra and (self.search_images or self.judging.reference is not None):
+        searches = isinstance(calibration, sostenuto.EBCalibration)
+        known = self.judging.reference is not None or self.choice.is_demo
+        scored = searches and known and self._search_images > 0
+        if not scored and (self.search_images or self.judging.reference is not None):
             raise InputError(
                 "images are scored for the noise scale of eb and feb, on the demo model or with --reference: leave out "
                 "--search-images and --reference"
             )
-        if self.eps_scale_grid is not None and not extra:
+        if not scored and self.eps_scale_grid is not None:
             raise InputError(
                 "--eps-scale-grid is searched by a distance of images: give real ones with --reference (the demo model has its "
                 "own), and --search-images above 0"
             )
-        if is_demo(pipe) and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
+        folder = self._kept(output, repr(calibration)) if searches else None
+        pipe = self.choice.pipeline()
+        scoring = self.judging.scoring(pipe, self.choice, self._search_images, folder) if scored else {}
+        if self.choice.is_demo and isinstance(calibration, sostenuto.EpsilonScalingCalibration):
             calibration = self._with_real_images(calibration, num_samples)
-        folder = self._kept(output, repr(calibration)) if isinstance(calibration, sostenuto.EBCalibration) else None
         made = sostenuto.calibrate(
             pipe,
             calibration,
@@ -177,7 +173,7 @@ class Calibrate:
             generator=torch.Generator().manual_seed(self.choice.seed),
             show_progress=True,
             folder=folder,
-            **extra,
+            **scoring,
         )
         if not world().is_main:
             return

@@ -53,6 +53,11 @@ class SamplerChoice:
     """On a GPU that holds less than the whole pipeline, as diffusers offloads (with accelerate): whole models in turn, or
     layer by layer, which is slow."""
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the demo model, or one that ``sostenuto.demo.train`` made."""
+        return self.model == "demo" or (Path(self.model) / "ema.safetensors").is_file()
+
     def pipeline(self) -> Any:
         """The pipeline with its scheduler, on its device."""
         device = device_of(self.device)

@@ -32,7 +32,8 @@ class Evaluate:
     paired: str | None = None
     """The same images without caching, in the same order: for PSNR, SSIM, LPIPS and DISTS."""
     prompts: Path | None = None
-    """A text file with one prompt a line, in the order of the images: for CLIP score and ImageReward."""
+    """A text file with one prompt a line, in the order of the images: for CLIP score and ImageReward. Of fewer prompts the same
+    ones go over and over, in whole rounds."""
     metrics: tuple[str, ...] = ()
     """Which metrics, such as FID KID PSNR; all of them by default."""
     network: str = "auto"
@@ -78,6 +79,8 @@ class Evaluate:
             raise InputError("--write-npz needs the images themselves, not statistics")
         if self.write_moments and self.write_npz is None:
             raise InputError("--write-moments says what --write-npz FILE holds: give both")
+        if self.write_moments and self.network not in ("auto", "inception"):
+            raise InputError(f"--write-moments writes moments by Inception: leave out --network {self.network}")
         if launch.size > 1 and self.statistics is None and not first.endswith(".safetensors"):
             raise InputError(
                 "each process keeps what it measured in a file of its own: give --statistics FILE.safetensors"

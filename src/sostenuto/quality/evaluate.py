@@ -115,7 +115,7 @@ def evaluate(
             statistics that together are one set.
         reference: real images, likewise, or moments of theirs in ADM's ``.npz``, or ``demo:train`` or ``demo:test``.
         paired: the same images without caching, from the same noise in the same order.
-        prompts: one for each image or video.
+        prompts: one for each image or video, or those that go over and over through all of them, in whole rounds.
         metrics: names or labels; none for all.
         network: name of the feature network, or one of your own; ``"auto"`` goes by the size of the images.
         weights: paths of weights by name, where they don't lie in the caches of their libraries.
@@ -293,8 +293,8 @@ def _warnings(
     warnings = []
     for metric in wanted:
         row = found.get(metric.name)
-        floor = None if row is None or row.floor is None or row.floor_n is None else (row.floor, row.floor_n)
         frames = measured.origin.frames if metric.of_sets else 1
+        floor = None if row is None or row.floor is None or row.floor_n is None else (row.floor, row.floor_n // frames)
         if row is not None and (few := metric.says_little(row.n // frames, width, floor)):
             warnings.append(few)
     if reference is not None and reference[1:] != measured.origin.shape[1:]:

@@ -43,7 +43,7 @@ class Companions:
             InputError: number, size or names differ.
         """
         count = len(source) // source.frames
-        if self.prompts is not None and count % len(self.prompts):
+        if self.prompts is not None and (not self.prompts or count % len(self.prompts)):
             raise InputError(
                 f"{source.name} has {count} {_what(source)} and there are {len(self.prompts)} prompts: give one for each, or "
                 "those that went over and over through all of them"

@@ -36,6 +36,15 @@ class Gaussian:
         values = features.double()
         return cls(values.mean(0), values.T.cov(), len(values))
 
+    def is_like(self, other: Gaussian) -> bool:
+        """Whether both are the moments of the same features, but for rounding."""
+        if self.mean.shape != other.mean.shape:
+            return False
+        return all(
+            float((own - its).norm()) <= 1e-3 * float(own.norm())
+            for own, its in ((self.mean, other.mean), (self.cov, other.cov))
+        )
+
     @cached_property
     def root(self) -> torch.Tensor:
         """Symmetric square root of the covariance; many sets are compared with one reference."""

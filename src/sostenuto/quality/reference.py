@@ -128,6 +128,9 @@ class Reference:
         measured = subject_of(statistics)
         if self._moments is None:
             return measured
+        assert self._moments.gaussian is not None
+        if measured.gaussian is not None and measured.gaussian.is_like(self._moments.gaussian):
+            return measured  # the moments are of these very images
         # ADM's files hold moments of the whole data set and images of a part of it.
         return replace(measured, gaussian=self._moments.gaussian, spatial=self._moments.spatial or measured.spatial)
 

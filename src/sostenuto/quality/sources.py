@@ -60,8 +60,7 @@ class ArraySource:
 
     Args:
         array: uint8 in a file.
-        name: what messages call it.
-        identity: see :class:`Source`.
+        path: that file.
         video: take four dimensions without 1 or 3 channels for grey videos ``[n, frames, h, w]``; five are videos anyway.
 
     Raises:
@@ -70,8 +69,8 @@ class ArraySource:
 
     keys = None
 
-    def __init__(self, array: ArrayFile, name: str, identity: str, video: bool = False) -> None:
-        self.name, self.identity, self._array = name, identity, array
+    def __init__(self, array: ArrayFile, path: Path, video: bool = False) -> None:
+        self.name, self._array = str(path), array
         shape = list(array.shape)
         if array.dtype != np.uint8:
             raise InputError(
@@ -95,6 +94,7 @@ class ArraySource:
             )
         self._count = shape[0] * self.frames
         check_size(array.path, self._count, self.shape)
+        self.identity = _content(path)
 
     def __len__(self) -> int:
         return self._count
@@ -243,23 +243,22 @@ def open_source(where: str | Path | torch.Tensor, video: bool = False, show: boo
         return FolderSource(path, video, show)
     if not path.is_file():
         raise InputError(f"there is no {path}: give a folder of pictures, an .npz, an .npy, demo:train or demo:test")
-    identity = _content(path)
     if path.suffix == ".npy":
-        return ArraySource(open_npy(path), str(path), identity, video)
+        return ArraySource(open_npy(path), path, video)
     if path.suffix == ".npz":
         arrays = open_npz(path)
         if "arr_0" not in arrays:
             raise InputError(
                 f"{path} has no arr_0 (it has {', '.join(arrays) or 'nothing'}): there are no images in it"
             )
-        return ArraySource(arrays["arr_0"], str(path), identity, video)
+        return ArraySource(arrays["arr_0"], path, video)
     raise InputError(f"{path} is neither a folder of pictures nor an .npz or .npy")
 
 
 def _content(path: Path) -> str:
     """Digest of what a file holds, the same for every copy of it."""
     digest = hashlib.sha256()
-    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+    if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive:  # it has check sums of what it holds
             digest.update(repr([(part.filename, part.CRC, part.file_size) for part in archive.infolist()]).encode())
         return digest.hexdigest()

@@ -19,7 +19,9 @@ from sostenuto.quality.moments import Moments
 from sostenuto.quality.networks import Features
 
 FORMAT = "sostenuto-statistics"
-VERSION = 2  # 1 had the spatial features in another order than ADM's evaluator
+VERSION = (
+    3  # 1 had the spatial features in another order than ADM's evaluator, 2 knew folders by the times of their files
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,8 @@ class Collector:
         for name, value in vars(self.origin).items():
             if name == "identity" and part.origin.identity != value:
                 raise InputError(
-                    f"{part.origin.source} and {self.origin.source} are not the same images: parts are of one set, or of copies"
+                    f"{part.origin.source} and {self.origin.source} are not the same images, or came with other prompts or "
+                    "pairs: parts are of one set, or of copies"
                 )
             if name != "source" and getattr(part.origin, name) != value:  # the same folder may be called otherwise
                 raise InputError(

@@ -101,6 +101,7 @@ class Instrument:
         self._whole = whole_of(reach)
         self._nudged = set(nudged_steps(num_steps) if self._whole in reach else ())
         self._nudge_errors = np.full((len(NUDGES), num_steps), np.nan)  # mean squares
+        self._nudge_counts = np.zeros(num_steps)
         self._before: dict[int, Feature] = {}  # pass → latents of its last step
         self._passes: dict[int, PassState] = {}
         self._first: dict[int, int] = {}  # pass → the step at which it began, or began anew
@@ -137,15 +138,17 @@ class Instrument:
         finally:
             for kept in slots:
                 kept.insert(0, kept.pop())
-        self._nudge(tick, prober, fresh, weight)
+        self._nudge(tick, prober, fresh)
         return output
 
-    def _nudge(self, tick: Tick, prober: Prober, fresh: torch.Tensor, weight: float) -> None:
+    def _nudge(self, tick: Tick, prober: Prober, fresh: torch.Tensor) -> None:
         """The error of reusing everything from an input that is moved a little towards that of the step before."""
         latents, before = prober.call.latents, self._before.get(tick.pass_index)
         self._before[tick.pass_index] = mapped(torch.clone, latents)  # a sampler may write into its latents
         if tick.step not in self._nudged or before is None or signature(before) != signature(latents):
             return
+        self._nudge_counts[tick.step] += prober.batch_size
+        weight = prober.batch_size / self._nudge_counts[tick.step]
         slots = prober.state.slots
         kept, slots[:] = list(slots), [[None] for _ in slots]
         try:
@@ -210,7 +213,7 @@ class Instrument:
 
     def state(self) -> dict[str, Any]:
         """What was measured in the generations so far, for an instrument that goes on; tensors and plain data."""
-        arrays = {"power": self._power, "rows": self._rows, "nudges": self._nudge_errors}
+        arrays = {"power": self._power, "rows": self._rows, "nudges": self._nudge_errors, "nudged": self._nudge_counts}
         return {
             "arrays": {name: torch.from_numpy(values) for name, values in arrays.items()},
             "runs": {kind.value: torch.from_numpy(values) for kind, values in self._runs.items()},
@@ -224,7 +227,8 @@ class Instrument:
     def resume(self, state: dict[str, Any]) -> None:
         """Take what :meth:`state` gave, to average over those generations too."""
         arrays = {name: values.numpy() for name, values in state["arrays"].items()}
-        self._power, self._rows, self._nudge_errors = arrays["power"], arrays["rows"], arrays["nudges"]
+        self._power, self._rows = arrays["power"], arrays["rows"]
+        self._nudge_errors, self._nudge_counts = arrays["nudges"], arrays["nudged"]
         self._runs = {kind: state["runs"][kind.value].numpy() for kind in self._runs}
         self._counts = {kind: state["counts"][kind.value].numpy() for kind in self._runs}
         self._seconds, self._macs, self._sites, self._bytes = (state[x] for x in ("seconds", "macs", "sites", "bytes"))
