@@ -408,9 +408,18 @@ def test_instruments_that_need_no_noise_measure_where_it_is_not_told(capsys):
     assert all("turns into something else" in error for error in errors.values())
 
 
-def test_every_instrument_but_one_measures_latents_that_are_a_list():
+@pytest.mark.parametrize(
+    "only",
+    [
+        ("snr", "exposure-bias", "similarity", "consecutive-outputs", "components"),
+        pytest.param((), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_every_instrument_but_one_measures_latents_that_are_a_list(only):
     network, sample, scheduler = sampler_of_lists()
-    analysis = sostenuto.analyze(network, sample, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler)
+    analysis = sostenuto.analyze(
+        network, sample, only=only, num_inference_steps=STEPS, num_samples=2, scheduler=scheduler
+    )
     errors = {name: observation.error for name, observation in analysis.observations.items() if observation.error}
     assert errors.keys() == {"exposure-bias"}
     assert "the latents are a list of tensors" in errors["exposure-bias"]
