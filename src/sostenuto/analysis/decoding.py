@@ -135,13 +135,8 @@ class _Listening:
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """An attribute of one object replaced for a while, whether the object or its class has it."""
-    own = vars(owner)
-    before = own.get(name, owner)
-    setattr(owner, name, value)
+    restore = compat.place(owner, **{name: value})
     try:
         yield
     finally:
-        if before is owner:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
+        restore()

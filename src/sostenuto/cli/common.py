@@ -76,14 +76,10 @@ class SamplerChoice:
         return None
 
     def _load(self) -> Any:
-        if self.model == "demo":
-            from sostenuto.demo.pipeline import load_demo_pipeline
+        if self.is_demo:
+            from sostenuto.demo.pipeline import load_demo_pipeline, load_trained_pipeline
 
-            return self._in_dtype(load_demo_pipeline())
-        if (Path(self.model) / "ema.safetensors").is_file():
-            from sostenuto.demo.pipeline import load_trained_pipeline
-
-            return self._in_dtype(load_trained_pipeline(self.model))
+            return self._in_dtype(load_demo_pipeline() if self.model == "demo" else load_trained_pipeline(self.model))
         if not Path(self.model).is_dir() and not _HUB_ID.fullmatch(self.model):
             raise InputError(
                 f"there is no folder {self.model!r}, and it is no hub id such as 'owner/name': name a folder that "

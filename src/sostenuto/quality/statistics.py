@@ -19,9 +19,8 @@ from sostenuto.quality.moments import Moments
 from sostenuto.quality.networks import Features
 
 FORMAT = "sostenuto-statistics"
-VERSION = (
-    3  # 1 had the spatial features in another order than ADM's evaluator, 2 knew folders by the times of their files
-)
+# 1 had the spatial features in another order than ADM's evaluator, 2 knew folders by the times of their files.
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def _read(path: Path) -> tuple[Generated, dict[str, Any], str]:
     """What was generated, what had been measured, and on which machine."""
     try:
         kept = torch.load(path, weights_only=True)
-        state = {**kept["state"], "counts": kept["state"]["counts"]}  # older files have none
-        return Generated(**{name: kept[name] for name in _KEPT}), state, str(kept.get("machine", ""))
+        if "counts" not in kept["state"]:
+            raise ValueError("an older version wrote it")
+        return Generated(**{name: kept[name] for name in _KEPT}), kept["state"], str(kept.get("machine", ""))
     except Exception as error:  # what a damaged file raises is nowhere listed
         raise InputError(f"{path} can't be read ({error}): delete it, or use another folder") from None
