@@ -158,6 +158,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--pool",
+        action="store_true",
+        help="judge the images of all seeds together; the seeds are what intervals are over",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), help="this process's part, and their number")
@@ -177,7 +182,7 @@ def compare(options: argparse.Namespace, entries: Sequence[Entry], pipe: DemoPip
     if not results["rows"]:
         print(f"{results['missing']} batches are left to the other processes: run again when they are done")
         return
-    results = record(options.output, entries, settings, results) | facts
+    results = record(options.output, entries, settings, results, options.pool) | facts
     print(terminal_table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -107,9 +107,10 @@ def quality(results: dict[str, Any]) -> str:
         )
     seeds, machine = results["seeds"], results["machine"]
     way = "Student's t, over the seeds" if len(seeds) > 1 else "the delta method, over images of the same noise"
+    n = f"{len(seeds)} × {results['n']} judged together" if results.get("pooled") else results["n"]
     lines += [
         "",
-        f"n = {results['n']}, {_seeds(seeds)}, {machine['dtype']}, {_processors(results)}, torch {machine['torch']}; "
+        f"n = {n}, {_seeds(seeds)}, {machine['dtype']}, {_processors(results)}, torch {machine['torch']}; "
         f"± is 95 % by {way}.",
     ]
     if results.get("absent"):

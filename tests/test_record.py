@@ -1,5 +1,7 @@
 """The record of a comparison: short plans that say what ran, standard errors where there are images enough."""
 
+from statistics import fmean, stdev
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from sostenuto.demo.batches import batch_file, write_batch
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.record import concise, record
 from sostenuto.demo.rows import Entry, Settings
+from sostenuto.errors import InputError
 from sostenuto.methods import FORA, NoCache
 from sostenuto.quality import spread
 
@@ -48,3 +51,36 @@ def test_differences_are_paired_by_the_noise_and_few_images_have_no_error(tmp_pa
     errors = found["difference_errors"]
     assert errors[0][1] == errors[1][0] == 0
     assert errors[0][2] == errors[2][1] > alone  # nothing in common: the noise of both
+
+
+def test_seeds_that_are_judged_together_have_the_distance_of_all_and_the_spread_of_a_jackknife(tmp_path):
+    entries, n, seeds = [Entry("uncached", NoCache()), Entry("another", FORA(3))], 100, (0, 1, 2, 3)
+    settings = Settings(num_images=n, batch_size=n, seeds=seeds)
+    made = {entry.name: [images(10 * i + seed, n) for seed in seeds] for i, entry in enumerate(entries)}
+    for entry in entries:
+        for seed, own in zip(seeds, made[entry.name], strict=True):
+            write_batch(batch_file(tmp_path, entry.key, seed, 0, n), own, 1.0, {"macs": 1})
+    rows = [{"name": entry.name, "plan": [["compute"]], "eps_scale": [1.0], "speedup": 2.0} for entry in entries]
+    found = record(tmp_path, entries, settings, {"rows": rows, "n": n, "floor": 0.0}, pooled=True)
+    judge = Judge()
+    assert (found["pooled"], found["n"], found["floor"]) == (True, n, judge.floor(len(seeds) * n))
+    for entry, row in zip(entries, found["rows"], strict=True):
+        sets = [(own * 255).round() / 255 for own in made[entry.name]]
+        whole = judge.distance(torch.cat(sets))
+        assert row["speedup"] == 2.0
+        assert row["frechet_distance"] == pytest.approx(whole)
+        assert fmean(row["frechet_distance_per_seed"]) == pytest.approx(whole)
+        without = [judge.distance(torch.cat(sets[:i] + sets[i + 1 :])) for i in range(len(seeds))]
+        knife = [
+            len(seeds) * whole - (len(seeds) - 1) * other for other in without
+        ]  # Tukey's, with the bias taken away
+        assert stdev(row["frechet_distance_per_seed"]) == pytest.approx(stdev(knife), rel=0.25)
+
+
+def test_too_few_images_for_an_interval_over_seeds_are_refused(tmp_path):
+    entry, settings = Entry("uncached", NoCache()), Settings(num_images=20, batch_size=20, seeds=(0, 1))
+    for seed in settings.seeds:
+        write_batch(batch_file(tmp_path, entry.key, seed, 0, 20), images(seed, 20), 1.0, {"macs": 1})
+    results = {"rows": [{"name": "uncached", "plan": [], "eps_scale": [1.0]}], "n": 20, "floor": 0.0}
+    with pytest.raises(InputError, match="40 images in all are too few"):
+        record(tmp_path, [entry], settings, results, pooled=True)

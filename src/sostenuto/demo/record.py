@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.results import images_of
-from sostenuto.demo.rows import Entry, Settings
+from sostenuto.demo.rows import Entry, Settings, labels_of
+from sostenuto.errors import InputError
 from sostenuto.quality import spread
 
 _LETTERS = {"compute": "c", "reuse": "r", "forecast": "f", "partial": "p", "skip": "r"}
 
 
-def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: dict[str, Any]) -> dict[str, Any]:
+def record(
+    folder: Path, entries: Sequence[Entry], settings: Settings, results: dict[str, Any], pooled: bool = False
+) -> dict[str, Any]:
     """The results with standard errors, and with short plans.
 
     A row's ``frechet_distance_error`` is the standard error of its distance over images. ``difference_errors`` of the results
@@ -30,9 +34,14 @@ def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: 
         entries: its rows.
         settings: its sizes and seeds.
         results: what :func:`~sostenuto.demo.run.run_entries` returned.
+        pooled: judge the images of all seeds together, as a distance of few images is mostly bias. A row's
+            ``frechet_distance_per_seed`` is then its distance with the images of one seed alone in the place of all, to first
+            order (the infinitesimal jackknife): their mean is the distance, their spread is that over seeds.
     """
     judge = Judge()
-    parts = [_influence(judge, images_of(folder, entry, settings)) for entry in entries]
+    if pooled:
+        results = _pooled(judge, folder, entries, settings, results)
+    parts = [_influence(judge, _sets(folder, entry, settings, pooled)) for entry in entries]
     rows = []
     for part, row in zip(parts, results["rows"], strict=True):
         scale = row["eps_scale"]
@@ -49,13 +58,45 @@ def record(folder: Path, entries: Sequence[Entry], settings: Settings, results: 
     return results | {"rows": rows, "difference_errors": errors or None}
 
 
+def _pooled(
+    judge: Judge, folder: Path, entries: Sequence[Entry], settings: Settings, results: dict[str, Any]
+) -> dict[str, Any]:
+    """The results with what is said of all images of a row at once."""
+    labels, n = labels_of(settings.num_images).repeat(len(settings.seeds)), settings.num_images * len(settings.seeds)
+    rows = []
+    for entry, row in zip(entries, results["rows"], strict=True):
+        images = _sets(folder, entry, settings, pooled=True)
+        verdict, influence = judge.judge(images[0], labels), _influence(judge, images)
+        if influence is None:
+            raise InputError(
+                f"{n} images in all are too few for an interval over seeds: the distance's 128 features need 256"
+            )
+        shares = influence.view(len(settings.seeds), -1).mean(1)
+        rows.append(
+            row
+            | asdict(verdict)
+            | {
+                "frechet_distance_per_seed": [
+                    verdict.frechet_distance + share.item() for share in shares - shares.mean()
+                ]
+            }
+        )
+    return results | {"rows": rows, "floor": judge.floor(n), "pooled": True}
+
+
 def concise(plan: Sequence[Sequence[str]]) -> str:
     """A plan ``[step][site]`` as a line: a word a step."""
     words = ("".join(_LETTERS.get(action, "?") for action in step) for step in plan)
     return " ".join(word[0] if len(set(word)) == 1 else word for word in words)
 
 
+def _sets(folder: Path, entry: Entry, settings: Settings, pooled: bool) -> torch.Tensor:
+    """The images that a distance is taken of, ``[distances, n, 1, 28, 28]``: those of each seed, or of all seeds at once."""
+    images = images_of(folder, entry, settings)
+    return images.flatten(0, 1)[None] if pooled else images
+
+
 def _influence(judge: Judge, images: torch.Tensor) -> torch.Tensor | None:
-    """Summands of the mean distance over seeds ``[seeds × n]``, of images ``[seeds, n, 1, 28, 28]``."""
+    """Summands of the mean distance ``[sets × n]``, of images ``[sets, n, 1, 28, 28]``."""
     parts = [judge.influence(own) for own in images]
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
