@@ -13,6 +13,7 @@ from sostenuto import (
     FORA,
     Action,
     CacheTable,
+    DBCache,
     EBCache,
     EpsilonScaling,
     Forecast,
@@ -21,6 +22,8 @@ from sostenuto import (
     Plan,
     StepState,
     TaylorSeer,
+    TeaCache,
+    ToCa,
 )
 from sostenuto.forecast import binomial_weights, lagrange_weights, taylor_weights
 from sostenuto.methods.base import Method
@@ -166,7 +169,7 @@ def test_two_forecasters_are_refused():
         FORA(2) | Forecast(1) | Forecast(2)
 
 
-def test_a_forecaster_of_partial_tokens_or_of_a_run_time_decision_is_refused(tiny, scheduler):
+def test_a_forecaster_of_partial_tokens_or_of_a_run_time_decision_is_refused():
     with pytest.raises(MethodError, match="some tokens only"):
         Forecast().refine(Plan(((Action.COMPUTE,), (Action.PARTIAL,)), ratios=((0.0,), (0.5,))))
 
@@ -174,11 +177,10 @@ def test_a_forecaster_of_partial_tokens_or_of_a_run_time_decision_is_refused(tin
         def policy(self, facts):
             return object()
 
-    with (
-        sostenuto.enable(tiny, Deciding() | Forecast(), scheduler=scheduler),
-        pytest.raises(MethodError, match="Deciding decides while the network runs"),
-    ):
-        sample_loop(tiny, scheduler, 2)
+    for method in (Deciding(), ToCa(), TeaCache(), DBCache()):
+        for combined in (lambda m=method: m | Forecast(), lambda m=method: Forecast() | m):
+            with pytest.raises(MethodError, match=f"{type(method).__name__} decides while the network runs"):
+                combined()
 
 
 @pytest.mark.parametrize("wrong", [dict(order=5), dict(order=-1), dict(order=1.0), dict(rule="newton")])

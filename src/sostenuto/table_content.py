@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,10 @@ def read_fields(content: Any, order: str | None) -> dict[str, Any]:
     forecast_order = content.get("forecast_order", 0)
     if isinstance(forecast_order, list):
         forecast_order = tuple(in_sampling_order(forecast_order, order))
-    if not isinstance(method, str):
+    if not isinstance(method, str) or not method:
         raise TableError(f"method must be a name, not {method!r}")
     if fraction is not None and not (is_number(fraction) and 0 < fraction <= 1):
         raise TableError(f"macs_fraction must be above 0 and at most 1, not {fraction!r}")
-    calibration = content.get("calibration", {})
-    if not isinstance(calibration, dict):
-        raise TableError("the field 'calibration' must be an object")
     return {
         "actions": tuple(in_sampling_order(states, order)),
         "method": method,
@@ -141,9 +138,40 @@ def read_fields(content: Any, order: str | None) -> dict[str, Any]:
         "macs_fraction": fraction,
         "fill": content.get("fill", "branches"),
         "include_cross": content.get("include_cross", True),
-        "calibration": calibration,
+        "calibration": _read_calibration(content.get("calibration", {})),
         **read_made_for(content, len(states), order),
     }
+
+
+def _read_calibration(content: Any) -> dict[str, Any]:
+    """What a file says of its calibration: facts that tables share are checked, those of one method are its own.
+
+    Raises:
+        TableError: a fact is of the wrong kind.
+    """
+    if not isinstance(content, dict):
+        raise TableError("the field 'calibration' must be an object")
+    for name, (fits, words) in _CALIBRATION.items():
+        value = content.get(name)
+        if value is not None and not fits(value):
+            raise TableError(f"calibration.{name} must be {words}, not {value!r}")
+    return content
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CALIBRATION: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_samples": (lambda value: _is_whole(value) and value >= 1, "a whole number of 1 or more"),
+    "seed": (_is_whole, "a whole number"),
+    "threshold": (
+        lambda value: is_number(value) or (isinstance(value, list) and all(map(is_number, value))),
+        "a number or a list of numbers",
+    ),
+    "norm": (lambda value: isinstance(value, str) and value != "", "a name"),
+    "norms": (lambda value: isinstance(value, dict | list), "an object or a list"),
+}
 
 
 def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from sostenuto.cli.common import write_json
 
@@ -21,7 +23,7 @@ class Bench:
     """Named sets of rows: overhead, efficiency, demo-quality, dit-xl, flux-like, peers, partial, growth."""
     methods: tuple[str, ...] = ()
     """Methods and peers, each beside the uncached sampler: "fora:interval=3", "eb", "peer:cache-dit"."""
-    models: tuple[str, ...] = ("demo",)
+    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])] = ("demo",)
     """For --methods: "demo", "tiny:NAME", a folder, or a benchmark network such as "dit", "flux:width=512"."""
     schedulers: tuple[str, ...] = ()
     """For --methods: classes of diffusers schedulers, such as DDIMScheduler; by default the model's own."""

@@ -83,6 +83,11 @@ class Method:
         return type(self).plan is not Method.plan or type(self).policy is not Method.policy
 
     @property
+    def _decides_on_data(self) -> bool:
+        """Whether it decides while the network runs what, or which tokens, it skips."""
+        return type(self).policy is not Method.policy or type(self).selector is not Method.selector
+
+    @property
     def skips_every_kind(self) -> bool:
         """Whether it skips branches of every kind, which leaves nothing for another method to skip; by default if it skips."""
         return self.skips
@@ -200,8 +205,14 @@ class Combination(Method):
         ):
             if len(members) > 1:
                 raise _clash(members, f"each {verb}")
+        for method in self._skipping if self.refines else ():
+            if method._decides_on_data:
+                raise MethodError(
+                    f"{_name(method)} decides while the network runs and fills its gaps itself: "
+                    "use its own options in place of a forecaster"
+                )
         for method in self._skipping if len(self._skipping) > 1 else ():
-            if type(method).policy is not Method.policy or type(method).selector is not Method.selector:
+            if method._decides_on_data:
                 raise _clash(self._skipping, f"{_name(method)} decides while the network runs what is skipped")
             if method.skips_every_kind:
                 raise _clash(
@@ -268,14 +279,7 @@ class Combination(Method):
         if self.own:
             return self._merged(facts)
         plan = self._one.plan(facts)
-        if plan is not None:
-            return self.refine(plan)
-        if self.refines and self._one.policy(facts) is not None:
-            raise MethodError(
-                f"{_name(self._one)} decides while the network runs and fills its gaps itself: "
-                "use its own options in place of a forecaster"
-            )
-        return None
+        return None if plan is None else self.refine(plan)
 
     def _merged(self, facts: Facts) -> Plan:
         """The plans side by side: every site follows the one method that skips it."""
