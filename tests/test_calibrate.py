@@ -55,6 +55,22 @@ def test_no_branch_is_reused_more_often_in_a_row_than_the_bound(model, criterion
     assert longest_run(table, (B,)) == bound
 
 
+def test_the_threshold_is_intercept_plus_slope_times_a_time_that_falls_from_1_to_0(model):
+    steps, slope = 6, 1e3
+
+    def made(intercept, slope):
+        options = EBCalibration((intercept, slope), None, candidates=(B,), max_consecutive_reuse=None)
+        given = {"num_inference_steps": steps, "num_samples": 2, "scheduler": model.scheduler_for_test}
+        return sostenuto.calibrate(model, options, sample, **given)
+
+    refused = made(-1.0, 0.0)
+    assert refused.actions == (C,) * steps
+    gap, tau = refused.calibration["norms"][1]["reuse-both"], 1 - 1 / (steps - 1)
+    for margin, second in ((0.999, C), (1.001, B)):  # the line goes just under or over the second step's gap
+        assert made(margin * gap - slope * tau, slope).actions == (C, second, C, C, C, C)
+    assert made(0.7e9, -1e9).actions == (C, C, B, B, B, C)  # τ is 0.8, 0.6, 0.4, 0.2 at the four in between
+
+
 @pytest.mark.parametrize("fill", ["branches", "stack"])
 @pytest.mark.parametrize("rule", ["fixed", "match_norm"])
 def test_a_pass_that_begins_late_or_pauses_begins_by_computing(model, fill, rule):

@@ -271,12 +271,32 @@ def test_clip_score_is_a_hundred_times_the_cosine_of_image_and_prompt(clip_folde
     assert each["clip_score"].value == pytest.approx(sum(expected) / 3, abs=1e-3)
 
 
+def test_clip_similarity_is_the_cosine_of_an_image_and_its_twin(clip_folder):
+    import transformers
+
+    images, twins = pictures(3), pictures(3).flip(0)
+    twins[1] = images[1]
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    processor = transformers.CLIPProcessor.from_pretrained(clip_folder)
+    expected = []
+    for pair in zip(images, twins, strict=True):
+        inputs = processor(images=[image.permute(1, 2, 0).numpy() for image in pair], return_tensors="pt")
+        with torch.no_grad():
+            seen = model.vision_model(inputs["pixel_values"]).pooler_output @ model.visual_projection.weight.T
+        expected.append(torch.cosine_similarity(*seen, dim=0).item())
+    found = evaluate(images, paired=twins, weights={"clip": clip_folder}, metrics=("CLIP-I",), show=False)
+    assert found.statistics.scores["clip_similarity"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert expected[1] == pytest.approx(1)
+    assert min(expected) < 0.999
+
+
 def test_a_folder_without_a_clip_model_is_a_reason(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(MetricError, match="does not hold a CLIP model"):
-        perceptual.load_clip_score({"clip": tmp_path}, "cpu")
-    with pytest.raises(MetricError, match=r"fetch openai/clip-vit-large-patch14 .* --weights clip=FOLDER"):
-        perceptual.load_clip_score({}, "cpu")
+    for load in (perceptual.load_clip_score, perceptual.load_clip_similarity):
+        with pytest.raises(MetricError, match="does not hold a CLIP model"):
+            load({"clip": tmp_path}, "cpu")
+        with pytest.raises(MetricError, match=r"fetch openai/clip-vit-large-patch14 .* --weights clip=FOLDER"):
+            load({}, "cpu")
 
 
 def test_image_reward_scores_each_image_with_its_prompt(tmp_path, monkeypatch):

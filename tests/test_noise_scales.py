@@ -20,6 +20,8 @@ from sostenuto import (
     TableError,
 )
 from sostenuto.analysis import Moments, noise_norm_curves, probe_chain, probe_variance
+from sostenuto.correct import NoiseScale
+from sostenuto.methods.base import Method
 from sostenuto.schedulers import noise_levels
 
 STEPS = 8
@@ -205,6 +207,32 @@ def test_pairs_that_do_not_fit_the_chain_are_refused(model):
         probe_chain(model, tiny_sample, [], **given)
     two = [torch.zeros(2, 2, 8, 8)] * 2
     assert probe_chain(model, tiny_sample, two, **given).num_samples == 4
+
+
+# --- which call gets which factor ---------------------------------------------------------------------------------
+
+
+class Apart(Method):
+    """A factor of its own for what is reused."""
+
+    def noise_scale(self, facts):
+        return NoiseScale((1.0,) * facts.num_steps, (0.5,) * facts.num_steps)
+
+
+def test_the_passes_of_a_step_share_their_factor_where_one_of_them_reuses_and_the_other_computes(model):
+    """Guidance would amplify a difference. A pass that begins at a step that the plan reuses is computed there."""
+
+    def run(method):
+        with sostenuto.enable(model, method, scheduler=model.scheduler_for_test) as handle:
+            outputs = sample_loop(model, model.scheduler_for_test, 6, separate_guidance=(2, 3, 4, 5))[1]
+            reused.append([set(row) == {"reuse"} for row in handle.stats.plan])
+            return outputs
+
+    reused = []
+    plain, scaled = run(FORA(2)), run(FORA(2) | Apart())
+    assert reused == [[False, False, True, False, True, False]] * 2
+    for call, factor in enumerate((1, 1, 0.5, 0.5)):  # two steps of one pass, then both passes of the third
+        torch.testing.assert_close(scaled[call], factor * plain[call])
 
 
 # --- calibration -------------------------------------------------------------------------------------------------

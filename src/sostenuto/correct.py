@@ -60,7 +60,8 @@ def check_noise_scale(scale: float | Sequence[float], num_steps: int | None = No
 class NoiseScale:
     """Factors of the predicted noise, one per step in sampling order for each of two kinds of calls.
 
-    A stale prediction is too small where a fresh one is too large: one factor per step can't repair both.
+    The passes of a step share that of its first call, since guidance would amplify a difference. A stale prediction is too
+    small where a fresh one is too large: one factor per step can't repair both.
 
     Attributes:
         computed: for calls that ran every site in full.
@@ -103,7 +104,8 @@ def scale_noise(
 
     EB-Cache (arXiv 2503.07120) writes ``b·ε`` with b < 1, Epsilon Scaling (arXiv 2308.15321) ``ε/λ`` with λ > 1. For a given
     x_t this is an affine map of the prediction, and guidance is a sum of predictions whose weights add up to 1: scaling each
-    of them equals scaling the guided one.
+    of them equals scaling the guided one. Where a pipeline then brings the guided prediction to another norm, that is so of
+    networks that predict noise alone.
 
     Args:
         prediction: what the denoiser returned, of the latents' shape except for a learned variance.

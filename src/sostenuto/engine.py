@@ -75,6 +75,7 @@ class Handle:
         self._noise_scale: NoiseScale | None = None
         self._mean_over: tuple[Any, Any] = (None, None)  # timesteps between which the network predicts a mean velocity
         self._reused = False  # whether the call under way filled anything in
+        self._factor = -1, 1.0  # the step under way, and what its noise is multiplied by
         self._conversions: dict[Conversions, tuple[Conversion, ...]] = {}  # of this generation, once they are asked for
         self._passes: dict[int, PassState] = {}
         self._record: Record | None = None
@@ -310,7 +311,10 @@ class Handle:
         call = Call(inner, args, kwargs, number, given.latents, self._reader.noisy_last, clean)
         output = self._step(tick, call)
         if self._noise_scale is not None:
-            output = self._scaled(tick, call, output, self._noise_scale.at(tick.step, self._reused))
+            # The passes of a step share its first call's factor: guidance would amplify a difference.
+            if self._factor[0] != tick.step:
+                self._factor = tick.step, self._noise_scale.at(tick.step, self._reused)
+            output = self._scaled(tick, call, output, self._factor[1])
         self._reporter.called(tick.step, tick.num_steps)
         return output
 
@@ -344,7 +348,7 @@ class Handle:
 
     def _decide(self, tick: Tick) -> None:
         """Decide the plan of a new generation; nothing of the one before is kept."""
-        self._passes, self._conversions = {}, {}
+        self._passes, self._conversions, self._factor = {}, {}, (-1, 1.0)
         facts = Facts(self.sites, tick.timesteps, self._denoiser, self._scheduler(), tick.step)
         plan = self.method.plan(facts)
         if plan is not None:

@@ -23,7 +23,7 @@ _DECODED_ESTIMATOR = "mean(D(αx₀)²) / mean((D(x) − D(αx₀))²)"
 
 
 def signal_to_noise(path: Trajectory) -> tuple[list[float | None], list[float | None]]:
-    """The ratio in dB and the noise's standard deviation over σ, one value per step.
+    """The ratio in dB and the noise's size over σ, one value per step: its root mean square, to which a shift of all counts.
 
     ``SNR_t = α²·mean(x₀²) / mean((x_t − α·x₀)²)`` with x₀ the clean sample that the path itself ends at.
     """

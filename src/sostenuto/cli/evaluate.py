@@ -30,7 +30,7 @@ class Evaluate:
     reference: str | None = None
     """Real images in any of these forms, an .npz of ADM's evaluator (mu, sigma, mu_s, sigma_s), or demo:train or demo:test."""
     paired: str | None = None
-    """The same images without caching, in the same order: for PSNR, SSIM, LPIPS and DISTS."""
+    """The same images without caching, in the same order: for PSNR, SSIM, LPIPS, DISTS and CLIP-I."""
     prompts: Path | None = None
     """A text file with one prompt a line, in the order of the images: for CLIP score and ImageReward. Of fewer prompts the same
     ones go over and over, in whole rounds."""

@@ -96,30 +96,57 @@ def load_clip_score(given: Mapping[str, Path], device: str) -> Scorer:
     Raises:
         MetricError: transformers or the model is missing.
     """
-    try:
-        from transformers import CLIPModel, CLIPProcessor
-    except ImportError as error:
-        raise MetricError("the CLIP score needs the package transformers: pip install transformers") from error
-    source = given.get("clip", weights_.CLIP.files[0])
-    try:
-        loaded: Any = CLIPModel.from_pretrained(source, local_files_only=True)
-        processor: Any = CLIPProcessor.from_pretrained(source, local_files_only=True)
-        model = loaded.to(device).eval()
-    except (OSError, ValueError) as error:
-        if "clip" in given:
-            raise MetricError(f"{source} does not hold a CLIP model: {str(error).splitlines()[0]}") from error
-        raise weights_.missing(weights_.CLIP) from error
+    model, processor = _clip(given, device)
 
     @torch.inference_mode()
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        pictures = [image.permute(1, 2, 0).numpy() for image in images.expand(-1, 3, -1, -1)]
         limit = model.config.text_config.max_position_embeddings
         text = {"text": list(prompts), "padding": True, "truncation": True, "max_length": limit}
-        inputs = processor(images=pictures, return_tensors="pt", **text).to(device)
+        inputs = processor(images=_pictures(images), return_tensors="pt", **text).to(device)
         out = model(**inputs)  # its embeddings are normalised
         return 100 * (out.image_embeds * out.text_embeds).sum(-1).clamp(min=0).cpu()
 
     return score
+
+
+def load_clip_similarity(given: Mapping[str, Path], device: str) -> Scorer:
+    """The cosine of CLIP's embeddings of an image and of its twin (CLIP-I, arXiv 2208.12242), ViT-L/14 unless given another.
+
+    Raises:
+        MetricError: transformers or the model is missing.
+    """
+    model, processor = _clip(given, device)
+
+    @torch.inference_mode()
+    def score(images: torch.Tensor, twins: torch.Tensor) -> torch.Tensor:
+        inputs = processor(images=[*_pictures(images), *_pictures(twins)], return_tensors="pt").to(device)
+        seen = model.vision_model(**inputs).pooler_output
+        own, other = model.visual_projection(seen).chunk(2)
+        return torch.nn.functional.cosine_similarity(own, other).cpu()
+
+    return score
+
+
+def _pictures(images: torch.Tensor) -> list[Any]:
+    """Images ``[n, c, h, w]`` (uint8) as CLIP's processor takes them."""
+    return [image.permute(1, 2, 0).numpy() for image in images.expand(-1, 3, -1, -1)]
+
+
+def _clip(given: Mapping[str, Path], device: str) -> tuple[Any, Any]:
+    """CLIP and what prepares its inputs."""
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError as error:
+        raise MetricError("CLIP needs the package transformers: pip install transformers") from error
+    source = given.get("clip", weights_.CLIP.files[0])
+    try:
+        loaded: Any = CLIPModel.from_pretrained(source, local_files_only=True)
+        processor: Any = CLIPProcessor.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if "clip" in given:
+            raise MetricError(f"{source} does not hold a CLIP model: {str(error).splitlines()[0]}") from error
+        raise weights_.missing(weights_.CLIP) from error
+    return loaded.to(device).eval(), processor
 
 
 def load_image_reward(given: Mapping[str, Path], device: str) -> Scorer:

@@ -208,6 +208,9 @@ _ALL = (
     Metric("psnr", "PSNR", Needs.PAIRS, "higher", 1, 8, load=perceptual.load_psnr),
     Metric("ssim", "SSIM", Needs.PAIRS, "higher", 1, 8, load=perceptual.load_ssim, smallest=11),
     Metric("lpips", "LPIPS", Needs.PAIRS, "lower", 1, 8, load=perceptual.load_lpips, smallest=32),
+    Metric(
+        "clip_similarity", "CLIP-I", Needs.PAIRS, "higher", 1, 8, load=perceptual.load_clip_similarity, bounds=(-1, 1)
+    ),
     Metric("dists", "DISTS", Needs.PAIRS, "lower", 1, 8, load=perceptual.load_dists, smallest=32),
 )
 _BY_NAME = {metric.name: metric for metric in _ALL}
