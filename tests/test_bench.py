@@ -68,6 +68,7 @@ def test_a_row_holds_the_documented_columns_and_its_ideal_is_that_of_the_steps_s
     assert documented <= content.keys()
     full, reused = row.step_macs[0], row.step_macs[1]
     assert row.step_macs == [full, reused, full, reused]
+    assert row.plan == "c r c r"
     assert row.baseline_step_macs == [full] * 4
     assert row.ideal_speedup == pytest.approx(4 * full / (2 * full + 2 * reused))
     assert row.efficiency == pytest.approx(row.speedup / row.ideal_speedup)
@@ -102,6 +103,8 @@ def test_a_peer_is_counted_too_named_with_its_version_and_leaves_nothing(peers):
     assert row.skipped_step_share < 0.9
     assert row.cache_bytes_peak is None
     assert row.missing["cache_bytes_peak"]
+    assert row.plan is None
+    assert row.missing["plan"] == "the library doesn't say what it skips"
     assert row.baseline_macs == 2 * row.macs
 
 

@@ -7,10 +7,11 @@ import torch
 
 from sostenuto.demo.batches import batch_file, write_batch
 from sostenuto.demo.judge import Judge
-from sostenuto.demo.record import concise, record
+from sostenuto.demo.record import record
 from sostenuto.demo.rows import Entry, Settings
 from sostenuto.errors import InputError
 from sostenuto.methods import FORA, NoCache
+from sostenuto.plan import concise
 from sostenuto.quality import spread
 
 

@@ -79,6 +79,18 @@ _ACTION_OF = {
 }
 
 
+_LETTERS = {"compute": "c", "reuse": "r", "forecast": "f", "partial": "p", "skip": "r"}
+
+
+def concise(plan: Sequence[Sequence[str]]) -> str:
+    """A plan ``[step][site]`` as ``handle.stats`` has it in a line: a word a step with a letter a site.
+
+    c is computed, r reused, f forecast, p some tokens computed, "?" anything else; one letter where all sites do the same.
+    """
+    words = ("".join(_LETTERS.get(action, "?") for action in step) for step in plan)
+    return " ".join(word[0] if len(set(word)) == 1 else word for word in words)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The actions ``[step][site]`` of one generation, steps in sampling order (0 is the noisiest).

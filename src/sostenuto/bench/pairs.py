@@ -13,6 +13,7 @@ from sostenuto.bench.machine import attention_backend
 from sostenuto.bench.sides import Side, side_of
 from sostenuto.bench.subjects import Subject, build_subject
 from sostenuto.seeds import BENCHMARKED, noise_seed
+from sostenuto.stats import Statistics
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Half:
     scheduler: str | None
     num_inference_steps: int
 
-    def count(self, subject: Subject, seed: int) -> tuple[Counted, int | None]:
-        """What one generation executes, and the most bytes of features that ours keep."""
+    def count(self, subject: Subject, seed: int) -> tuple[Counted, Statistics | None]:
+        """What one generation executes, and what ours says of it."""
         with subject.scheduled(self.scheduler), self.side.attached(subject) as handle:
             count = counted(subject, seed, self.num_inference_steps)
-            return count, None if handle is None else handle.stats.cache_bytes_peak
+            return count, None if handle is None else handle.stats
 
 
 @dataclass

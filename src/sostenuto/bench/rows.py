@@ -43,6 +43,7 @@ class Row:
             computed_step_overhead_s in seconds.
         skipped_step_share: of the steps with the fewest multiply-accumulates, the time as a share of the other side's same
             step.
+        plan: what was carried out, as :func:`~sostenuto.plan.concise` writes it.
         cache_bytes_peak: most bytes of kept features at one time.
         device_bytes_peak, baseline_device_bytes_peak: most bytes that torch held on a GPU during a generation.
         graphs, graph_breaks: of the compiler. recompiles: graphs compiled after the warm-up.
@@ -90,6 +91,7 @@ class Row:
     computed_step_overhead: float | None = None
     computed_step_overhead_s: float | None = None
     skipped_step_share: float | None = None
+    plan: str | None = None
     cache_bytes_peak: int | None = None
     device_bytes_peak: int | None = None
     baseline_device_bytes_peak: int | None = None

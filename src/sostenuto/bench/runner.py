@@ -18,6 +18,7 @@ from sostenuto.bench.rows import Row
 from sostenuto.bench.specs import method_of
 from sostenuto.bench.subjects import Subject, build_subject
 from sostenuto.errors import InputError
+from sostenuto.plan import concise
 
 
 def measure(case: Case, settings: Settings, folder: Path | None = None) -> Row:
@@ -62,7 +63,7 @@ def _measured(case: Case, settings: Settings, row: Row, folder: Path | None) -> 
     own, other = halves_of(case, subject)
     with subject.scheduled(case.scheduler):
         scheduler = type(subject.owner.scheduler).__name__
-    own_count, cache_bytes = own.count(subject, settings.seed)
+    own_count, stats = own.count(subject, settings.seed)
     other_count = own_count if case.is_reference else other.count(subject, settings.seed)[0]
     row = replace(
         row,
@@ -70,7 +71,8 @@ def _measured(case: Case, settings: Settings, row: Row, folder: Path | None) -> 
         peer=own.side.peer,
         scheduler=scheduler,
         batch_size=subject.batch_size,
-        cache_bytes_peak=cache_bytes,
+        cache_bytes_peak=None if stats is None else stats.cache_bytes_peak,
+        plan=None if stats is None else concise(stats.plan),
     )
     return _filled(case, row, subject, run_pairs(case, settings, subject, own, other), (own_count, other_count), folder)
 
@@ -94,6 +96,9 @@ def _filled(
             "the uncached sampler keeps nothing" if case.method == UNCACHED else "the library doesn't say what it keeps"
         )
         missing["cache_bytes_peak"] = keeps
+        missing["plan"] = (
+            "every step is computed" if case.method == UNCACHED else "the library doesn't say what it skips"
+        )
     if case.mode == "eager":
         missing |= dict.fromkeys(("graphs", "graph_breaks", "recompiles"), "eager mode")
     if pairs.own[0].device_bytes_peak is None:

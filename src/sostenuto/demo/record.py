@@ -13,9 +13,8 @@ from sostenuto.demo.judge import Judge
 from sostenuto.demo.results import images_of
 from sostenuto.demo.rows import Entry, Settings, labels_of
 from sostenuto.errors import InputError
+from sostenuto.plan import concise
 from sostenuto.quality import spread
-
-_LETTERS = {"compute": "c", "reuse": "r", "forecast": "f", "partial": "p", "skip": "r"}
 
 
 def record(
@@ -25,9 +24,8 @@ def record(
 
     A row's ``frechet_distance_error`` is the standard error of its distance over images. ``difference_errors`` of the results
     is that of the difference of any two rows' distances ``[row][row]``, whose images have the same noise and labels. Both are
-    by the delta method, and ``None`` with fewer than 256 images. ``plan`` has a word a step with a letter a site, c computed,
-    r reused, f forecast, p some tokens computed; one letter where all sites do the same; "?" for anything else. Noise scales
-    that are the same at every step become one number.
+    by the delta method, and ``None`` with fewer than 256 images. ``plan`` is a line (:func:`~sostenuto.plan.concise`), noise
+    scales that are the same at every step become one number.
 
     Args:
         folder: of the comparison, with its batches.
@@ -82,12 +80,6 @@ def _pooled(
             }
         )
     return results | {"rows": rows, "floor": judge.floor(n), "pooled": True}
-
-
-def concise(plan: Sequence[Sequence[str]]) -> str:
-    """A plan ``[step][site]`` as a line: a word a step."""
-    words = ("".join(_LETTERS.get(action, "?") for action in step) for step in plan)
-    return " ".join(word[0] if len(set(word)) == 1 else word for word in words)
 
 
 def _sets(folder: Path, entry: Entry, settings: Settings, pooled: bool) -> torch.Tensor:
