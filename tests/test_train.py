@@ -67,6 +67,17 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(data, tmp_path):
     assert json.loads((tmp_path / "two" / "curve.json").read_text())["images"] == 32
 
 
+def test_the_precision_of_training_can_be_chosen(data, tmp_path):
+    def trained(dtype):
+        common = dict(data=data, images=16, batch_size=8, num_layers=1, checkpoint_every=1)
+        return load_file(training.train(training.TrainConfig(tmp_path / dtype, dtype=dtype, **common)))
+
+    rough, exact = trained("bfloat16"), trained("float32")
+    name = "proj_out_2.weight"  # the blocks begin closed, and learn nothing in two steps
+    assert not torch.equal(rough[name], exact[name])
+    torch.testing.assert_close(rough[name], exact[name], rtol=0.2, atol=1e-2)
+
+
 def test_weights_that_make_no_garments_are_named(data, tmp_path, monkeypatch, capsys):
     words = ["train", "--output", tmp_path, "--data", data, "--images", 8, "--batch-size", 8, "--num-layers", 1]
     monkeypatch.setattr("sys.argv", [*map(str, words), "--num-heads", "1"])
