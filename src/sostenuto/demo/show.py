@@ -47,11 +47,12 @@ def terminal_table(results: dict[str, Any]) -> str:
     text.insert(1, "  ".join("─" * w for w in widths))
     seeds = results["seeds"]
     of_seeds = f"for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"of seed {results['seed']}"
+    together = len(seeds) if results.get("pooled") else 1
     machine = results["machine"]
     text += [
         "",
-        f"{results['n']} images a row {of_seeds}. Distance: Fréchet, to the training set, in the judge's features "
-        f"(in brackets that of {results['n']} real test images).",
+        f"{results['n']} images a row {of_seeds}{', judged together' if together > 1 else ''}. Distance: Fréchet, to the "
+        f"training set, in the judge's features (in brackets that of {results['n'] * together} real test images).",
         f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, torch {machine['torch']}, "
         f"diffusers {machine['diffusers']}",
     ]
