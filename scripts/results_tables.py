@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **SUITES,
     "reliability.json": reliability,
     **{f"papers-{name}.json": reproduced for name in CLAIMS},
+    "papers-ab-bfloat16.json": reproduced,
     "exposure-bias.json": quality,
     "clean-sample.json": quality,
     "tune-ddpm50-more.json": quality,
