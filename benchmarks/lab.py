@@ -163,6 +163,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="judge the images of all seeds together; the seeds are what intervals are over",
     )
+    parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="no measured speed-ups, for where rows were sampled beside changing other work",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), help="this process's part, and their number")
@@ -176,7 +181,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def compare(options: argparse.Namespace, entries: Sequence[Entry], pipe: DemoPipeline, **facts: Any) -> None:
     """Sample the rows, print their table and write it with the facts to ``--json``; or say what other processes have left."""
     settings = Settings(
-        options.num_images, options.batch_size, tuple(options.seeds), shard=tuple(options.shard), dtype=options.dtype
+        options.num_images,
+        options.batch_size,
+        tuple(options.seeds),
+        shard=tuple(options.shard),
+        dtype=options.dtype,
+        timed=not options.untimed,
     )
     results = run_entries(options.output, entries, settings, pipe=pipe)
     if not results["rows"]:

@@ -101,7 +101,7 @@ def quality(results: dict[str, Any]) -> str:
     for index, row in enumerate(results["rows"]):
         difference = _against(results, index, 0, 3) if index else "–"
         lines.append(
-            f"| {row['name'].replace('|', '+')} | {row['speedup']:.2f}× | {row['ideal_speedup']:.2f}× | "
+            f"| {row['name'].replace('|', '+')} | {_times(row['speedup'])} | {row['ideal_speedup']:.2f}× | "
             f"{row['frechet_distance']:.3f} | {difference} | {row['inception_score']:.2f} | {row['class_accuracy']:.3f} | "
             f"{row['precision']:.3f} | {row['recall']:.3f} | {cell(row['psnr'], 1)} |"
         )
@@ -116,6 +116,10 @@ def quality(results: dict[str, Any]) -> str:
     if results.get("absent"):
         lines += ["", "Not in the table:", "", *(f"- {words}" for words in results["absent"])]
     return "\n".join(lines)
+
+
+def _times(speedup: float | None) -> str:
+    return "–" if speedup is None else f"{speedup:.2f}×"
 
 
 def _seeds(seeds: list[int]) -> str:

@@ -265,6 +265,13 @@ def test_an_interval_is_over_seeds_where_there_are_several_else_by_the_delta_met
     assert "| 1.000 | – |" in quality(results([[2.0], [1.0]]))
 
 
+def test_seeds_that_were_judged_together_and_rows_without_times_are_said():
+    made = results([[2.0, 3.0, 4.0], [1.0, 2.5, 2.5]], speeds=[(None, 1.0), (None, 1.52)], pooled=True)
+    page = quality(made)
+    assert "n = 3 × 8 judged together, seeds 0, 1, 2" in page
+    assert "| row 1 | – | 1.52× | 2.000 | -1.000 ± " in page
+
+
 def test_a_table_shows_both_speeds_and_names_what_is_not_in_it():
     page = quality(results([[2.0], [1.0]], speeds=[(1.0, 1.0), (1.41, 1.52)], absent=["2×: L2C: at most 1.36×"]))
     assert "| row 1 | 1.41× | 1.52× |" in page

@@ -27,11 +27,11 @@ def pipe():
 def run(pipe, tmp_path, monkeypatch):
     """Runs in ``tmp_path`` that pretend to be another process each, on a machine that is so many times slower."""
 
-    def run(process, rows, num_images, slower=1.0):
+    def run(process, rows, num_images, slower=1.0, timed=True):
         monkeypatch.setattr(batches, "PROCESS", process)
         ticks = iter(range(10**6))
         monkeypatch.setattr("sostenuto.demo.run.time.perf_counter", lambda: slower * next(ticks))
-        results = run_entries(tmp_path, [BASE, *rows], Settings(num_images, 4), show=False, pipe=pipe)
+        results = run_entries(tmp_path, [BASE, *rows], Settings(num_images, 4, timed=timed), show=False, pipe=pipe)
         return {row["name"]: row["speedup"] for row in results["rows"]}
 
     return run
@@ -69,3 +69,9 @@ def test_what_was_timed_beside_the_first_rows_other_batches_stays(run, tmp_path)
     assert [stored(tmp_path, OTHER, start).process for start in starts] == ["first"] * 5
     assert run("third", [OTHER, ROW], 20) == {"uncached": 1, "other": 1, "row": 1}
     assert [stored(tmp_path, ROW, start).process for start in starts] == ["second"] * 5
+
+
+def test_without_times_nothing_is_sampled_again_and_there_is_no_speed_up(run, tmp_path):
+    run("first", [OTHER], 4)
+    assert run("second", [ROW, OTHER], 4, timed=False) == {"uncached": None, "row": None, "other": None}
+    assert [stored(tmp_path, entry).process for entry in (BASE, ROW, OTHER)] == ["first", "second", "first"]

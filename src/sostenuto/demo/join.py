@@ -61,7 +61,7 @@ def joined(own: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, A
             | means
             | {
                 "macs": sum(run["rows"][i]["macs"] for run in runs),
-                "efficiency": (means["speedup"] or 0) / row["ideal_speedup"],
+                "efficiency": None if means["speedup"] is None else means["speedup"] / row["ideal_speedup"],
                 "frechet_distance_per_seed": [d for run in runs for d in run["rows"][i]["frechet_distance_per_seed"]],
             }
         )

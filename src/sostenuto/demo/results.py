@@ -28,9 +28,9 @@ class Row:
     num_inference_steps: int
     solver: str
     wall_s: float
-    speedup: float
+    speedup: float | None
     ideal_speedup: float
-    efficiency: float
+    efficiency: float | None
     frechet_distance: float
     inception_score: float
     class_accuracy: float
@@ -86,7 +86,7 @@ def judged(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge
     for entry in todo:
         own = sampled[entry.name]
         verdicts = [judge.judge(images, labels) for images in own.images]
-        speedup = _speedup(base, own)
+        speedup = _speedup(base, own) if settings.timed else None
         ideal = base.macs / own.macs
         reference = sampled[entry.reference].images if entry.reference and entry.reference != entry.name else None
         psnr = None
@@ -103,7 +103,7 @@ def judged(folder: Path, todo: Sequence[Entry], settings: Settings, judge: Judge
                 wall_s=median(own.seconds),
                 speedup=speedup,
                 ideal_speedup=ideal,
-                efficiency=speedup / ideal,
+                efficiency=None if speedup is None else speedup / ideal,
                 psnr=psnr if psnr is not None and math.isfinite(psnr) else None,  # identical images have none
                 macs=own.macs,
                 cache_bytes_peak=own.stats["cache_bytes_peak"],

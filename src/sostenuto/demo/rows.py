@@ -37,6 +37,8 @@ class Settings:
     """This process's part of the batches and the number of parts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's matrix products, of every row alike; the latents stay float32."""
+    timed: bool = True
+    """Whether speed-ups are measured; without it there are none, for where rows ran beside changing other work."""
 
     def __post_init__(self) -> None:
         if self.num_images < 4 or self.batch_size < 1 or not self.seeds or self.search_images < 0:

@@ -64,7 +64,8 @@ def run_entries(
         missing = sum(not file_of(folder, entry, batch).exists() for batch in batches for entry in todo)
         if missing:
             return {"rows": [], "missing": missing}
-        _time_in_pairs(pipe, todo, batches, folder)
+        if settings.timed:
+            _time_in_pairs(pipe, todo, batches, folder)
     return judged(folder, todo, settings, judge)
 
 

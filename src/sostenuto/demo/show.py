@@ -27,7 +27,7 @@ def terminal_table(results: dict[str, Any]) -> str:
             (
                 row["name"],
                 str(row["num_inference_steps"]),
-                f"{row['speedup']:.2f}×",
+                "–" if row["speedup"] is None else f"{row['speedup']:.2f}×",
                 f"{row['ideal_speedup']:.2f}×",
                 f"{row['frechet_distance']:.3f}",
                 f"{row['inception_score']:.2f}",
