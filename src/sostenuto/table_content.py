@@ -199,6 +199,6 @@ def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dic
         if value is not None and not (isinstance(value, str) and value):
             raise TableError(f"{name}.{field} must be a text, not {value!r}")
     depth = maps["model"].get("num_blocks")
-    if depth is not None and (not isinstance(depth, int) or isinstance(depth, bool) or depth < 1):
+    if depth is not None and not (_is_whole(depth) and depth >= 1):
         raise TableError(f"model.num_blocks must be a whole number of 1 or more, not {depth!r}")
     return maps

@@ -37,49 +37,42 @@ def record(
             order (the infinitesimal jackknife): their mean is the distance, their spread is that over seeds.
     """
     judge = Judge()
-    if pooled:
-        results = _pooled(judge, folder, entries, settings, results)
-    parts = [_influence(judge, _sets(folder, entry, settings, pooled)) for entry in entries]
-    rows = []
-    for part, row in zip(parts, results["rows"], strict=True):
+    rows, parts = [], []
+    for entry, row in zip(entries, results["rows"], strict=True):
+        images = _sets(folder, entry, settings, pooled)
+        part = _influence(judge, images)
+        parts.append(part)
         scale = row["eps_scale"]
         rows.append(
             row
+            | (_together(judge, images[0], part, settings) if pooled else {})
             | {
                 "frechet_distance_error": None if part is None else spread.of_mean(part),
                 "plan": concise(row["plan"]),
                 "eps_scale": scale[0] if len(set(scale)) == 1 else [round(value, 5) for value in scale],
             }
         )
+    if pooled:
+        results = results | {"floor": judge.floor(settings.num_images * len(settings.seeds)), "pooled": True}
     known = [part for part in parts if part is not None]
     errors = [[round(spread.of_mean(one - other) or 0.0, 5) for other in known] for one in known]
     return results | {"rows": rows, "difference_errors": errors or None}
 
 
-def _pooled(
-    judge: Judge, folder: Path, entries: Sequence[Entry], settings: Settings, results: dict[str, Any]
-) -> dict[str, Any]:
-    """The results with what is said of all images of a row at once."""
-    labels, n = labels_of(settings.num_images).repeat(len(settings.seeds)), settings.num_images * len(settings.seeds)
-    rows = []
-    for entry, row in zip(entries, results["rows"], strict=True):
-        images = _sets(folder, entry, settings, pooled=True)
-        verdict, influence = judge.judge(images[0], labels), _influence(judge, images)
-        if influence is None:
-            raise InputError(
-                f"{n} images in all are too few for an interval over seeds: the distance's 128 features need 256"
-            )
-        shares = influence.view(len(settings.seeds), -1).mean(1)
-        rows.append(
-            row
-            | asdict(verdict)
-            | {
-                "frechet_distance_per_seed": [
-                    verdict.frechet_distance + share.item() for share in shares - shares.mean()
-                ]
-            }
+def _together(judge: Judge, images: torch.Tensor, influence: torch.Tensor | None, settings: Settings) -> dict[str, Any]:
+    """What is said of a row's images of all seeds at once ``[seeds × n, 1, 28, 28]``.
+
+    Raises:
+        InputError: they are too few.
+    """
+    if influence is None:
+        raise InputError(
+            f"{len(images)} images in all are too few for an interval over seeds: the distance's 128 features need 256"
         )
-    return results | {"rows": rows, "floor": judge.floor(n), "pooled": True}
+    verdict = judge.judge(images, labels_of(settings.num_images).repeat(len(settings.seeds)))
+    shares = influence.view(len(settings.seeds), -1).mean(1)
+    per_seed = [verdict.frechet_distance + share.item() for share in shares - shares.mean()]
+    return asdict(verdict) | {"frechet_distance_per_seed": per_seed}
 
 
 def _sets(folder: Path, entry: Entry, settings: Settings, pooled: bool) -> torch.Tensor:
