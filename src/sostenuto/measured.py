@@ -189,6 +189,16 @@ def _refuse_infinite(value: Any, place: str) -> None:
             _refuse_infinite(entry, f"{place}[{index}]")
 
 
+def is_whole(value: object, least: int | None = None, most: int | None = None) -> bool:
+    """Whether a value is a whole number from ``least`` to ``most``, where they are given."""
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and (least is None or least <= value)
+        and (most is None or value <= most)
+    )
+
+
 def is_number(value: Any) -> bool:
     """Whether a value from a file is a finite number of sensible size."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30

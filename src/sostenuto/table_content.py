@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sostenuto.errors import TableError
-from sostenuto.measured import is_number
+from sostenuto.measured import is_number, is_whole
 from sostenuto.step_state import StepState, read_state
 
 FORMAT, VERSION = "sostenuto-cache-table", 1
@@ -158,13 +158,9 @@ def _read_calibration(content: Any) -> dict[str, Any]:
     return content
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 _CALIBRATION: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_samples": (lambda value: _is_whole(value) and value >= 1, "a whole number of 1 or more"),
-    "seed": (_is_whole, "a whole number"),
+    "num_samples": (lambda value: is_whole(value, 1), "a whole number of 1 or more"),
+    "seed": (is_whole, "a whole number"),
     "threshold": (
         lambda value: is_number(value) or (isinstance(value, list) and all(map(is_number, value))),
         "a number or a list of numbers",
@@ -199,6 +195,6 @@ def read_made_for(content: Mapping[str, Any], num_steps: int, order: Any) -> dic
         if value is not None and not (isinstance(value, str) and value):
             raise TableError(f"{name}.{field} must be a text, not {value!r}")
     depth = maps["model"].get("num_blocks")
-    if depth is not None and not (_is_whole(depth) and depth >= 1):
+    if depth is not None and not is_whole(depth, 1):
         raise TableError(f"model.num_blocks must be a whole number of 1 or more, not {depth!r}")
     return maps

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sostenuto.errors import MethodError
-
-
-def is_whole(value: object, least: int, most: int | None = None) -> bool:
-    """Whether a value is a whole number from ``least`` to ``most``."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most)
+from sostenuto.measured import is_whole
 
 
 def is_number(value: object) -> bool:
