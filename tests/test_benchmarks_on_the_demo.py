@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 import sostenuto
-from sostenuto import FORA, DuCa, EBCache, EpsilonScaling, FEBCache, NoCache
+from sostenuto import FORA, L2C, DuCa, EBCache, EpsilonScaling, FEBCache, NoCache
 from sostenuto.demo.network import build_denoiser
-from sostenuto.demo.pipeline import load_trained_pipeline
+from sostenuto.demo.pipeline import load_demo_pipeline, load_trained_pipeline
 from sostenuto.demo.rows import Entry, Settings
 from sostenuto.demo.run import run_entries
 from sostenuto.methods.base import parts
@@ -216,6 +217,19 @@ def test_rivals_that_do_not_get_to_a_speed_are_named():
     assert tune.extent([1.2, 2.0], 2.0) == "at most 2.00×"
     assert tune.extent([2.0, 3.0], 2.0) == "2.00× at least"
     assert tune.extent([1.2, 2.0, 3.0], 2.0) == "2.00× is the nearest"
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_the_second_model_that_lies_here_runs_its_own_routers(steps):
+    folder = ROOT / "benchmarks" / "second-model"
+    pipe = load_trained_pipeline(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with sostenuto.enable(pipe, L2C(folder / f"ddim{steps}-l2c.safetensors")) as handle:
+        images = pipe([3], steps, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.std() > 0.1  # a picture, not the mean
+    assert 1.2 < handle.stats.ideal_speedup < 1.4
+    with pytest.raises(sostenuto.SostenutoError, match="the router was made for"):
+        sostenuto.enable(load_demo_pipeline(), L2C(folder / f"ddim{steps}-l2c.safetensors"))
 
 
 @pytest.mark.parametrize("cost", ["macs", "time"])
