@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import save_file
 
 import processes
 import sostenuto
@@ -176,3 +177,15 @@ def test_a_file_is_put_in_place_whole_or_not_at_all(tmp_path):
         fill_the_disk(path)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no such modes")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_file_may_be_read_by_whom_the_process_lets_read_its_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with publish(tmp_path / "weights.safetensors") as partial:
+            save_file({"a": torch.zeros(2)}, partial)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -17,7 +17,8 @@ _PARTIAL = ".partial-"
 def publish(path: Path) -> Iterator[Path]:
     """A file to write in the place of ``path``, which it becomes at the end, whole and on the disk, or not at all.
 
-    Several processes may do this with one path at a time: the last one stands. What was written is removed on any error.
+    Several processes may do this with one path at a time: the last one stands. What was written is removed on any error, and
+    whoever may read a new file here may read it, whatever wrote it.
     What is no regular file (a pipe, a terminal) is given as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,9 +28,13 @@ def publish(path: Path) -> Iterator[Path]:
     # A name of this process's own, which ends as the path does: some writers go by that.
     partial = path.with_name(f"{_PARTIAL}{socket.gethostname()}-{os.getpid()}-{path.name}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
+        partial.unlink()
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # else a machine that fails may leave the new name with none of its bytes
+        partial.chmod(mode)  # safetensors writes what only its owner may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sostenuto.demo.checkpoint import load_checkpoint, save_checkpoint
 from sostenuto.demo.data import load
 from sostenuto.demo.network import NULL_CLASS, build_denoiser, build_scheduler
+from sostenuto.files import publish, publish_text
 
 LEAST_ACCURACY = 0.85  # of generated images, below which a model is no good, whatever its loss
 
@@ -134,10 +135,10 @@ def train(config: TrainConfig) -> Path:
         seconds = seconds_before + time.time() - started
         weights = {"denoiser": denoiser.state_dict(), "ema": ema}
         save_checkpoint(checkpoint_path, weights, optimizers, {"step": step, "seconds": seconds, "curve": curve})
-        save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, weights_path)
-        (config.output / "curve.json").write_text(
-            json.dumps({"images": step * config.batch_size, "seconds": round(seconds), "curve": curve})
-        )
+        with publish(weights_path) as partial:
+            save_file({k: v.half().contiguous().cpu() for k, v in ema.items()}, partial)
+        about = {"images": step * config.batch_size, "seconds": round(seconds), "curve": curve}
+        publish_text(config.output / "curve.json", json.dumps(about))
 
     with backend:
         while step < total_steps:

@@ -16,6 +16,7 @@ from tqdm import trange
 
 from sostenuto.demo.classifier import Classifier, extract
 from sostenuto.demo.data import load
+from sostenuto.files import publish
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,16 @@ def train(config: ClassifierConfig) -> float:
     test_features, logits = extract(classifier, test_images)
     accuracy = (logits.argmax(1) == test_labels).float().mean().item()
     train_features = extract(classifier, images)[0].double()
-    config.output.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, config.output / "classifier.safetensors")
-    save_file(
-        {
-            "train_mean": train_features.mean(0),
-            "train_cov": train_features.T.cov(),
-            "test_features": test_features.half(),
-            "test_labels": test_labels.to(torch.uint8),
-        },
-        config.output / "reference.safetensors",
-    )
+    with publish(config.output / "classifier.safetensors") as partial:
+        save_file({k: v.contiguous() for k, v in classifier.state_dict().items()}, partial)
+    reference = {
+        "train_mean": train_features.mean(0),
+        "train_cov": train_features.T.cov(),
+        "test_features": test_features.half(),
+        "test_labels": test_labels.to(torch.uint8),
+    }
+    with publish(config.output / "reference.safetensors") as partial:
+        save_file(reference, partial)
     print(f"test accuracy {accuracy:.4f}")
     return accuracy
 
