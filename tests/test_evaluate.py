@@ -15,7 +15,7 @@ from sostenuto.cli.evaluate import write_adm
 from sostenuto.demo.judge import DemoFeatures, Judge
 from sostenuto.errors import InputError
 from sostenuto.quality import measure as measuring
-from sostenuto.quality import registry
+from sostenuto.quality import networks, registry
 from sostenuto.quality.evaluate import evaluate
 from sostenuto.quality.metrics import Gaussian, frechet_distance, precision_recall, ssim_per_image
 from sostenuto.quality.registry import Metric, Needs, Value, available_metrics, choose_metrics, register_metric
@@ -343,18 +343,26 @@ def test_adm_files_are_written_and_read_back(tmp_path, capsys):
     with np.load(tmp_path / "g.npz") as archive:
         assert archive["arr_0"].shape == (5, 28, 28, 3)  # the evaluator takes RGB
         assert archive.files == ["arr_0"]
-    assert run(grey, "--reference", "demo:test", "--write-npz", tmp_path / "g.npz", "--write-moments") == 1
-    assert "moments by Inception" in capsys.readouterr().err
     assert run(grey, "--write-moments") == 1
+    capsys.readouterr()
+    other = tmp_path / "h.npz"
+    assert run(grey, "--reference", "demo:test", "--write-npz", other, "--write-moments") == 1
+    refused = capsys.readouterr()  # Inception or its package is missing: said before anything is measured
+    assert "nception" in refused.err
+    assert not refused.out
+    assert not other.exists()
+    one = write_folder(tmp_path / "one", pictures(1))
+    assert run(one, "--write-npz", other, "--write-moments") == 1
+    assert "two images or more" in capsys.readouterr().err
 
 
-def test_moments_are_written_where_they_are_asked_for(tmp_path):
+def test_moments_are_written_where_they_are_asked_for(tmp_path, monkeypatch):
     class Inceptionlike(Colours):
         name = "inception-00000000"
 
-    folder = write_folder(tmp_path / "made", images := pictures(30))
-    found = evaluate(folder, network=Inceptionlike(), features=True, show=False)
-    write_adm(tmp_path / "r.npz", str(folder), False, found.statistics)
+    monkeypatch.setitem(networks._LOADERS, "inception", lambda given, device: Inceptionlike())
+    folder = write_folder(tmp_path / "made", images := pictures(30, size=28))  # "auto" would take the demo's network
+    assert run(folder, "--write-npz", tmp_path / "r.npz", "--write-moments") == 0
     with np.load(tmp_path / "r.npz") as archive:
         assert set(archive.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
         features = Inceptionlike().extract(images).features.double()
