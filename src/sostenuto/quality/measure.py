@@ -195,13 +195,14 @@ def measure(
             _check_alike(checkpoint, known, instruments)
         collector.merge(known)
     starts = range(0, len(source), batch_size)[shard[0] :: shard[1]]
+    batches = [(start, min(start + batch_size, len(source))) for start in starts]
     saved, before = time.monotonic(), len(collector)
     try:
-        with progress(len(starts) * batch_size, f"look at {source.name}", show) as bar:
-            for start in starts:
+        with progress(sum(stop - start for start, stop in batches), f"look at {source.name}", show) as bar:
+            for start, stop in batches:
                 if start not in collector:
-                    _look(collector, source, instruments, companions, start, min(start + batch_size, len(source)))
-                bar.update(batch_size)
+                    _look(collector, source, instruments, companions, start, stop)
+                bar.update(stop - start)
                 if checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
                     collector.statistics().save(checkpoint)
                     saved, before = time.monotonic(), len(collector)
