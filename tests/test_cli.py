@@ -3,6 +3,7 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sostenuto.cli.common import SamplerChoice
 from sostenuto.demo import compare as comparison
 from sostenuto.demo.compare import compare
 from sostenuto.demo.compare import entries as all_entries
-from sostenuto.demo.rows import Settings
+from sostenuto.demo.rows import Settings, batches_of, share_of
 from sostenuto.refusals import check_graph
 from unets import build_plain
 
@@ -241,6 +242,13 @@ def test_shards_share_the_work(tmp_path, monkeypatch):
     halves = [Settings(num_images=4, batch_size=2, search_images=0, shard=(part, 2)) for part in (0, 1)]
     assert compare(tmp_path, halves[0], show=False)["missing"] == 3
     assert len(compare(tmp_path, halves[1], show=False)["rows"]) == 3
+
+
+def test_shards_get_as_much_to_do_where_each_seed_leaves_a_rest():
+    settings = Settings(num_images=60, batch_size=50, seeds=(0, 1, 2, 3), shard=(0, 2))
+    first, second = share_of(settings), share_of(replace(settings, shard=(1, 2)))
+    assert [sum(len(labels) for _, _, labels in part) for part in (first, second)] == [120, 120]
+    assert {batch[:2] for batch in first + second} == {batch[:2] for batch in batches_of(settings)}
 
 
 @pytest.mark.parametrize("wrong", [{"num_images": 3}, {"batch_size": 0}, {"seeds": ()}, {"shard": (2, 2)}])

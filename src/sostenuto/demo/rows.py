@@ -104,6 +104,12 @@ def batches_of(settings: Settings) -> Iterator[Turn]:
             yield seed, start, labels[start : start + settings.batch_size]
 
 
+def share_of(settings: Settings) -> list[Turn]:
+    """This process's part of them: the largest go round first, else one of two parts might get every seed's small rest."""
+    by_size = sorted(batches_of(settings), key=lambda batch: -len(batch[2]))
+    return by_size[settings.shard[0] :: settings.shard[1]]
+
+
 def file_of(folder: Path, entry: Entry, batch: Turn) -> Path:
     """Where a batch of a row lies."""
     seed, start, labels = batch

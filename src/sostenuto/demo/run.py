@@ -21,7 +21,7 @@ from sostenuto.demo.batches import read_batch, write_batch
 from sostenuto.demo.judge import Judge
 from sostenuto.demo.pipeline import DemoPipeline, load_demo_pipeline
 from sostenuto.demo.results import judged
-from sostenuto.demo.rows import Entry, Settings, Turn, batches_of, file_of, with_solver
+from sostenuto.demo.rows import Entry, Settings, Turn, batches_of, file_of, share_of, with_solver
 from sostenuto.engine import Handle
 from sostenuto.errors import InputError
 from sostenuto.files import publish_json
@@ -48,7 +48,7 @@ def run_entries(
     _check_folder(folder, settings, pipe)
     pipe, judge = pipe or load_demo_pipeline(), Judge()
     batches = list(batches_of(settings))
-    own = batches[settings.shard[0] :: settings.shard[1]]
+    own = share_of(settings)
     at_once = min(_MOST_AT_ONCE, 1 + len(own) // 20)  # rows are timed as pairs: near each other, where there are few
     with (
         progress(total=len(own) * len(todo), desc="sample", show=show) as bar,
