@@ -16,7 +16,7 @@ from sostenuto.bench.networks import network_of
 from sostenuto.bench.published import DIT_XL, LARGE
 from sostenuto.bench.runner import measure, step_figures
 from sostenuto.bench.session import RESULTS, run
-from sostenuto.bench.specs import method_of
+from sostenuto.bench.specs import method_of, parse
 from sostenuto.bench.subjects import build_subject
 from sostenuto.cli import main
 from sostenuto.cli.bench import said_of
@@ -257,6 +257,12 @@ def test_methods_are_written_in_one_word():
     combined = method_of("fora:interval=3|epsilon-scaling:scale=1.01", 10)
     assert combined.methods == (sostenuto.FORA(3), sostenuto.EpsilonScaling(1.01))
     assert method_of("reuse-stack:interval=3", 7).table.fill == "stack"
+
+
+def test_a_file_needs_no_quotes_in_a_method_s_words():
+    assert parse("eb:table=runs/tuned-2x.json, eps_scale=1e0")[1] == {"table": "runs/tuned-2x.json", "eps_scale": 1.0}
+    assert parse("eb:table='a,b.json'")[1] == {"table": "a,b.json"}  # unless it has a comma
+    assert parse("x:a=None,b=-1,c=word,d=(1,2),e=2x")[1] == {"a": None, "b": -1, "c": "word", "d": (1, 2), "e": "2x"}
 
 
 @pytest.mark.parametrize(("word", "match"), [

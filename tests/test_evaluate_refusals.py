@@ -331,6 +331,11 @@ def test_images_for_another_network_are_refused_before_the_work(tmp_path):
         evaluate(pictures(5), "demo:train", network=Colours(), show=False)
 
 
+def test_weights_may_be_named_by_strings_and_are_looked_for_first():
+    with pytest.raises(InputError, match="should be a file"):
+        evaluate(pictures(3), weights={"inception": "nowhere.pth"}, show=False)
+
+
 def test_wrong_usage_of_the_command_is_one_line(tmp_path, capsys):
     folder = write_folder(tmp_path / "a", pictures(3))
     wrong = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import partial, reduce
@@ -20,24 +21,32 @@ from sostenuto.table import CacheTable
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and parameters of ``name`` or ``name:key=value,key=(1,2),key=word``.
+    """Name and parameters of ``name`` or ``name:key=value,key=(1,2),key=word``; a file name with commas or brackets in quotes.
 
     Raises:
         InputError: it is written in another way.
     """
     name, _, rest = text.partition(":")
     try:
-        call = ast.parse(f"f({rest})", mode="eval").body
+        call = ast.parse(f"f({_BARE.sub(_quoted, rest)})", mode="eval").body
         if not name or not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
             raise ValueError
-        return name, {str(word.arg): _value(word.value) for word in call.keywords}
+        return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
         raise InputError(f"{text!r} isn't name:key=value,key=value, such as fora:interval=3") from None
 
 
-def _value(node: ast.expr) -> Any:
-    """A literal, or a bare word as a string."""
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+_BARE = re.compile(r"""(?<==)[^'"(),=\[\]{}]+""")
+
+
+def _quoted(value: re.Match[str]) -> str:
+    """What stands after an equals sign: as it is where it is a literal, else (a word, a file's path) as a string."""
+    word = value[0].strip()
+    try:
+        ast.literal_eval(word)
+    except (SyntaxError, ValueError):
+        return repr(word)
+    return word
 
 
 def method_of(text: str, num_inference_steps: int) -> Method:

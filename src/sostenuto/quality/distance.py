@@ -16,6 +16,7 @@ from sostenuto.quality.metrics import Gaussian
 from sostenuto.quality.networks import load_network
 from sostenuto.quality.reference import Reference
 from sostenuto.quality.registry import Subject, available_metrics
+from sostenuto.quality.weights import paths_of
 
 _RGB = (3, 0, 0)
 
@@ -47,12 +48,12 @@ class FrechetDistance:
         self,
         reference: str | Path | torch.Tensor,
         network: str = "inception",
-        weights: Mapping[str, Path] | None = None,
+        weights: Mapping[str, str | Path] | None = None,
         device: str = "cpu",
         batch_size: int = 100,
         folder: Path | None = None,
     ) -> None:
-        self._source, self._weights = Reference(reference), dict(weights or {})
+        self._source, self._weights = Reference(reference), paths_of(weights or {})
         if self._source.count is not None and self._source.count < 2:
             raise InputError(f"{self._source.name} holds too few images for a distance: give two or more")
         self.network = load_network(network, self._weights, _RGB, device)

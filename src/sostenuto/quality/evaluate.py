@@ -20,7 +20,7 @@ from sostenuto.quality.registry import Metric, Needs, Subject, Value, choose_met
 from sostenuto.quality.sources import open_source
 from sostenuto.quality.spread import of_mean
 from sostenuto.quality.statistics import Statistics, merge
-from sostenuto.quality.weights import check_weights
+from sostenuto.quality.weights import paths_of
 
 Images = str | Path | torch.Tensor
 _QUANTILE = 1.96
@@ -98,7 +98,7 @@ def evaluate(
     prompts: Sequence[str] | None = None,
     metrics: Sequence[str] = (),
     network: str | FeatureNetwork = "auto",
-    weights: Mapping[str, Path] | None = None,
+    weights: Mapping[str, str | Path] | None = None,
     batch_size: int = 100,
     statistics: Path | None = None,
     shard: tuple[int, int] = (0, 1),
@@ -134,8 +134,7 @@ def evaluate(
             computed before that could be known.
     """
     wanted = choose_metrics(tuple(metrics))
-    given = dict(weights or {})
-    check_weights(given)
+    given = paths_of(weights or {})
     against = None if reference is None else Reference(reference, video, show)
     reasons: Mapping[str, str] = {}
     if _is_statistics(samples):

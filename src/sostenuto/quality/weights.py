@@ -62,23 +62,24 @@ def parse_weights(words: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = word.partition("=")
         if not equals or name not in ALL:
             raise InputError(f"--weights takes NAME=PATH with a name of {', '.join(ALL)}, not {word!r}")
-        given[name] = Path(path).expanduser()
-    check_weights(given)
-    return given
+        given[name] = Path(path)
+    return paths_of(given)
 
 
-def check_weights(given: Mapping[str, Path]) -> None:
-    """Refuse weights of unknown names and paths where nothing lies, before any work is done.
+def paths_of(given: Mapping[str, str | Path]) -> dict[str, Path]:
+    """Weights by name as paths; unknown names and paths where nothing lies are refused before any work is done.
 
     Raises:
         InputError: so it is.
     """
-    for name, path in given.items():
+    paths = {name: Path(path).expanduser() for name, path in given.items()}
+    for name, path in paths.items():
         if name not in ALL:
             raise InputError(f"no metric takes weights called {name!r}, only {', '.join(ALL)}")
         what = {True: "folder", False: "file", None: "file or a folder"}[ALL[name].folder]
         if not {"folder": path.is_dir, "file": path.is_file}.get(what, path.exists)():
             raise InputError(f"the weights of {name} should be a {what}: {path}")
+    return paths
 
 
 def find(weights: Weights, given: Mapping[str, Path]) -> Path:
