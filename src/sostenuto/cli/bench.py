@@ -24,7 +24,7 @@ class Bench:
     methods: tuple[str, ...] = ()
     """Methods and peers, each beside the uncached sampler: "fora:interval=3", "eb", "peer:cache-dit"."""
     models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])] = ("demo",)
-    """For --methods: "demo", "tiny:NAME", a folder, or a benchmark network such as "dit", "flux:width=512"."""
+    """For --methods: "demo", "tiny:NAME", a folder or hub id, or a benchmark network such as "dit", "flux:width=512"."""
     schedulers: tuple[str, ...] = ()
     """For --methods: classes of diffusers schedulers, such as DDIMScheduler; by default the model's own."""
     modes: tuple[Literal["eager", "compiled"], ...] = ("eager",)

@@ -43,7 +43,7 @@ class Tune:
     published: tuple[str, ...] = ("eb", "feb", "smoothcache", "smoothcache-site")
     """Calibrations whose plans compete with those that are searched."""
     max_work: float | None = None
-    """The most that tuning may cost, in uncached generations of one image; by default 50 000 / 30."""
+    """The most that tuning may cost, in uncached generations of one row of the denoiser's batch; by default 50 000 / 30."""
     score_images: int = 128
     """On the demo model, or with --reference: how many images a distance is taken of, 128 or more to say something; 0 goes
     by nearness alone."""
