@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 from itertools import pairwise
@@ -23,6 +24,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--oldest", action="store_true", help="skip tests of what the installed diffusers doesn't have yet"
     )
+
+
+def pytest_collection_finish(session):
+    """Leave what was made at import out of every full collection: that spares a tenth of the time and more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.hookimpl(wrapper=True)
