@@ -95,7 +95,6 @@ def kept_bytes(network: Any, method: Any, separate: bool = False) -> tuple[list[
         try:
             generate(network, scheduler, separate=separate)
         finally:
-            gc.unfreeze()
             hook.remove()
         stats, predicted = handle.stats, handle.predicted_cache_bytes
     return seen, (stats.cache_bytes_peak, predicted)

@@ -71,10 +71,7 @@ def test_the_state_is_freed(name, how, scheduler):
     network = build_wide()
     gc.collect()
     gc.freeze()  # what there is already is left out of the count
-    try:
-        _check_freed(network, name, how, scheduler)
-    finally:
-        gc.unfreeze()
+    _check_freed(network, name, how, scheduler)
 
 
 def _check_freed(network, name, how, scheduler):
