@@ -262,6 +262,7 @@ def test_methods_are_written_in_one_word():
 def test_a_file_needs_no_quotes_in_a_method_s_words():
     assert parse("eb:table=runs/tuned-2x.json, eps_scale=1e0")[1] == {"table": "runs/tuned-2x.json", "eps_scale": 1.0}
     assert parse("eb:table='a,b.json'")[1] == {"table": "a,b.json"}  # unless it has a comma
+    assert parse("eb:table='x,a=b.json'")[1] == {"table": "x,a=b.json"}  # within quotes nothing is a word
     assert parse("x:a=None,b=-1,c=word,d=(1,2),e=2x")[1] == {"a": None, "b": -1, "c": "word", "d": (1, 2), "e": "2x"}
 
 

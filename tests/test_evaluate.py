@@ -351,22 +351,25 @@ def test_adm_files_are_written_and_read_back(tmp_path, capsys):
     assert "nception" in refused.err
     assert not refused.out
     assert not other.exists()
-    one = write_folder(tmp_path / "one", pictures(1))
-    assert run(one, "--write-npz", other, "--write-moments") == 1
-    assert "two images or more" in capsys.readouterr().err
 
 
-def test_moments_are_written_where_they_are_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("metrics", [(), ("--metrics", "IS"), ("--metrics", "PSNR")])
+def test_moments_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys, metrics):
     class Inceptionlike(Colours):
         name = "inception-00000000"
 
     monkeypatch.setitem(networks._LOADERS, "inception", lambda given, device: Inceptionlike())
     folder = write_folder(tmp_path / "made", images := pictures(30, size=28))  # "auto" would take the demo's network
-    assert run(folder, "--write-npz", tmp_path / "r.npz", "--write-moments") == 0
+    assert run(folder, *metrics, "--write-npz", tmp_path / "r.npz", "--write-moments") == 0
     with np.load(tmp_path / "r.npz") as archive:
         assert set(archive.files) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s"}
         features = Inceptionlike().extract(images).features.double()
         np.testing.assert_allclose(archive["mu"], features.mean(0), atol=1e-4)
+    one, part = write_folder(tmp_path / "one", pictures(1, size=28)), ("--shard", 0, 2, "--batch-size", 15)
+    for few in ((one,), (folder, *part, "--statistics", tmp_path / "part.safetensors")):
+        assert run(*few, "--write-npz", tmp_path / "few.npz", "--write-moments") == 1
+        assert "two images or more" in capsys.readouterr().err
+        assert not (tmp_path / "few.npz").exists()
 
 
 def test_an_adm_reference_gives_moments_of_all_and_images_of_some(tmp_path):

@@ -36,11 +36,12 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{text!r} isn't name:key=value,key=value, such as fora:interval=3") from None
 
 
-_BARE = re.compile(r"""(?<==)[^'"(),=\[\]{}]+""")
+_BARE = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1|(?<==)[^'"(),=\[\]{}]+(?=,|$)""")
+"""A quoted string, or a whole value without quotes and brackets."""
 
 
 def _quoted(value: re.Match[str]) -> str:
-    """What stands after an equals sign: as it is where it is a literal, else (a word, a file's path) as a string."""
+    """What is a literal as it is, anything else (a word, a file's path) as a string."""
     word = value[0].strip()
     try:
         ast.literal_eval(word)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from sostenuto.errors import InputError
 
 if TYPE_CHECKING:
     from sostenuto.quality.evaluate import Evaluation
-    from sostenuto.quality.networks import FeatureNetwork
     from sostenuto.quality.statistics import Statistics
 
 
@@ -86,18 +85,16 @@ class Evaluate:
             raise InputError(
                 "each process keeps what it measured in a file of its own: give --statistics FILE.safetensors"
             )
-        weights, device = parse_weights(self.weights), str(device_of(self.device))
-        network = self.inception(first, weights, device) if self.write_moments else self.network
         measured = partial(
             evaluate,
             paired=self.paired,
             prompts=None if self.prompts is None else read_prompts(self.prompts),
             metrics=self.metrics,
-            network=network,
-            weights=weights,
+            network="inception" if self.write_moments else self.network,
+            weights=parse_weights(self.weights),
             batch_size=self.batch_size,
             video=self.video,
-            device=device,
+            device=str(device_of(self.device)),
             features=self.write_moments,
         )
         merged = self.statistics if launch.size > 1 and not more else None  # of the parts that the processes measure
@@ -127,16 +124,6 @@ class Evaluate:
         if found.rows and all(row.value is None for row in found.rows) and not (self.statistics or self.write_npz):
             raise MetricError(f"no metric could be computed; {found.rows[0].label}: {found.rows[0].reason}")
 
-    def inception(self, samples: str, weights: Mapping[str, Path], device: str) -> FeatureNetwork:
-        """The network of ``--write-moments``; what it lacks is found before any work is done."""
-        from sostenuto.quality.networks import load_network
-        from sostenuto.quality.sources import open_source
-
-        source = open_source(samples, self.video)
-        if len(source) < 2:
-            raise InputError(f"--write-moments writes the moments of two images or more: {samples} holds one")
-        return load_network("inception", weights, source.shape, device)
-
 
 def lines(found: Evaluation) -> Iterator[str]:
     """The table, and below it what could not be computed and why."""
@@ -163,13 +150,17 @@ def lines(found: Evaluation) -> Iterator[str]:
 
 
 def write_adm(path: Path, samples: str, video: bool, statistics: Statistics | None) -> None:
-    """Write the images as ADM's evaluator reads them, grey ones as RGB; with the moments of Inception's statistics."""
+    """Write the images as ADM's evaluator reads them, grey ones as RGB; with the moments of statistics by Inception."""
     from sostenuto.quality.arrays import write_npz
     from sostenuto.quality.sources import open_source
 
     source = open_source(samples, video)
     moments: dict[str, Any] = {}
     if statistics is not None:
+        if not statistics.origin.network.startswith("inception") or not statistics.complete or len(source) < 2:
+            raise InputError(
+                "--write-moments writes moments by Inception, of two images or more: there are none of these"
+            )
         for suffix, kept in (("", statistics.moments), ("_s", statistics.spatial)):
             if kept is not None:
                 gaussian = kept.gaussian()

@@ -105,7 +105,7 @@ def batches_of(settings: Settings) -> Iterator[Turn]:
 
 
 def share_of(settings: Settings) -> list[Turn]:
-    """This process's part of them: the largest go round first, else one of two parts might get every seed's small rest."""
+    """This process's part of the batches: large ones are dealt first, else one of two parts might get every small rest."""
     by_size = sorted(batches_of(settings), key=lambda batch: -len(batch[2]))
     return by_size[settings.shard[0] :: settings.shard[1]]
 

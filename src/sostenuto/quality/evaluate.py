@@ -127,11 +127,12 @@ def evaluate(
         device: where networks run.
         show: progress bars.
         folder: where what is measured of a reference's images is kept, by default beside ``statistics``.
-        features: also look at images whose features no metric of these can use, for want of a reference.
+        features: also look at images whose features no metric of these uses, such as for want of a reference.
 
     Raises:
         InputError: images, reference, pairs or prompts are unusable, or statistics are not all of a set; nothing was
             computed before that could be known.
+        MetricError: ``features`` are asked for and their network is not at hand.
     """
     wanted = choose_metrics(tuple(metrics))
     given = paths_of(weights or {})
@@ -156,7 +157,7 @@ def evaluate(
         companions.check(source)
         whole = shard[1] == 1
         is_compared = against is not None or statistics is not None or not whole or features
-        instruments = prepare(wanted, source, companions, network, given, device, is_compared)
+        instruments = prepare(wanted, source, companions, network, given, device, is_compared, features)
         if instruments.network is not None:
             instruments.network.extract(source.read(0, 1))  # refuses images that it doesn't take
         reasons = instruments.reasons

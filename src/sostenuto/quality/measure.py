@@ -107,6 +107,7 @@ def prepare(
     weights: Mapping[str, Path] | None = None,
     device: str = "cpu",
     is_compared: bool = True,
+    features: bool = False,
 ) -> Instruments:
     """Load what the metrics need; what is not at hand is a reason instead of an error.
 
@@ -118,9 +119,11 @@ def prepare(
         weights: paths of weights by name.
         device: where networks run.
         is_compared: whether there is a reference, or may be one when what is measured is used again.
+        features: whether the network is wanted for itself, whatever the metrics are.
 
     Raises:
         InputError: there is no such network.
+        MetricError: the network is wanted for itself and not at hand.
     """
     given = dict(weights or {})
     scorers: dict[Metric, Scorer] = {}
@@ -142,13 +145,15 @@ def prepare(
                 scorers[metric] = metric.load(given, device)
             except MetricError as error:
                 reasons[metric.name] = str(error)
-    features: FeatureNetwork | None = None
-    if any(metric.of_sets and metric.name not in reasons for metric in metrics):
+    chosen: FeatureNetwork | None = None
+    if features or any(metric.of_sets and metric.name not in reasons for metric in metrics):
         try:
-            features = load_network(network, given, source.shape, device) if isinstance(network, str) else network
+            chosen = load_network(network, given, source.shape, device) if isinstance(network, str) else network
         except MetricError as error:
+            if features:
+                raise
             reasons |= {metric.name: str(error) for metric in metrics if metric.of_sets and metric.name not in reasons}
-    return Instruments(features, scorers, reasons)
+    return Instruments(chosen, scorers, reasons)
 
 
 def measure(
@@ -194,8 +199,8 @@ def measure(
         if not known.complete:
             _check_alike(checkpoint, known, instruments)
         collector.merge(known)
-    starts = range(0, len(source), batch_size)[shard[0] :: shard[1]]
-    batches = [(start, min(start + batch_size, len(source))) for start in starts]
+    every = [(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
+    batches = every[shard[0] :: shard[1]]
     saved, before = time.monotonic(), len(collector)
     try:
         with progress(sum(stop - start for start, stop in batches), f"look at {source.name}", show) as bar:

@@ -57,12 +57,12 @@ def parse_weights(words: tuple[str, ...]) -> dict[str, Path]:
     Raises:
         InputError: a word is not NAME=PATH, the name is unknown, or nothing lies at the path.
     """
-    given: dict[str, Path] = {}
+    given: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or name not in ALL:
             raise InputError(f"--weights takes NAME=PATH with a name of {', '.join(ALL)}, not {word!r}")
-        given[name] = Path(path)
+        given[name] = path
     return paths_of(given)
 
 
