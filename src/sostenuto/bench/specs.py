@@ -28,7 +28,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     try:
-        call = ast.parse(f"f({_BARE.sub(_quoted, rest)})", mode="eval").body
+        call = ast.parse(f"f({_VALUE.sub(lambda value: repr(literal(value[0])), rest)})", mode="eval").body
         if not name or not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
             raise ValueError
         return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
@@ -36,18 +36,16 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         raise InputError(f"{text!r} isn't name:key=value,key=value, such as fora:interval=3") from None
 
 
-_BARE = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1|(?<==)[^'"(),=\[\]{}]+(?=,|$)""")
+_VALUE = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1|(?<==)[^'"(),=\[\]{}]+(?=,|$)""")
 """A quoted string, or a whole value without quotes and brackets."""
 
 
-def _quoted(value: re.Match[str]) -> str:
-    """What is a literal as it is, anything else (a word, a file's path) as a string."""
-    word = value[0].strip()
+def literal(text: str) -> Any:
+    """What is written as in Python, or the text itself where it is nothing such: a word, a file's path."""
     try:
-        ast.literal_eval(word)
+        return ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
-        return repr(word)
-    return word
+        return text.strip()
 
 
 def method_of(text: str, num_inference_steps: int) -> Method:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import logging
 import re
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from sostenuto import compat
+from sostenuto.bench.specs import literal
 from sostenuto.engine import handle_of
 from sostenuto.errors import InputError, MethodError, SostenutoError
 from sostenuto.foreign import has_foreign_cache
@@ -237,10 +237,7 @@ def _parsed(name: str, text: str) -> dict[str, Any]:
         option, equals, value = part.partition("=")
         if not equals or not option.strip():
             raise InputError(f"{name!r} is no peer with settings: write them as name:option=value,option=value")
-        try:
-            parsed = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            parsed = value.strip()
+        parsed = literal(value)
         options[option.strip()] = tuple(parsed) if isinstance(parsed, list) else parsed
     return options
 
